@@ -1,0 +1,1 @@
+"""Data sets: sources, records, the facts of this repository."""

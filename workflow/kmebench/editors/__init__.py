@@ -1,0 +1,1 @@
+"""Editors: functions from edit requests to a weight delta."""

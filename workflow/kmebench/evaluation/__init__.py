@@ -1,0 +1,1 @@
+"""Evaluation: predictions of a model, and metrics from predictions alone."""

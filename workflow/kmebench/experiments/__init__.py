@@ -1,0 +1,1 @@
+"""Experiments: the grid of runs and the editing sessions."""

@@ -1,0 +1,1 @@
+"""Models: layouts of the supported families, editable models, sources."""

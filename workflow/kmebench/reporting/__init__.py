@@ -1,0 +1,1 @@
+"""Reporting: tables and the published numbers. Imports no torch."""

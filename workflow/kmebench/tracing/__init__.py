@@ -1,0 +1,1 @@
+"""Tracing: impact scores of FFN segments and selection of transmission paths."""

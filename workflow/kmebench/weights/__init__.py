@@ -1,0 +1,1 @@
+"""Weight deltas: what an edit is."""
