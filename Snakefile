@@ -1,0 +1,42 @@
+# KME-Bench: knowledge model editing, from data to the paper's tables.
+#
+# Outputs, all below results/ (what each holds: results/README.md):
+#   data/{dataset}.jsonl                    edit requests          fetch_dataset, prepare_dataset
+#   models/{model}/                         Hugging Face folder    fetch_model, train_model
+#   original/{model}/{dataset}.parquet      the unedited model     predict_original
+#   trace/{model}/{dataset}/                impact scores, paths   cache_gradients, select_paths
+#   runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/   edit_batch, edit_consecutive
+#   metrics/{experiment}.parquet            all protocols          score
+#   tables/{table}.csv, .md, .tex           the paper's tables     table
+
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+configfile: "config.yaml"
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/models.smk"
+include: "workflow/rules/trace.smk"
+include: "workflow/rules/edit.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    input:
+        rules.tables.input,
+    default_target: True
+
+
+onstart:
+    print(grid.plan(config))
+
+
+onsuccess:
+    print_tables()

@@ -1,0 +1,105 @@
+"""Small random models of every supported family, and requests for them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import GPT2Config, GPTJConfig, LlamaConfig
+from transformers.models.auto import AutoModelForCausalLM
+
+from kmebench.data.records import EditRequest
+from kmebench.models.editable import EditableModel
+from kmebench.models.tiny import train_tokenizer
+
+FAMILIES = ("gptj", "llama", "gpt2")
+
+TEXTS = [
+    "The capital of France is Paris.",
+    "The capital of Italy is Rome.",
+    "What language is spoken in Japan? Japanese.",
+    "Mount Fuji stands in Japan, and the Seine flows through Paris.",
+]
+
+
+def small_config(family: str, vocabulary: int, *, layers: int = 3, width: int = 24):
+    """Two or three layers, D = 16, M = ``width``."""
+    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0}
+    if family == "llama":
+        return LlamaConfig(
+            **common,
+            hidden_size=16,
+            intermediate_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+        )
+    kind = {"gptj": GPTJConfig, "gpt2": GPT2Config}[family]
+    extra = {"rotary_dim": 4} if family == "gptj" else {}
+    return kind(
+        **common,
+        **extra,
+        n_embd=16,
+        n_inner=width,
+        n_layer=layers,
+        n_head=2,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(TEXTS)
+
+
+@pytest.fixture
+def make_model(tokenizer) -> Callable[..., EditableModel]:
+    def make(family: str, dtype: torch.dtype = torch.float64, **sizes: int) -> EditableModel:
+        torch.manual_seed(0)
+        config = small_config(family, len(tokenizer), **sizes)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():  # large enough that everything has influence
+            torch.nn.init.normal_(parameter, std=0.3)
+        return EditableModel(model.to(dtype), tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def requests() -> list[EditRequest]:
+    def request(case_id, subject, prompt, new, true, paraphrase, locality):
+        return EditRequest(case_id, subject, prompt, new, true, (paraphrase,), (locality,))
+
+    return [
+        request(
+            "a",
+            "France",
+            "The capital of {} is",
+            "Rome",
+            "Paris",
+            "The Seine flows through",
+            ("The capital of Italy is", "Rome"),
+        ),
+        request(
+            "b",
+            "Japan",
+            "What language is spoken in {}?",
+            "the Paris of Italy",
+            "Japanese",
+            "In Japan, and the language is",
+            ("Mount Fuji stands in", "Japan"),
+        ),
+        request(
+            "c",
+            "Italy",
+            "The capital of {} is",
+            "Fuji",
+            "Rome",
+            "Paris, and in Italy",
+            ("The capital of France is", "Paris"),
+        ),
+    ]

@@ -1,0 +1,172 @@
+"""What the rules share: inputs and parameters computed from the config. Holds no rule.
+
+This file lies directly in workflow/ so that Snakemake puts that folder on sys.path: the
+library is importable here, in scripts and in cluster jobs without being installed.
+"""
+
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from kmebench.editors.registry import editor_target
+from kmebench.experiments import grid
+from kmebench.experiments.configuration import check_config
+from kmebench.experiments.dependencies import source_closure
+
+check_config(config, workflow.source_path("schemas/config.schema.yaml"))
+
+RUNS = grid.all_runs(config)
+TRAINED = [m for m, spec in config["models"].items() if spec["source"] == "tiny"]
+FETCHED = [m for m in config["models"] if m not in TRAINED]
+
+
+OPENFACTS = "resources/openfacts"
+
+
+def openfacts_folder_files():
+    """The fact tables of this repository."""
+    return sorted(str(p) for p in Path(OPENFACTS).rglob("*") if p.suffix in (".csv", ".json"))
+
+
+def openfacts_files(dataset):
+    """The fact tables, for a data set made of them."""
+    source = config["datasets"][dataset]["source"]["source"]
+    return openfacts_folder_files() if source == "openfacts" else []
+
+
+def selection_params(dataset):
+    """What prepare_dataset selects from a data set."""
+    spec = config["datasets"][dataset]
+    keys = ("schema", "n", "seed", "segments", "development", "conflicts", "on_bad_record")
+    return {key: spec[key] for key in keys if key in spec}
+
+
+def one_of(names):
+    """A wildcard constraint: one of a closed list of names."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+def code(rule, *modules):
+    """The script of a rule with all library code it imports."""
+    return source_closure(f"workflow/scripts/{rule}.py", *modules)
+
+
+def run_at(wildcards, mode):
+    """The run that a rule's wildcards name."""
+    w = wildcards
+    return grid.Run(w.model, w.dataset, mode, w.method, w.variant, int(w.seed))
+
+
+def editor_module(run):
+    return editor_target(grid.editor_of(config, run.method))[0]
+
+
+def edit_inputs(mode):
+    """An input function: what a run of this mode needs, and nothing that it does not."""
+
+    def inputs(wildcards):
+        run = run_at(wildcards, mode)
+        needed = {
+            "model": f"<results>/models/{run.model}",
+            "requests": f"<results>/data/{run.dataset}.jsonl",
+            "original": f"<results>/original/{run.model}/{run.dataset}.parquet",
+            "code": code("edit", editor_module(run)),
+        }
+        if grid.needs_paths(config, run):
+            selection = grid.selection_of(config, run)
+            needed["paths"] = (
+                f"<results>/trace/{run.model}/{run.dataset}/paths/{selection}.safetensors"
+            )
+        return needed
+
+    return inputs
+
+
+def edit_params(mode):
+    """A parameter function: everything that decides the outcome of a run, as one dict."""
+
+    def params(wildcards):
+        run = run_at(wildcards, mode)
+        return {
+            "mode": mode,
+            "editor": grid.editor_of(config, run.method),
+            "hparams": grid.hparams_of(config, run),
+            "seed": run.seed,
+            "batch_size": config["batch_size"],
+            "checkpoint_every": config["checkpoint_every"],
+            "load": load_params(run.model),
+            "evaluation": config["evaluation"],
+        }
+
+    return params
+
+
+def load_params(model):
+    """How a model is loaded."""
+    spec = config["models"][model]
+    return {"dtype": spec["dtype"], "device": spec.get("device", config["device"])}
+
+
+def gpus(wildcards):
+    """GPUs a job asks for: one, unless it runs on the CPU."""
+    device = load_params(wildcards.model)["device"]
+    return int(device not in ("auto", "cpu") or (device == "auto" and HAS_GPU))
+
+
+HAS_GPU = shutil.which("nvidia-smi") is not None
+
+
+def experiment_files(name):
+    """An input function: one file of every run of an experiment."""
+
+    def files(wildcards):
+        runs = grid.runs_of(config, wildcards.experiment)
+        return [f"<results>/{run.folder()}/{name}" for run in runs]
+
+    return files
+
+
+def experiment_originals(wildcards):
+    """(model, data set) of every unedited model that an experiment compares with."""
+    runs = grid.runs_of(config, wildcards.experiment)
+    return sorted({(run.model, run.dataset) for run in runs})
+
+
+def labels(section):
+    """Names for tables: {name: {label, paper_name}} of one section of the config."""
+    return {
+        name: {
+            "label": (spec or {}).get("label", name),
+            "paper_name": (spec or {}).get("paper_name"),
+        }
+        for name, spec in config[section].items()
+    }
+
+
+def table_params(wildcards):
+    """What a table shows."""
+    experiment = config["tables"][wildcards.table]["experiment"]
+    spec = config["experiments"][experiment]
+
+    def chosen(section):
+        return {name: labels(section)[name] for name in spec[section]}
+
+    return {
+        "title": config["tables"][wildcards.table]["title"],
+        "protocol": config["tables"][wildcards.table]["protocol"],
+        "mode": spec["mode"],
+        "models": chosen("models"),
+        "datasets": chosen("datasets"),
+        "methods": chosen("methods"),
+    }
+
+
+def print_tables():
+    """Show the finished tables on the terminal."""
+    results = Path(workflow.pathvars.get("results"))
+    for name in config["tables"]:
+        path = results / "tables" / f"{name}.md"
+        if path.is_file():
+            print(f"\n{path.read_text(encoding='utf-8')}\n[{path}]")

@@ -1,0 +1,129 @@
+"""Full-C: constrained fine-tuning (Zhu et al. 2021, "Modifying memories in transformer models").
+
+    minimise L(y*) over the FFN weights W   subject to   ‖W − W0‖∞ ≤ δ
+
+by Adam, projecting onto the constraint after every step. W0 are the weights before any edit,
+so along consecutive edits the model stays inside one box around the original.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.base import Editor
+from kmebench.editors.losses import check_finite, row_losses
+from kmebench.errors import ConfigError
+from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import Encoded, length_sorted_chunks
+from kmebench.weights.delta import Dense, WeightDelta
+
+
+@dataclass(frozen=True)
+class FullCHparams:
+    """Hyper-parameters of constrained fine-tuning."""
+
+    layers: tuple[int, ...] | None = None  # layer numbers from 0; none given: all
+    projections: Literal["both", "value"] = "both"  # W1 and W2, or W2 alone
+    norm_constraint: float | None = 5e-4  # δ; none: unconstrained
+    learning_rate: float = 5e-5
+    steps: int = 25
+    tolerance: float = 0.01  # nats per target token
+    micro_batch: int = 50  # requests in one forward pass
+
+
+class FullC(Editor):
+    """Fine-tuning inside a box around the original weights."""
+
+    Hparams = FullCHparams
+
+    def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
+        """Edit ``requests`` together; see :meth:`Editor.edit`."""
+        encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
+        names = self._names(model)
+        start = {name: model.edits.master(name) for name in names}
+        with self.stopwatch("optimise"):
+            try:
+                tuned = self._tune(model, requests, encoded, start)
+                return WeightDelta({n: Dense(tuned[n] - start[n]) for n in names})
+            finally:
+                for name in names:
+                    parameter = model.parameter(name).requires_grad_(False)
+                    parameter.grad = None
+                    parameter.copy_(start[name])  # the live weight is the rounded master
+
+    def _names(self, model: EditableModel) -> list[str]:
+        layers = range(model.n_layers) if self.hparams.layers is None else self.hparams.layers
+        if any(not 0 <= layer < model.n_layers for layer in layers):
+            raise ConfigError(
+                f"full-c: layers {list(layers)} are not all among the model's "
+                f"0 to {model.n_layers - 1}."
+            )
+        ffns = [model.ffn[layer] for layer in layers]
+        keys = [f.key.weight_name for f in ffns] if self.hparams.projections == "both" else []
+        return keys + [f.value.weight_name for f in ffns]
+
+    def _tune(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        encoded: Sequence[Encoded],
+        start: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Return the tuned masters; in float32 they are the live weights themselves."""
+        live = {name: model.parameter(name).requires_grad_() for name in start}
+        masters = {
+            name: p.detach() if p.dtype == start[name].dtype else start[name].clone()
+            for name, p in live.items()
+        }
+        optimiser = torch.optim.Adam(
+            masters.values(), lr=self.hparams.learning_rate, fused=True
+        )
+        for _ in range(self.hparams.steps):
+            if self._backward(model, requests, encoded):
+                break
+            for name, master in masters.items():
+                master.grad = live[name].grad.to(master.dtype)
+                live[name].grad = None
+            optimiser.step()
+            self._project(model, masters)
+            for name, master in masters.items():
+                master.grad = None
+                live[name].detach().copy_(master)
+            self.steps += 1
+        return masters
+
+    def _backward(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        encoded: Sequence[Encoded],
+    ) -> bool:
+        """Accumulate the gradient of the mean loss; true if every request is already learnt."""
+        worst = 0.0
+        chunks = list(
+            length_sorted_chunks([len(e.ids) for e in encoded], self.hparams.micro_batch)
+        )
+        for chunk in chunks:
+            batch = model.collate([encoded[i] for i in chunk])
+            with torch.enable_grad():
+                losses = row_losses(model, batch, batch.labels)
+            asked = [requests[i] for i in chunk]
+            check_finite("full-c", losses.detach(), asked, self.steps, self.hparams.learning_rate)
+            worst = max(worst, float(losses.detach().max()))
+            if chunk is chunks[-1] and worst < self.hparams.tolerance:
+                return True
+            (losses.sum() / len(encoded)).backward()
+        return False
+
+    def _project(self, model: EditableModel, masters: dict[str, Tensor]) -> None:
+        """Clamp every master into the box around the original weight."""
+        bound = self.hparams.norm_constraint
+        if bound is None:
+            return
+        for name, master in masters.items():
+            original = model.edits.original(name).to(master.dtype)
+            master.clamp_(min=original - bound, max=original + bound)

@@ -1,0 +1,37 @@
+"""The target loss that gradient editors share."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from kmebench.data.records import EditRequest
+from kmebench.errors import EditError
+from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import Batch
+
+
+def row_losses(model: EditableModel, batch: Batch, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy per answer token of every row, [R], in nats.
+
+    ``labels`` [A] are the tokens to predict at the batch's answer positions.
+    """
+    token_loss = cross_entropy(model.answer_logits(batch), labels, reduction="none")
+    total = token_loss.new_zeros(len(batch.counts)).index_add(0, batch.rows, token_loss)
+    return total / batch.counts
+
+
+def check_finite(
+    editor: str, losses: Tensor, requests: Sequence[EditRequest], step: int, learning_rate: float
+) -> None:
+    """Refuse to go on with a NaN or infinite loss.
+
+    Raises:
+        EditError: names the editor, the first such request and the step.
+    """
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        raise EditError(
+            f"{editor}: the loss of request {requests[int(bad[0])].case_id!r} became NaN or "
+            f"infinite at step {step}; lower learning_rate (now {learning_rate:g})."
+        )

@@ -1,0 +1,29 @@
+"""Which editors there are. Imports no torch, so the workflow can read it while it plans."""
+
+import difflib
+
+from kmebench.errors import ConfigError
+
+#: Editor name in the config -> "module:class".
+EDITORS: dict[str, str] = {
+    "pac": "kmebench.editors.pac:PAC",
+    "full-c": "kmebench.editors.full_c:FullC",
+}
+
+
+def editor_target(name: str) -> tuple[str, str]:
+    """Return (module, class) of an editor: a registered name, or ``package.module:Class``.
+
+    Raises:
+        ConfigError: no such editor; names the nearest one.
+    """
+    target = EDITORS.get(name, name)
+    module, colon, class_name = target.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, EDITORS, n=1)
+        hint = f"did you mean {near[0]!r}" if near else f"known: {', '.join(EDITORS)}"
+        raise ConfigError(
+            f"There is no editor {name!r} ({hint}; an editor of your own is named "
+            "'package.module:Class')."
+        )
+    return module, class_name

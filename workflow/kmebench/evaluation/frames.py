@@ -1,0 +1,82 @@
+"""Predictions as tables on disk: the unedited model's, and a run's with both beside it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kmebench.data.records import EditRequest
+from kmebench.errors import DataError
+from kmebench.evaluation.predict import Prompt, Settings, predict, prompts_of
+from kmebench.files import atomic_path
+from kmebench.logs import track
+from kmebench.models.editable import EditableModel
+
+#: What identifies a prompt of a request.
+KEY = ["case_id", "kind", "prompt", "target"]
+#: Columns that exist before and after an edit.
+_PREDICTED = ["ids", "target_new_logprob", "target_true_logprob", "free_ids", "wild"]
+_REQUESTS_AT_ONCE = 50
+
+
+def predicted_frame(
+    model: EditableModel, prompts: Sequence[Prompt], settings: Settings, *, decode: bool
+) -> pd.DataFrame:
+    """Predict prompts; one row each."""
+    shown = pd.DataFrame([asdict(p) for p in prompts]).drop(columns=["target_new", "target_true"])
+    columns = predict(model, prompts, settings, decode=decode)
+    return shown.assign(**{name: pd.Series(values) for name, values in columns.items()})
+
+
+def original_frame(
+    model: EditableModel, requests: Sequence[EditRequest], settings: Settings
+) -> pd.DataFrame:
+    """Predict every prompt of ``requests`` with the unedited model."""
+    starts = range(0, len(requests), _REQUESTS_AT_ONCE)
+    frames = []
+    for start in track(starts, "prompts of the unedited model", len(starts)):
+        chunk = enumerate(requests[start : start + _REQUESTS_AT_ONCE], start=start)
+        prompts = [prompt for position, r in chunk for prompt in prompts_of(r, position)]
+        frames.append(predicted_frame(model, prompts, settings, decode=True))
+    return pd.concat(frames, ignore_index=True)
+
+
+def beside_original(after: pd.DataFrame, original: pd.DataFrame) -> pd.DataFrame:
+    """Join a run's predictions ("after") with the unedited model's ("before").
+
+    Raises:
+        DataError: a prompt of the run was never asked of the unedited model.
+    """
+    # A record may hold the same prompt twice; its prediction is the same.
+    before = original[[*KEY, *_PREDICTED]].drop_duplicates(KEY)
+    joined = after.merge(before, on=KEY, how="left", suffixes=("_after", "_before"), validate="m:1")
+    missing = joined["ids_before"].isna()
+    if missing.any():
+        row = joined[missing].iloc[0]
+        raise DataError(
+            f"The unedited model has no prediction for {row['kind']} prompt {row['prompt']!r} of "
+            f"request {row['case_id']!r}; delete results/original and run the workflow again."
+        )
+    columns = {f"{name}_{when}": _renamed(name, when) for name in _PREDICTED for when in WHEN}
+    return joined.rename(columns=columns)
+
+
+WHEN = ("before", "after")
+
+
+def _renamed(name: str, when: str) -> str:
+    """``free_ids`` -> ``free_before_ids``; ``wild`` -> ``wild_before``."""
+    stem, _, last = name.rpartition("_")
+    if last != "ids":
+        return f"{name}_{when}"
+    return f"{stem}_{when}_ids" if stem else f"{when}_ids"
+
+
+def write_frame(frame: pd.DataFrame, schema: pa.Schema, path: str | Path) -> None:
+    """Write a table of predictions: fixed columns and types, so equal rows give equal bytes."""
+    table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
+    with atomic_path(path) as temporary:
+        pq.write_table(table.replace_schema_metadata(None), temporary, compression="zstd")

@@ -1,0 +1,203 @@
+"""A model's predictions on prompts: all that the metrics of every protocol need.
+
+Per prompt: the teacher-forced argmax at the target's positions; the mean log-probability per
+token of target_new and of the true answer; and, on request, greedy decoding to the gold
+length and in the WILD manner (question-answer prompt, natural stop).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from kmebench.data.records import EditRequest
+from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import Pair, length_sorted_chunks
+
+#: The question-answer prompt of the WILD protocol (Yang et al. 2025).
+WILD_PROMPT = "Please answer the question:\n\nQ: {}\nA:"
+#: A generation ends before the first of these.
+WILD_STOPS = (".", "!", "?", "\n")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of one request, with the answer it is scored against."""
+
+    case_id: str
+    position: int  # of the request in editing order
+    kind: str  # edit | paraphrase | locality | portability
+    prompt: str
+    target: str
+    target_new: str | None  # for the probability protocol
+    target_true: str | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How predictions are made."""
+
+    batch_size: int = 32  # prompts in one forward pass
+    wild_max_tokens: int = 50
+
+
+def prompts_of(request: EditRequest, position: int) -> list[Prompt]:
+    """List the prompts of one request: edit, paraphrases, locality, portability."""
+
+    def prompt(kind: str, text: str, target: str, new: str | None, true: str | None) -> Prompt:
+        return Prompt(request.case_id, position, kind, text, target, new, true)
+
+    new, true = request.target_new, request.target_true
+    return [
+        prompt("edit", request.filled_prompt, new, new, true),
+        *(prompt("paraphrase", text, new, new, true) for text in request.paraphrases),
+        *(prompt("locality", text, target, new, target) for text, target in request.locality),
+        *(prompt("portability", text, target, None, None) for text, target in request.portability),
+    ]
+
+
+@torch.no_grad()
+def predict(
+    model: EditableModel, prompts: Sequence[Prompt], settings: Settings, *, decode: bool
+) -> dict[str, list]:
+    """Predict every prompt; ``decode`` adds greedy decoding (else None).
+
+    Returns columns over the prompts: ``target_ids``, ``ids`` (lists of token ids),
+    ``target_new_logprob``, ``target_true_logprob`` (nats per token; NaN without such a
+    target), ``free_ids``, ``wild``.
+    """
+    pairs = {(p.prompt, p.target) for p in prompts}
+    pairs |= {(p.prompt, p.target_new) for p in prompts if p.target_new is not None}
+    pairs |= {(p.prompt, p.target_true) for p in prompts if p.target_true is not None}
+    forced = _teacher_forced(model, sorted(pairs), settings.batch_size)
+    nan = float("nan")
+
+    def logprob(prompt: Prompt, target: str | None) -> float:
+        return nan if target is None else forced[prompt.prompt, target][2]
+
+    columns: dict[str, list] = {
+        "target_ids": [forced[p.prompt, p.target][0] for p in prompts],
+        "ids": [forced[p.prompt, p.target][1] for p in prompts],
+        "target_new_logprob": [logprob(p, p.target_new) for p in prompts],
+        "target_true_logprob": [logprob(p, p.target_true) for p in prompts],
+        "free_ids": [None] * len(prompts),
+        "wild": [None] * len(prompts),
+    }
+    if decode:
+        lengths = [len(ids) for ids in columns["target_ids"]]
+        columns["free_ids"] = _decode_free(model, prompts, lengths, settings)
+        columns["wild"] = _decode_wild(model, prompts, settings)
+    return columns
+
+
+def _teacher_forced(
+    model: EditableModel, pairs: Sequence[Pair], batch_size: int
+) -> dict[Pair, tuple[list[int], list[int], float]]:
+    """Return target ids, argmax ids and mean log-probability of the target, for every pair."""
+    encoded = model.encode(pairs)
+    found = {}
+    for chunk in length_sorted_chunks([len(e.ids) for e in encoded], batch_size):
+        batch = model.collate([encoded[i] for i in chunk])
+        log_probs = model.answer_logits(batch).log_softmax(dim=-1)
+        gold = log_probs.gather(1, batch.labels[:, None]).squeeze(1)
+        counts = batch.counts.tolist()
+        parts = (log_probs.argmax(dim=-1).split(counts), gold.split(counts))
+        for index, argmax, gold_part in zip(chunk, *parts, strict=True):
+            target_ids = list(encoded[index].target_ids)
+            found[pairs[index]] = (target_ids, argmax.tolist(), float(gold_part.mean()))
+    return found
+
+
+def _decode_free(
+    model: EditableModel, prompts: Sequence[Prompt], lengths: Sequence[int], settings: Settings
+) -> list[list[int]]:
+    """Decode greedily, as many tokens as the target has."""
+    tokenised = model.tokenizer([p.prompt for p in prompts])["input_ids"]
+    decoded: list[list[int]] = [[] for _ in prompts]
+    for chunk in length_sorted_chunks(lengths, settings.batch_size):
+        longest = max(lengths[i] for i in chunk)
+        rows = _generate(model, [tokenised[i] for i in chunk], longest)
+        for index, row in zip(chunk, rows, strict=True):
+            decoded[index] = row[: lengths[index]].tolist()
+    return decoded
+
+
+def _decode_wild(
+    model: EditableModel, prompts: Sequence[Prompt], settings: Settings
+) -> list[str]:
+    """Decode answers to the question-answer prompt, cut at their natural stop."""
+    texts = [WILD_PROMPT.replace("{}", p.prompt) for p in prompts]
+    tokenised = model.tokenizer(texts)["input_ids"]
+    holds_stop, says = _stop_tables(model)
+    decoded = [""] * len(prompts)
+    for chunk in length_sorted_chunks([len(ids) for ids in tokenised], settings.batch_size):
+        ids = [tokenised[i] for i in chunk]
+        stop = _NaturalStop(holds_stop, says, max(len(x) for x in ids))
+        rows = _generate(model, ids, settings.wild_max_tokens, StoppingCriteriaList([stop]))
+        texts = model.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        for index, text in zip(chunk, texts, strict=True):
+            decoded[index] = natural_stop(text)
+    return decoded
+
+
+def natural_stop(text: str) -> str:
+    """Cut a generation before its first stop, leading blanks and line ends left aside."""
+    text = text.lstrip()
+    ends = [place for stop in WILD_STOPS if (place := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))].strip()
+
+
+class _NaturalStop(StoppingCriteria):
+    """Ends a row once its newest token holds a stop and the row has said something."""
+
+    def __init__(self, holds_stop: Tensor, says: Tensor, prompt_length: int) -> None:
+        self._holds_stop, self._says = holds_stop, says  # [vocabulary] bool
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        new = input_ids[:, self._prompt_length :]
+        return self._holds_stop[new[:, -1]] & self._says[new].any(dim=1)
+
+
+def _stop_tables(model: EditableModel) -> tuple[Tensor, Tensor]:
+    """Say of every token id whether its text holds a stop, and whether it is not blank."""
+    size = model.model.get_output_embeddings().weight.shape[0]
+    known = min(size, len(model.tokenizer))
+    texts = model.tokenizer.batch_decode([[i] for i in range(known)])
+    texts += [""] * (size - known)  # heads are padded beyond the vocabulary
+    holds_stop = [any(stop in text for stop in WILD_STOPS) for text in texts]
+    says = [bool(text.strip()) for text in texts]
+    return (
+        torch.tensor(holds_stop, device=model.device),
+        torch.tensor(says, device=model.device),
+    )
+
+
+def _generate(
+    model: EditableModel,
+    prompts: Sequence[Sequence[int]],
+    n_tokens: int,
+    stopping: StoppingCriteriaList | None = None,
+) -> Tensor:
+    """Decode greedily from prompts padded on the left; return the new tokens, [R, ≤ n]."""
+    longest = max(len(ids) for ids in prompts)
+    input_ids = torch.full((len(prompts), longest), model.pad_id)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
+        mask[row, longest - len(ids) :] = 1
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=n_tokens,
+        eos_token_id=model.tokenizer.eos_token_id,
+        pad_token_id=model.pad_id,
+    )
+    output = model.model.generate(
+        input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+        stopping_criteria=stopping,
+    )
+    return output[:, longest:].cpu()

@@ -1,0 +1,47 @@
+"""Validation of the config before anything is planned."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError, best_match
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import validate
+
+from kmebench.errors import ConfigError
+from kmebench.experiments import grid
+
+
+def check_config(config: dict[str, Any], schema: str | Path) -> None:
+    """Validate a config against its schema, fill in defaults, and check its names.
+
+    Raises:
+        ConfigError: names the key and says what is wrong with it.
+    """
+    try:
+        validate(config, str(schema))
+    except WorkflowError as error:
+        rules = yaml.safe_load(Path(schema).read_text(encoding="utf-8"))
+        found = best_match(Draft202012Validator(rules).iter_errors(config))
+        raise ConfigError(_sentence(found) if found else str(error)) from None
+    for name in config["experiments"]:
+        grid.runs_of(config, name)
+    for method in config["methods"]:
+        grid.editor_of(config, method)
+    for name, table in config["tables"].items():
+        where = f"tables.{name}.experiment"
+        grid.check_name(table["experiment"], config["experiments"], "experiments", where)
+
+
+def _sentence(error: ValidationError) -> str:
+    """Turn the most telling validation error into one sentence."""
+    where = _path(error.absolute_path) or "the top level"
+    described = error.schema.get("description", "") if isinstance(error.schema, dict) else ""
+    hint = f" ({described})" if described else ""
+    return f"The config is wrong at {where}: {error.message}{hint}."
+
+
+def _path(parts: Iterable[str | int]) -> str:
+    return ".".join(str(part) for part in parts)

@@ -1,0 +1,211 @@
+"""From the config to the grid of runs. Imports no torch: the workflow reads it while it plans.
+
+An experiment names a mode and lists of models, data sets and methods, and may sweep
+hyper-parameters; it expands to :class:`Run` values. Equal runs of two experiments are equal
+values, so they share a folder and are computed once.
+"""
+
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kmebench.editors.registry import editor_target
+from kmebench.errors import ConfigError
+
+MODES = ("batch", "consecutive")
+DEFAULT = "default"
+
+#: Hyper-parameters of PAC that decide which paths are selected, with their defaults; they and
+#: nothing else name a path file.
+PATH_SETTINGS: dict[str, Any] = {
+    "score": "l2",
+    "scope": "edit",
+    "selection": "disjoint",
+    "paths": 15,
+    "negatives": 1,
+}
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One cell of the grid: one folder ``runs/{model}/{dataset}/{mode}/{method}/...``."""
+
+    model: str
+    dataset: str
+    mode: str
+    method: str
+    variant: str
+    seed: int
+
+    def folder(self) -> str:
+        """Path of the run below ``results/``."""
+        return (
+            f"runs/{self.model}/{self.dataset}/{self.mode}/{self.method}/{self.variant}"
+            f"/seed{self.seed}"
+        )
+
+
+def runs_of(config: Mapping[str, Any], experiment: str) -> list[Run]:
+    """Expand one experiment: models × data sets × methods × variants × seeds, in that order.
+
+    Raises:
+        ConfigError: the experiment names a model, data set or method that is not configured,
+            or sweeps a hyper-parameter that no method of it has.
+    """
+    spec = config["experiments"][experiment]
+    for kind in ("models", "datasets", "methods"):
+        for name in spec[kind]:
+            check_name(name, config[kind], kind, f"experiments.{experiment}.{kind}")
+    return [
+        Run(model, dataset, spec["mode"], method, variant, seed)
+        for model, dataset, method in itertools.product(
+            spec["models"], spec["datasets"], spec["methods"]
+        )
+        for variant in _variants(config, spec, model, method)
+        for seed in spec.get("seeds", [config["seed"]])
+    ]
+
+
+def all_runs(config: Mapping[str, Any]) -> list[Run]:
+    """Return every run of every experiment once, sorted."""
+    return sorted({run for name in config["experiments"] for run in runs_of(config, name)})
+
+
+def check_name(name: str, known: Mapping[str, Any], kind: str, where: str) -> None:
+    """Refuse a name that the config does not define.
+
+    Raises:
+        ConfigError: names the nearest defined one.
+    """
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"defined: {', '.join(known)}."
+    raise ConfigError(f"{where} names {name!r}, which {kind} does not define; {hint}")
+
+
+def _variants(
+    config: Mapping[str, Any], spec: Mapping[str, Any], model: str, method: str
+) -> Iterator[str]:
+    """Yield the variants of a method: ``default``, or each swept value spelled out.
+
+    A swept value equal to the configured one *is* the default, so it is not run twice.
+    """
+    sweep = spec.get("sweep", {})
+    if not sweep:
+        yield DEFAULT
+        return
+    base = base_hparams(config, model, method)
+    for values in itertools.product(*sweep.values()):
+        changed = {
+            key: value
+            for key, value in zip(sweep, values, strict=True)
+            if base.get(key, PATH_SETTINGS.get(key)) != value
+        }
+        yield ",".join(f"{key}={value}" for key, value in changed.items()) or DEFAULT
+
+
+def base_hparams(config: Mapping[str, Any], model: str, method: str) -> dict[str, Any]:
+    """Merge a method's hyper-parameters with the model's own values for it."""
+    return {
+        **config["methods"][method].get("hparams", {}),
+        **config["models"][model].get("hparams", {}).get(method, {}),
+    }
+
+
+def hparams_of(config: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """Return the hyper-parameters of a run: method < model < variant."""
+    return base_hparams(config, run.model, run.method) | parse_variant(run.variant)
+
+
+def parse_variant(variant: str) -> dict[str, Any]:
+    """Read a variant back: ``paths=20,lambda=0.0`` -> values as YAML would type them."""
+    if variant == DEFAULT:
+        return {}
+    pairs = (item.partition("=") for item in variant.split(","))
+    return {key: _typed(text) for key, _, text in pairs}
+
+
+def _typed(text: str) -> Any:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def is_pac(config: Mapping[str, Any], method: str) -> bool:
+    """Whether a method is PAC and so may read cached paths."""
+    return editor_of(config, method) == "pac"
+
+
+def editor_of(config: Mapping[str, Any], method: str) -> str:
+    """Return the editor behind a method (by default of the same name).
+
+    Raises:
+        ConfigError: there is no such editor.
+    """
+    editor = config["methods"][method].get("editor", method)
+    editor_target(editor)
+    return editor
+
+
+def needs_paths(config: Mapping[str, Any], run: Run) -> bool:
+    """Whether a run reads cached paths: PAC that traces the original model."""
+    traced = hparams_of(config, run).get("trace_on", "original") == "original"
+    return is_pac(config, run.method) and traced
+
+
+def selection_of(config: Mapping[str, Any], run: Run) -> str:
+    """Name the path file of a run, e.g. ``l2,edit,disjoint,paths=15,negatives=1``.
+
+    Requests edited one at a time are their own batch, so there scope is always ``edit``.
+    """
+    settings = PATH_SETTINGS | {
+        key: value for key, value in hparams_of(config, run).items() if key in PATH_SETTINGS
+    }
+    scope = settings["scope"] if run.mode == "batch" else "edit"
+    if scope == "batch":
+        scope = f"batch={config['batch_size']}"
+    return (
+        f"{settings['score']},{scope},{settings['selection']},"
+        f"paths={settings['paths']},negatives={settings['negatives']}"
+    )
+
+
+def parse_selection(selection: str) -> dict[str, Any]:
+    """Read the name of a path file back: score, group (requests), selection, paths, negatives."""
+    score, scope, kind, paths, negatives = selection.split(",")
+    return {
+        "score": score,
+        "group": int(scope.partition("=")[2] or 1),
+        "selection": kind,
+        "paths": int(paths.removeprefix("paths=")),
+        "negatives": int(negatives.removeprefix("negatives=")),
+    }
+
+
+def plan(config: Mapping[str, Any]) -> str:
+    """Describe the grid in lines: experiments, runs, edits."""
+    lines = []
+    for name, spec in config["experiments"].items():
+        runs = runs_of(config, name)
+        lines.append(
+            f"{name}: {len(runs)} runs ({spec['mode']}; {len(spec['models'])} models x "
+            f"{len(spec['datasets'])} data sets x {len(spec['methods'])} methods)"
+        )
+    edits = {name: n_edits(config["datasets"][name]) for name in config["datasets"]}
+    total = sum(edits[run.dataset] for run in all_runs(config))
+    lines.append(f"in all {len(all_runs(config))} distinct runs, {total} edits")
+    lines += [f"  {name}: {count} edits per run" for name, count in edits.items()]
+    return "\n".join(lines)
+
+
+def n_edits(dataset: Mapping[str, Any]) -> int:
+    """Return how many records a data set's selection holds."""
+    if dataset.get("segments"):
+        return sum(stop - start for start, stop in dataset["segments"])
+    return dataset["n"]

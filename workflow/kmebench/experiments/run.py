@@ -1,0 +1,151 @@
+"""One cell of the grid: from a model and requests to the files of a run folder."""
+
+import hashlib
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from kmebench import __version__
+from kmebench.data.records import EditRequest
+from kmebench.editors.base import Editor, build_editor, resolved
+from kmebench.evaluation.frames import beside_original, write_frame
+from kmebench.evaluation.predict import Settings
+from kmebench.evaluation.schema import PREDICTIONS
+from kmebench.experiments.session import Checkpoints, Outcome, run_batches, run_consecutive
+from kmebench.files import sha256_of, write_json
+from kmebench.models.editable import EditableModel, describe
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pandas", "snakemake")
+
+
+def run_cell(
+    load: Callable[[], EditableModel],
+    requests: Sequence[EditRequest],
+    settings: Mapping[str, Any],
+    *,
+    assets: Mapping[str, str],
+    original: str,
+    code: Sequence[str],
+    output: Mapping[str, str],
+) -> None:
+    """Edit, predict and write ``output`` (predictions, timing, run; consecutive also delta).
+
+    ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, evaluation.
+    ``code`` names the source files the outcome depends on: a checkpoint made with others, or
+    with other settings or requests, is not resumed.
+    """
+    started = time.perf_counter()
+    model = load()
+    load_seconds = time.perf_counter() - started
+    editor = build_editor(settings["editor"], settings["hparams"], assets)
+    checkpoints = Checkpoints(
+        Path(output["predictions"]).parent / "checkpoints",
+        settings["checkpoint_every"],
+        {"settings": dict(settings), "requests": _digest(requests), "code": _code_digest(code)},
+    )
+    outcome = _session(model, editor, requests, settings, checkpoints)
+    frame = beside_original(outcome.predictions, pd.read_parquet(original))
+    write_json(output["timing"], timing(outcome, model, settings, load_seconds))
+    write_json(output["run"], record(outcome, model, editor, requests, settings))
+    if outcome.delta is not None:
+        outcome.delta.save(output["delta"])
+    write_frame(frame, PREDICTIONS, output["predictions"])
+    checkpoints.clear()
+
+
+def _session(
+    model: EditableModel,
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    settings: Mapping[str, Any],
+    checkpoints: Checkpoints,
+) -> Outcome:
+    evaluation = Settings(**settings["evaluation"])
+    if settings["mode"] == "batch":
+        return run_batches(model, editor, requests, settings["batch_size"], evaluation)
+    return run_consecutive(model, editor, requests, evaluation, checkpoints)
+
+
+def timing(
+    outcome: Outcome, model: EditableModel, settings: Mapping[str, Any], load_seconds: float
+) -> dict[str, Any]:
+    """Summarise where the time went; evaluation and loading are not part of an edit."""
+    n = sum(call["requests"] for call in outcome.times)
+    names = sorted({name for call in outcome.times for name in call["seconds"]})
+    seconds = {m: sum(call["seconds"].get(m, 0.0) for call in outcome.times) / n for m in names}
+    per_edit = [sum(call["seconds"].values()) / call["requests"] for call in outcome.times]
+    return {
+        "pipeline": settings["mode"],
+        "batch_size": max(call["requests"] for call in outcome.times),
+        "requests": n,
+        "seconds_per_edit": sum(seconds.values()),
+        "median_seconds_per_edit": float(pd.Series(per_edit).median()),
+        "seconds": seconds,
+        "steps_per_call": sum(call["steps"] for call in outcome.times) / len(outcome.times),
+        "model_load_seconds": load_seconds,
+        "peak_memory_bytes": peak_memory(),
+        "threads": torch.get_num_threads(),
+        **describe(model),
+        "calls": outcome.times,
+    }
+
+
+def peak_memory() -> dict[str, int]:
+    """Return the peak memory of the process, and of the GPU if there is one, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def record(
+    outcome: Outcome,
+    model: EditableModel,
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Describe how a run was made, so that it can be made again."""
+    return {
+        "kmebench": __version__,
+        "git_commit": git_commit(),
+        "settings": dict(settings) | {"hparams": resolved(editor)},
+        "requests": {"count": len(requests), "sha256": _digest(requests)},
+        "model": describe(model),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "delta_norms": outcome.norms,
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout, with ``-dirty`` for local changes; None outside one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _digest(requests: Sequence[EditRequest]) -> str:
+    return hashlib.sha256("\n".join(map(repr, requests)).encode()).hexdigest()
+
+
+def _code_digest(files: Sequence[str]) -> str:
+    return hashlib.sha256("".join(sha256_of(f) for f in sorted(files)).encode()).hexdigest()

@@ -1,0 +1,229 @@
+"""Editing sessions: the batch and the consecutive pipeline.
+
+**batch**: the requests are split into batches; each is edited at once from the original
+model, evaluated, and rolled back. **consecutive**: one request after another without
+rollback; predictions are made right after each edit ("write"), for all requests so far after
+1, 3, 10, 30, 100, ... edits ("checkpoint"), and for all requests on the final model
+("final"). A consecutive session saves its state and resumes from it with the same bytes.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.base import Editor, Stopwatch
+from kmebench.errors import EditError, KMEBenchError
+from kmebench.evaluation.frames import predicted_frame
+from kmebench.evaluation.predict import Settings, prompts_of
+from kmebench.files import write_json
+from kmebench.logs import track
+from kmebench.models.editable import EditableModel
+from kmebench.weights.delta import WeightDelta
+
+logger = logging.getLogger("kmebench")
+
+
+@dataclass
+class Outcome:
+    """What a session produced.
+
+    ``predictions``: one row per prompt and moment, "after" columns only. ``times``: one entry
+    per call of the editor: requests, seconds by name, steps. ``delta``: everything a
+    consecutive session changed (None for batches, which are rolled back). ``norms``: Frobenius
+    norm of every touched parameter, for each call of the editor.
+    """
+
+    predictions: pd.DataFrame
+    times: list[dict[str, Any]] = field(default_factory=list)
+    norms: list[dict[str, float]] = field(default_factory=list)
+    delta: WeightDelta | None = None
+
+
+def run_batches(
+    model: EditableModel,
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    batch_size: int,
+    settings: Settings,
+) -> Outcome:
+    """Edit batch after batch, each from the original model."""
+    frames, outcome = [], Outcome(pd.DataFrame())
+    starts = range(0, len(requests), batch_size)
+    for number, start in enumerate(track(starts, "batches edited", len(starts))):
+        batch = requests[start : start + batch_size]
+        _edit(model, editor, batch, outcome)
+        frames.append(
+            _predictions(model, batch, start, settings, "final", len(batch), number, decode=True)
+        )
+        model.revert()
+        # An independent run starts without memory of the batch before.
+        editor.load_state_dict({})
+    outcome.predictions = pd.concat(frames, ignore_index=True)
+    return outcome
+
+
+def run_consecutive(
+    model: EditableModel,
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    settings: Settings,
+    checkpoints: "Checkpoints",
+) -> Outcome:
+    """Edit one request after another, resuming from the newest checkpoint."""
+    done, frames, outcome = checkpoints.restore(model, editor)
+    remaining = requests[done:]
+    for request in track(remaining, "requests edited", len(remaining)):
+        _edit(model, editor, [request], outcome)
+        frames.append(_predictions(model, [request], done, settings, "write", done + 1))
+        done += 1
+        if done in milestones(len(requests)):
+            frames.append(
+                _predictions(model, requests[:done], 0, settings, "checkpoint", done)
+            )
+        if done % checkpoints.every == 0 and done < len(requests):
+            checkpoints.save(model, editor, done, frames, outcome)
+    frames.append(
+        _predictions(model, requests, 0, settings, "final", len(requests), decode=True)
+    )
+    outcome.predictions = pd.concat(frames, ignore_index=True)
+    outcome.delta = model.edits.total()
+    return outcome
+
+
+def milestones(n: int) -> set[int]:
+    """Return 1, 3, 10, 30, 100, ... below ``n``: the edits after which all so far are scored."""
+    values: set[int] = set()
+    power = 1
+    while power < n:
+        values |= {power, 3 * power}
+        power *= 10
+    return {value for value in values if value < n}
+
+
+def _edit(
+    model: EditableModel, editor: Editor, batch: Sequence[EditRequest], outcome: Outcome
+) -> None:
+    """Edit, apply, and note how long it took."""
+    editor.stopwatch, editor.steps = Stopwatch(), 0
+    try:
+        delta = editor.edit(model, batch)
+    except torch.OutOfMemoryError as error:
+        raise EditError(
+            f"Out of memory while editing request {batch[0].case_id!r} (batch of {len(batch)}): "
+            "lower micro_batch or batch_size, or choose a smaller dtype."
+        ) from error
+    if not delta.is_finite():
+        raise EditError(
+            f"The edit of request {batch[0].case_id!r} (batch of {len(batch)}) holds NaN or "
+            "infinite values; lower the learning rate."
+        )
+    with editor.stopwatch("apply"):
+        model.apply(delta)
+    outcome.times.append(
+        {"requests": len(batch), "steps": editor.steps, "seconds": editor.stopwatch.seconds}
+    )
+    outcome.norms.append(delta.norms())
+
+
+def _predictions(
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    first: int,
+    settings: Settings,
+    moment: str,
+    edits_done: int,
+    batch: int = 0,
+    *,
+    decode: bool = False,
+) -> pd.DataFrame:
+    """Predict all prompts of ``requests``, the first of which has the position ``first``."""
+    prompts = [p for i, r in enumerate(requests, start=first) for p in prompts_of(r, i)]
+    frame = predicted_frame(model, prompts, settings, decode=decode)
+    return frame.assign(moment=moment, edits_done=edits_done, batch=batch)
+
+
+class Checkpoints:
+    """Saved states of a consecutive session: at most one, replaced as a whole.
+
+    A checkpoint is a folder ``{edits done}`` with the masters of all touched weights, the
+    editor's memory and the state of the random generator (safetensors), the predictions so
+    far (parquet) and a JSON record of the run's identity: a state of another configuration is
+    never resumed.
+    """
+
+    def __init__(self, folder: Path, every: int, identity: dict[str, Any]) -> None:
+        self.folder, self.every, self.identity = folder, every, identity
+
+    def save(
+        self,
+        model: EditableModel,
+        editor: Editor,
+        done: int,
+        frames: Sequence[pd.DataFrame],
+        outcome: Outcome,
+    ) -> None:
+        """Write a checkpoint; it appears under its name only when complete."""
+        target, partial = self.folder / str(done), self.folder / "partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(_packed(model.edits.state()), partial / "masters.safetensors")
+        save_file(_packed(editor.state_dict()), partial / "editor.safetensors")
+        save_file({"torch": torch.get_rng_state()}, partial / "random.safetensors")
+        pd.concat(frames, ignore_index=True).to_parquet(partial / "predictions.parquet")
+        record = {"times": outcome.times, "norms": outcome.norms, "identity": self.identity}
+        write_json(partial / "record.json", record)
+        older = list(self._complete())
+        partial.rename(target)
+        for _, path in older:
+            shutil.rmtree(path)
+        logger.info("checkpoint after %d edits", done)
+
+    def restore(
+        self, model: EditableModel, editor: Editor
+    ) -> tuple[int, list[pd.DataFrame], Outcome]:
+        """Load the newest checkpoint into a freshly loaded model; (0, [], empty) without one."""
+        found = sorted(self._complete(), reverse=True)
+        if not found:
+            return 0, [], Outcome(pd.DataFrame())
+        done, path = found[0]
+        record = json.loads((path / "record.json").read_text(encoding="utf-8"))
+        if record["identity"] != self.identity:
+            logger.info("the checkpoint in %s is of another configuration: starting afresh", path)
+            self.clear()
+            return 0, [], Outcome(pd.DataFrame())
+        try:
+            model.edits.load_state(load_file(path / "masters.safetensors"))
+            editor.load_state_dict(load_file(path / "editor.safetensors"))
+            torch.set_rng_state(load_file(path / "random.safetensors")["torch"])
+            frame = pd.read_parquet(path / "predictions.parquet")
+        except (OSError, ValueError, KeyError) as error:
+            raise KMEBenchError(
+                f"The checkpoint {path} cannot be read ({error}); delete that folder to start "
+                "the run afresh."
+            ) from error
+        logger.info("resumed after %d edits", done)
+        return done, [frame], Outcome(pd.DataFrame(), record["times"], record["norms"])
+
+    def clear(self) -> None:
+        """Remove all checkpoints (the run is complete)."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _complete(self) -> Iterator[tuple[int, Path]]:
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.name.isdecimal():
+                    yield int(path.name), path
+
+
+def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}

@@ -1,0 +1,74 @@
+"""What a Snakemake script prints, where it goes, and how it ends."""
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kmebench.errors import KMEBenchError
+
+logger = logging.getLogger("kmebench")
+
+Item = TypeVar("Item")
+
+
+@contextmanager
+def script_log(snakemake: Any) -> Iterator[None]:
+    """Send a script's output to its log file, and end it with one sentence on a user's error.
+
+    The sentence goes to the log (Snakemake shows it with ``--show-failed-logs``) and to the
+    terminal; an unexpected exception keeps its traceback in the log.
+    """
+    terminal = sys.stderr
+    log_file = snakemake.log[0] if snakemake.log else None
+    stream: TextIO = open(log_file, "w", buffering=1, encoding="utf-8") if log_file else terminal
+    sys.stdout = sys.stderr = stream
+    logging.basicConfig(
+        stream=stream, level=logging.INFO, format="%(asctime)s %(message)s", force=True
+    )
+    _TERMINAL["stream"] = terminal
+    _TERMINAL["title"] = f"{snakemake.rule} {' '.join(str(w) for w in snakemake.wildcards)}".strip()
+    try:
+        yield
+    except KMEBenchError as error:
+        message = f"{snakemake.rule}: {error}"
+        print(message, file=stream)
+        if stream is not terminal:
+            print(message, file=terminal)
+        sys.exit(1)
+
+
+_TERMINAL: dict[str, Any] = {"stream": None, "title": ""}
+
+
+def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
+    """Yield ``items`` with progress: a bar on a terminal, a log line every tenth elsewhere."""
+    stream = _TERMINAL["stream"] or sys.stderr
+    description = f"{_TERMINAL['title']}: {description}" if _TERMINAL["title"] else description
+    if not stream.isatty():
+        yield from _track_in_log(items, description, total)
+        return
+    console = Console(file=stream)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+def _track_in_log(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
+    """Log at every tenth of the way."""
+    shown = 0
+    for done, item in enumerate(items, start=1):
+        yield item
+        tenth = done * 10 // max(total, 1)
+        if tenth > shown:
+            shown = tenth
+            logger.info("%s: %d of %d", description, done, total)

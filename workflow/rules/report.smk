@@ -1,0 +1,64 @@
+# From predictions to the paper's tables. Nothing here imports torch.
+
+
+rule score:
+    "Compute the metrics of all protocols for every run of one experiment."
+    input:
+        predictions=experiment_files("predictions.parquet"),
+        timing=experiment_files("timing.json"),
+        original=lambda w: [
+            f"<results>/original/{model}/{dataset}.parquet"
+            for model, dataset in experiment_originals(w)
+        ],
+        code=code("score"),
+    output:
+        metrics="<results>/metrics/{experiment}.parquet",
+    log:
+        "<logs>/score/{experiment}.log",
+    wildcard_constraints:
+        experiment=one_of(config["experiments"]),
+    params:
+        experiment=lambda w: w.experiment,
+        runs=lambda w: [asdict(run) for run in grid.runs_of(config, w.experiment)],
+        originals=lambda w: [
+            {"model": model, "dataset": dataset} for model, dataset in experiment_originals(w)
+        ],
+        statistics=config["statistics"],
+    conda:
+        "../../envs/report.yaml"
+    message:
+        "Scoring {wildcards.experiment}"
+    script:
+        "../scripts/score.py"
+
+
+rule table:
+    "Lay one experiment out as the paper's table, beside the paper's own numbers."
+    input:
+        metrics=lambda w: f"<results>/metrics/{config['tables'][w.table]['experiment']}.parquet",
+        paper=lambda w: config["tables"][w.table].get("paper", []),
+        code=code("table"),
+    output:
+        csv="<results>/tables/{table}.csv",
+        md="<results>/tables/{table}.md",
+        tex="<results>/tables/{table}.tex",
+    log:
+        "<logs>/table/{table}.log",
+    wildcard_constraints:
+        table=one_of(config["tables"]),
+    params:
+        table=table_params,
+    conda:
+        "../../envs/report.yaml"
+    localrule: True
+    message:
+        "Writing {wildcards.table}"
+    script:
+        "../scripts/table.py"
+
+
+rule tables:
+    "All tables."
+    input:
+        expand("<results>/tables/{table}.md", table=config["tables"]),
+    localrule: True

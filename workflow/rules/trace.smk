@@ -1,0 +1,77 @@
+# What the unedited model says, and which paths through it matter for each request.
+
+
+wildcard_constraints:
+    model=one_of(config["models"]),
+    dataset=one_of(config["datasets"]),
+    method=one_of(config["methods"]),
+    variant=r"default|[a-z_]+=[^/]+",
+    seed=r"\d+",
+
+
+rule predict_original:
+    "Predict every prompt with the unedited model."
+    input:
+        model="<results>/models/{model}",
+        requests="<results>/data/{dataset}.jsonl",
+        code=code("predict_original"),
+    output:
+        predictions="<results>/original/{model}/{dataset}.parquet",
+    log:
+        "<logs>/predict_original/{model}.{dataset}.log",
+    params:
+        load=lambda w: load_params(w.model),
+        evaluation=config["evaluation"],
+    threads: config["threads"]
+    resources:
+        gpu=gpus,
+    conda:
+        "../../envs/edit.yaml"
+    message:
+        "Asking the unedited {wildcards.model} about {wildcards.dataset}"
+    script:
+        "../scripts/predict_original.py"
+
+
+rule cache_gradients:
+    "Score every FFN segment for every request: one forward and one backward pass each."
+    input:
+        model="<results>/models/{model}",
+        requests="<results>/data/{dataset}.jsonl",
+        code=code("cache_gradients"),
+    output:
+        gradients="<results>/trace/{model}/{dataset}/gradients.safetensors",
+    log:
+        "<logs>/cache_gradients/{model}.{dataset}.log",
+    params:
+        load=lambda w: load_params(w.model),
+    threads: config["threads"]
+    resources:
+        gpu=gpus,
+    conda:
+        "../../envs/edit.yaml"
+    message:
+        "Tracing {wildcards.model} on {wildcards.dataset}"
+    script:
+        "../scripts/cache_gradients.py"
+
+
+rule select_paths:
+    "Select critical and insignificant transmission paths from the cached scores."
+    input:
+        gradients="<results>/trace/{model}/{dataset}/gradients.safetensors",
+        code=code("select_paths"),
+    output:
+        paths="<results>/trace/{model}/{dataset}/paths/{selection}.safetensors",
+    log:
+        "<logs>/select_paths/{model}.{dataset}.{selection}.log",
+    wildcard_constraints:
+        selection=r"\w+,[\w=]+,\w+,paths=\d+,negatives=\d+",
+    params:
+        settings=lambda w: grid.parse_selection(w.selection),
+    conda:
+        "../../envs/edit.yaml"
+    message:
+        "Selecting paths {wildcards.selection} of {wildcards.model} on {wildcards.dataset}"
+    script:
+        "../scripts/select_paths.py"

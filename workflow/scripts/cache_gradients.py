@@ -1,0 +1,14 @@
+"""Cache the impact scores of all FFN segments for all requests (kmebench.tracing)."""
+
+import torch
+
+from kmebench.data.records import read_requests
+from kmebench.logs import script_log
+from kmebench.models.editable import EditableModel, seed_everything
+from kmebench.tracing.cache import cache_gradients
+
+with script_log(snakemake):
+    torch.set_num_threads(snakemake.threads)
+    seed_everything(0)
+    model = EditableModel.load(snakemake.input.model, **snakemake.params.load)
+    cache_gradients(snakemake.output.gradients, model, read_requests(snakemake.input.requests))

@@ -1,0 +1,22 @@
+"""Run one cell of the grid: edit a model, predict with it, record how (kmebench.experiments)."""
+
+import torch
+
+from kmebench.data.records import read_requests
+from kmebench.experiments.run import run_cell
+from kmebench.logs import script_log
+from kmebench.models.editable import EditableModel, seed_everything
+
+with script_log(snakemake):
+    torch.set_num_threads(snakemake.threads)
+    settings = snakemake.params.run
+    seed_everything(settings["seed"])
+    run_cell(
+        lambda: EditableModel.load(snakemake.input.model, **settings["load"]),
+        read_requests(snakemake.input.requests),
+        settings,
+        assets={"paths": snakemake.input.paths} if "paths" in snakemake.input.keys() else {},
+        original=snakemake.input.original,
+        code=snakemake.input.code,
+        output=dict(snakemake.output.items()),
+    )

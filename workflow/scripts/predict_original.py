@@ -1,0 +1,18 @@
+"""Predict every prompt of a data set with the unedited model (kmebench.evaluation.predict)."""
+
+import torch
+
+from kmebench.data.records import read_requests
+from kmebench.evaluation.frames import original_frame, write_frame
+from kmebench.evaluation.predict import Settings
+from kmebench.evaluation.schema import ORIGINAL
+from kmebench.logs import script_log
+from kmebench.models.editable import EditableModel, seed_everything
+
+with script_log(snakemake):
+    torch.set_num_threads(snakemake.threads)
+    seed_everything(0)  # greedy throughout: the seed decides nothing, the flags do
+    model = EditableModel.load(snakemake.input.model, **snakemake.params.load)
+    requests = read_requests(snakemake.input.requests)
+    frame = original_frame(model, requests, Settings(**snakemake.params.evaluation))
+    write_frame(frame, ORIGINAL, snakemake.output.predictions)

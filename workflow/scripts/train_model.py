@@ -1,0 +1,20 @@
+"""Train tiny-gptj on the facts of this repository (kmebench.models.tiny)."""
+
+from pathlib import Path
+
+import torch
+
+from kmebench.data.openfacts import fact_sentences
+from kmebench.logs import logger, script_log
+from kmebench.models.editable import seed_everything
+from kmebench.models.sources import save_model
+from kmebench.models.tiny import train_tiny
+
+with script_log(snakemake):
+    torch.set_num_threads(snakemake.threads)
+    source = snakemake.params.source
+    seed_everything(source["seed"])
+    facts = fact_sentences(Path(snakemake.params.openfacts))
+    model, tokenizer, share = train_tiny(facts, source["seed"])
+    logger.info("tiny-gptj answers %.1f%% of %d fact sentences", 100 * share, len(facts))
+    save_model(model, tokenizer, Path(snakemake.output.folder))
