@@ -69,9 +69,7 @@ def literal_pac(model, requests, hparams, n_layers):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("n_requests", [1, 3])
 @pytest.mark.parametrize("contrast", [0.1, 0.0])
-def test_pac_equals_the_literal_dense_algorithm(
-    family, n_requests, contrast, make_model, requests
-):
+def test_pac_equals_the_literal_dense_algorithm(family, n_requests, contrast, make_model, requests):
     model = make_model(family)
     chosen = requests[:n_requests]
     hparams = HPARAMS | {"lambda": contrast}

@@ -86,7 +86,9 @@ class LargestTensor(TorchDispatchMode):
 
 def _aliases(tensor, args):
     inputs = [a for a in args if isinstance(a, torch.Tensor)]
-    return any(tensor.untyped_storage().data_ptr() == i.untyped_storage().data_ptr() for i in inputs)
+    return any(
+        tensor.untyped_storage().data_ptr() == i.untyped_storage().data_ptr() for i in inputs
+    )
 
 
 @pytest.mark.parametrize("family", ["gptj", "llama"])

@@ -71,9 +71,7 @@ class Editor(ABC):
         """Restore :meth:`state_dict`."""
 
 
-def build_editor(
-    name: str, hparams: Mapping[str, Any], assets: Mapping[str, str | Path]
-) -> Editor:
+def build_editor(name: str, hparams: Mapping[str, Any], assets: Mapping[str, str | Path]) -> Editor:
     """Build an editor from its config name, its hyper-parameters and its cached stages.
 
     Raises:
@@ -84,7 +82,9 @@ def build_editor(
         editor_class = getattr(importlib.import_module(module), class_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"The editor {name!r} cannot be imported: {error}") from error
-    fields = {field.name.rstrip("_"): field.name for field in dataclasses.fields(editor_class.Hparams)}
+    fields = {
+        field.name.rstrip("_"): field.name for field in dataclasses.fields(editor_class.Hparams)
+    }
     unknown = sorted(set(hparams) - set(fields))
     if unknown:
         raise ConfigError(

@@ -79,9 +79,9 @@ class FullC(Editor):
             name: p.detach() if p.dtype == start[name].dtype else start[name].clone()
             for name, p in live.items()
         }
-        optimiser = torch.optim.Adam(
-            masters.values(), lr=self.hparams.learning_rate, fused=True
-        )
+        optimiser = torch.optim.Adam(masters.values(), lr=self.hparams.learning_rate, fused=True)
+        bounded = self.hparams.norm_constraint is not None
+        originals = {name: model.edits.original(name) for name in start} if bounded else {}
         for _ in range(self.hparams.steps):
             if self._backward(model, requests, encoded):
                 break
@@ -89,7 +89,7 @@ class FullC(Editor):
                 master.grad = live[name].grad.to(master.dtype)
                 live[name].grad = None
             optimiser.step()
-            self._project(model, masters)
+            self._project(masters, originals)
             for name, master in masters.items():
                 master.grad = None
                 live[name].detach().copy_(master)
@@ -104,9 +104,7 @@ class FullC(Editor):
     ) -> bool:
         """Accumulate the gradient of the mean loss; true if every request is already learnt."""
         worst = 0.0
-        chunks = list(
-            length_sorted_chunks([len(e.ids) for e in encoded], self.hparams.micro_batch)
-        )
+        chunks = list(length_sorted_chunks([len(e.ids) for e in encoded], self.hparams.micro_batch))
         for chunk in chunks:
             batch = model.collate([encoded[i] for i in chunk])
             with torch.enable_grad():
@@ -119,11 +117,9 @@ class FullC(Editor):
             (losses.sum() / len(encoded)).backward()
         return False
 
-    def _project(self, model: EditableModel, masters: dict[str, Tensor]) -> None:
+    def _project(self, masters: dict[str, Tensor], originals: dict[str, Tensor]) -> None:
         """Clamp every master into the box around the original weight."""
         bound = self.hparams.norm_constraint
-        if bound is None:
-            return
-        for name, master in masters.items():
-            original = model.edits.original(name).to(master.dtype)
-            master.clamp_(min=original - bound, max=original + bound)
+        for name, original in originals.items():
+            center = original.to(masters[name].dtype)
+            masters[name].clamp_(min=center - bound, max=center + bound)

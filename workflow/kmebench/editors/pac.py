@@ -90,9 +90,7 @@ class PAC(Editor):
         optimiser = torch.optim.Adam(
             offsets.parameters(), lr=self.hparams.learning_rate, fused=True
         )
-        chunks = list(
-            length_sorted_chunks([len(e.ids) for e in encoded], self.hparams.micro_batch)
-        )
+        chunks = list(length_sorted_chunks([len(e.ids) for e in encoded], self.hparams.micro_batch))
         for _ in range(self.hparams.steps):
             optimiser.zero_grad()
             worst = 0.0

@@ -124,9 +124,7 @@ def _decode_free(
     return decoded
 
 
-def _decode_wild(
-    model: EditableModel, prompts: Sequence[Prompt], settings: Settings
-) -> list[str]:
+def _decode_wild(model: EditableModel, prompts: Sequence[Prompt], settings: Settings) -> list[str]:
     """Decode answers to the question-answer prompt, cut at their natural stop."""
     texts = [WILD_PROMPT.replace("{}", p.prompt) for p in prompts]
     tokenised = model.tokenizer(texts)["input_ids"]

@@ -87,14 +87,10 @@ def run_consecutive(
         frames.append(_predictions(model, [request], done, settings, "write", done + 1))
         done += 1
         if done in milestones(len(requests)):
-            frames.append(
-                _predictions(model, requests[:done], 0, settings, "checkpoint", done)
-            )
+            frames.append(_predictions(model, requests[:done], 0, settings, "checkpoint", done))
         if done % checkpoints.every == 0 and done < len(requests):
             checkpoints.save(model, editor, done, frames, outcome)
-    frames.append(
-        _predictions(model, requests, 0, settings, "final", len(requests), decode=True)
-    )
+    frames.append(_predictions(model, requests, 0, settings, "final", len(requests), decode=True))
     outcome.predictions = pd.concat(frames, ignore_index=True)
     outcome.delta = model.edits.total()
     return outcome

@@ -77,7 +77,9 @@ def _from_hub(source: Mapping[str, Any], folder: Path) -> None:
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
             token = "is set" if os.environ.get("HF_TOKEN") else "is not set"
-            gated = f" The repository may be gated: HF_TOKEN {token}." if status in (401, 403) else ""
+            gated = (
+                f" The repository may be gated: HF_TOKEN {token}." if status in (401, 403) else ""
+            )
             raise ModelError(
                 f"{where} could not be downloaded ({type(error).__name__}).{gated} "
                 "What has arrived is kept and the next run resumes."

@@ -111,9 +111,7 @@ def _collate(encoded: Sequence[Encoded]) -> Batch:
 def _loss(model: GPTJForCausalLM, batch: Batch) -> Tensor:
     """Cross-entropy of the answers plus a little of the prompts (padding excluded)."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits.float()
-    answers = torch.nn.functional.cross_entropy(
-        logits[batch.rows, batch.positions], batch.labels
-    )
+    answers = torch.nn.functional.cross_entropy(logits[batch.rows, batch.positions], batch.labels)
     inside = torch.zeros_like(batch.input_ids, dtype=torch.bool)
     first = batch.positions.new_full((len(batch.counts),), batch.input_ids.shape[1])
     first = first.scatter_reduce(0, batch.rows, batch.positions, "amin")

@@ -40,9 +40,11 @@ class Ledger:
         return WeightDelta({name: entry.total() for name, entry in self._entries.items()})
 
     def original(self, name: str) -> Tensor:
-        """Return a parameter as it was before any edit (a copy if it was touched)."""
+        """Return a parameter as it was before any edit; never the live weight itself."""
         entry = self._entries.get(name)
-        return self._parameters[name].detach() if entry is None else entry.full_original()
+        if entry is None:
+            return self._parameters[name].detach().clone()
+        return entry.full_original()
 
     def master(self, name: str) -> Tensor:
         """Return a whole parameter at master precision (a copy)."""
@@ -196,7 +198,9 @@ class _Segments:
 
     def masters_of(self, axis: int, index: Tensor, live: Tensor) -> Tensor:
         if axis != self.kind.axis:
-            return self.full_master(_upcast(self.parameter.detach()).clone()).movedim(axis, 0)[index]
+            return self.full_master(_upcast(self.parameter.detach()).clone()).movedim(axis, 0)[
+                index
+            ]
         slots = self.slot[index]
         known = slots >= 0
         masters = live.clone()
