@@ -62,8 +62,9 @@ def make_model(tokenizer) -> Callable[..., EditableModel]:
         torch.manual_seed(0)
         config = small_config(family, len(tokenizer), **sizes)
         model = AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():  # large enough that everything has influence
-            torch.nn.init.normal_(parameter, std=0.3)
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "ln_" not in name:  # so large that everything has influence
+                torch.nn.init.normal_(parameter, std=0.3)
         return EditableModel(model.to(dtype), tokenizer)
 
     return make
