@@ -43,8 +43,10 @@ def test_full_c_equals_projected_adam(family, make_model, requests):
     assert all(torch.equal(before[n], p) for n, p in model.model.named_parameters())
     model.apply(delta)
     for name in names:
+        # Llama's RMSNorm computes in float32 whatever the dtype; Adam magnifies that noise
+        # where a gradient nearly vanishes.
         torch.testing.assert_close(
-            model.parameter(name).detach(), weights[name].detach(), rtol=1e-6, atol=1e-7
+            model.parameter(name).detach(), weights[name].detach(), rtol=1e-5, atol=1e-6
         )
 
 

@@ -90,9 +90,9 @@ def test_pac_equals_the_literal_dense_algorithm(family, n_requests, contrast, ma
 
 
 def test_pac_learns_its_fact_and_stops_early(make_model, requests):
-    model = make_model("llama")
+    model = make_model("gptj")
     editor = build_editor(
-        "pac", {"trace_on": "current", "paths": 8, "learning_rate": 0.02, "steps": 200}, {}
+        "pac", {"trace_on": "current", "paths": 12, "learning_rate": 0.05, "steps": 200}, {}
     )
     model.apply(editor.edit(model, requests[:1]))
     (item,) = model.encode([(requests[0].filled_prompt, requests[0].target_new)])

@@ -59,5 +59,5 @@ def test_ties_go_to_the_lower_index():
 
 
 def test_more_paths_than_segments_are_refused():
-    with pytest.raises(ConfigError, match="paths=6 and negatives=1 .* 6 of one FFN"):
+    with pytest.raises(ConfigError, match=r"paths=6 and negatives=1 .* 6 of one FFN"):
         select_paths(torch.zeros(1, 1, 2, 6), 6, 1)

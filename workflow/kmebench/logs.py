@@ -25,7 +25,12 @@ def script_log(snakemake: Any) -> Iterator[None]:
     """
     terminal = sys.stderr
     log_file = snakemake.log[0] if snakemake.log else None
-    stream: TextIO = open(log_file, "w", buffering=1, encoding="utf-8") if log_file else terminal
+    # Not closed: tracebacks of the interpreter's end still go there.
+    stream: TextIO = (
+        open(log_file, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+        if log_file
+        else terminal
+    )
     sys.stdout = sys.stderr = stream
     logging.basicConfig(
         stream=stream, level=logging.INFO, format="%(asctime)s %(message)s", force=True

@@ -15,7 +15,7 @@ with script_log(snakemake):
         lambda: EditableModel.load(snakemake.input.model, **settings["load"]),
         read_requests(snakemake.input.requests),
         settings,
-        assets={"paths": snakemake.input.paths} if "paths" in snakemake.input.keys() else {},
+        assets={"paths": snakemake.input.paths} if hasattr(snakemake.input, "paths") else {},
         original=snakemake.input.original,
         code=snakemake.input.code,
         output=dict(snakemake.output.items()),

@@ -67,8 +67,8 @@ class Editor(ABC):
         """Return what the editor remembers between calls (nothing, for most)."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore :meth:`state_dict`."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Restore :meth:`state_dict`; an empty state forgets everything (for most, nothing)."""
 
 
 def build_editor(name: str, hparams: Mapping[str, Any], assets: Mapping[str, str | Path]) -> Editor:

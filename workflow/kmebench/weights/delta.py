@@ -41,9 +41,11 @@ class _Segments:
         return full
 
     def factors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that make up the part, in the order of its fields."""
         return self.index, self.values
 
     def norm(self) -> float:
+        """Return the Frobenius norm."""
         return float(torch.linalg.vector_norm(self.values))
 
 
@@ -73,9 +75,11 @@ class LowRank:
         return (self.u @ self.v).reshape(shape)
 
     def factors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that make up the part, in the order of its fields."""
         return self.u, self.v
 
     def norm(self) -> float:
+        """Return the Frobenius norm."""
         # |uv|_F^2 = tr(u'u vv'), without forming the product.
         square = torch.sum((self.u.T @ self.u) * (self.v @ self.v.T))
         return float(square.clamp(min=0).sqrt())
@@ -92,9 +96,11 @@ class Dense:
         return self.values.reshape(shape)
 
     def factors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that make up the part, in the order of its fields."""
         return (self.values,)
 
     def norm(self) -> float:
+        """Return the Frobenius norm."""
         return float(torch.linalg.vector_norm(self.values))
 
 
