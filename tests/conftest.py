@@ -9,7 +9,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from kmebench.data.records import EditRequest
 from kmebench.models.editable import EditableModel
-from kmebench.models.tiny import train_tokenizer
+from kmebench.models.tiny import train_tiny, train_tokenizer
 
 FAMILIES = ("gptj", "llama", "gpt2")
 
@@ -103,4 +103,47 @@ def requests() -> list[EditRequest]:
             "Paris, and in Italy",
             ("The capital of France is", "Paris"),
         ),
+    ]
+
+
+CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Japan": "Tokyo",
+    "Spain": "Madrid",
+    "Norway": "Oslo",
+    "Greece": "Athens",
+    "Cuba": "Havana",
+    "Peru": "Lima",
+    "Kenya": "Nairobi",
+    "Iraq": "Baghdad",
+}
+
+
+@pytest.fixture(scope="session")
+def trained() -> EditableModel:
+    """A tiny GPT-J that knows ten capitals, trained in a few seconds."""
+    torch.set_num_threads(1)
+    forms = ("The capital of {} is", "{} has its capital in", "What is the capital of {}?")
+    facts = [(form.replace("{}", c), city) for form in forms for c, city in CAPITALS.items()]
+    model, tokenizer, _ = train_tiny(facts, seed=0, max_epochs=60)
+    return EditableModel(model, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def capital_requests() -> list[EditRequest]:
+    """Every capital replaced by the next country's."""
+    cities = list(CAPITALS.values())
+    return [
+        EditRequest(
+            case_id=country,
+            subject=country,
+            prompt="The capital of {} is",
+            target_new=cities[(i + 1) % len(cities)],
+            target_true=city,
+            paraphrases=(f"{country} has its capital in",),
+            locality=((f"The capital of {list(CAPITALS)[(i + 3) % len(cities)]} is", "x"),),
+            portability=((f"What is the capital of {country}?", cities[(i + 1) % len(cities)]),),
+        )
+        for i, (country, city) in enumerate(CAPITALS.items())
     ]

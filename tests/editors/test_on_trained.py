@@ -1,0 +1,33 @@
+"""Every editor edits a fact that a trained model knows."""
+
+import pytest
+
+from kmebench.editors.base import build_editor
+from kmebench.editors.registry import EDITORS
+from kmebench.evaluation.predict import Settings, predict, prompts_of
+
+HPARAMS = {
+    "pac": {"trace_on": "current", "learning_rate": 5e-3},
+    "full-c": {"learning_rate": 1e-3, "norm_constraint": None},
+}
+
+
+def answer(model, request):
+    columns = predict(model, prompts_of(request, 0)[:1], Settings(), decode=True)
+    return model.tokenizer.decode(columns["free_ids"][0]).strip()
+
+
+@pytest.mark.parametrize("name", EDITORS)
+@pytest.mark.parametrize("together", [1, 3])
+def test_the_edited_model_says_the_new_answer_and_the_reverted_one_the_old(
+    name, together, trained, capital_requests
+):
+    requests = capital_requests[:together]
+    assert [answer(trained, r) for r in requests] == [r.target_true for r in requests]
+    editor = build_editor(name, HPARAMS[name], {})
+    trained.apply(editor.edit(trained, requests))
+    after = [answer(trained, r) for r in requests]
+    trained.revert()
+    assert after == [r.target_new for r in requests]
+    assert editor.steps > 0
+    assert [answer(trained, r) for r in requests] == [r.target_true for r in requests]

@@ -1,0 +1,106 @@
+"""Predictions against plain, one-by-one computation with the bare Hugging Face model."""
+
+import math
+
+import pytest
+import torch
+
+from kmebench.errors import DataError
+from kmebench.evaluation.frames import beside_original, original_frame, predicted_frame
+from kmebench.evaluation.predict import Prompt, Settings, natural_stop, predict, prompts_of
+from tests.conftest import FAMILIES
+
+
+def plain_teacher_forcing(model, prompt, target):
+    start = model.tokenizer(prompt)["input_ids"]
+    whole = model.tokenizer(f"{prompt} {target}")["input_ids"]
+    target_ids = whole[len(start) :]
+    logits = model.model(input_ids=torch.tensor([whole])).logits[0].float()
+    log_probs = logits.log_softmax(-1)[len(start) - 1 : -1]
+    gold = log_probs.gather(1, torch.tensor(target_ids)[:, None])
+    return target_ids, log_probs.argmax(-1).tolist(), float(gold.mean())
+
+
+def plain_greedy(model, prompt, n_tokens):
+    ids = model.tokenizer(prompt)["input_ids"]
+    for _ in range(n_tokens):
+        ids.append(int(model.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[-n_tokens:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_predictions_equal_plain_ones(family, make_model, requests):
+    model = make_model(family, torch.float32)
+    prompts = [p for i, r in enumerate(requests) for p in prompts_of(r, i)]
+    columns = predict(model, prompts, Settings(batch_size=4, wild_max_tokens=5), decode=True)
+    for row, p in enumerate(prompts):
+        target_ids, argmax, _ = plain_teacher_forcing(model, p.prompt, p.target)
+        assert columns["target_ids"][row] == target_ids
+        assert columns["ids"][row] == argmax
+        for column, target in (
+            ("target_new_logprob", p.target_new),
+            ("target_true_logprob", p.target_true),
+        ):
+            expected = plain_teacher_forcing(model, p.prompt, target)[2]
+            assert columns[column][row] == pytest.approx(expected, abs=1e-4)
+        greedy = plain_greedy(model, p.prompt, len(target_ids))
+        end = model.tokenizer.eos_token_id
+        if end not in greedy:
+            assert columns["free_ids"][row] == greedy
+
+
+def test_a_trained_model_answers_in_its_own_words(trained, capital_requests):
+    frame = original_frame(trained, capital_requests, Settings())
+    edits = frame[frame["kind"] == "portability"]
+    assert edits["wild"].notna().all()
+    asked = frame[frame["kind"] == "edit"]
+    answers = [trained.tokenizer.decode(ids).strip() for ids in asked["free_ids"]]
+    # The free answer is cut at the length of target_new: compare what both hold.
+    truth = [r.target_true for r in capital_requests]
+    assert all(t.startswith(a) or a.startswith(t) for a, t in zip(answers, truth, strict=True))
+    assert (asked["target_true_logprob"] > asked["target_new_logprob"]).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (" Paris. It is", "Paris"),
+        ("\n\nParis\nQ:", "Paris"),
+        ("Paris", "Paris"),
+        (" 3.5", "3"),
+        (". Paris", ""),
+        ("Really? Yes", "Really"),
+        ("", ""),
+    ],
+)
+def test_a_generation_ends_at_its_first_stop(text, answer):
+    assert natural_stop(text) == answer
+
+
+def test_generation_stops_per_row_and_does_not_depend_on_its_batch(trained):
+    texts = ["The capital of France is", "What is the capital of Japan?", "The capital of Peru is"]
+    prompts = [Prompt("x", 0, "edit", text, "Paris", None, None) for text in texts]
+    together = predict(trained, prompts, Settings(wild_max_tokens=12), decode=True)["wild"]
+    for prompt, wild in zip(prompts, together, strict=True):
+        alone = predict(trained, [prompt], Settings(wild_max_tokens=12), decode=True)["wild"]
+        assert alone == [wild]
+
+
+def test_missing_true_target_gives_nan(trained):
+    prompt = Prompt("x", 0, "edit", "The capital of France is", "Rome", "Rome", None)
+    columns = predict(trained, [prompt], Settings(), decode=False)
+    assert math.isnan(columns["target_true_logprob"][0])
+    assert columns["wild"] == [None]
+
+
+def test_join_puts_the_unedited_model_beside_and_names_a_missing_prompt(trained, capital_requests):
+    settings = Settings()
+    original = original_frame(trained, capital_requests[:2], settings)
+    prompts = [p for i, r in enumerate(capital_requests[:2]) for p in prompts_of(r, i)]
+    after = predicted_frame(trained, prompts, settings, decode=False)
+    joined = beside_original(after, original)
+    assert joined["before_ids"].tolist() == joined["after_ids"].tolist()
+    assert joined["free_before_ids"].notna().all()
+    assert joined["free_after_ids"].isna().all()
+    with pytest.raises(DataError, match=r"no prediction for edit prompt 'The capital of Italy"):
+        beside_original(after, original[original["case_id"] == "France"])

@@ -1,0 +1,145 @@
+"""The batch and the consecutive pipeline."""
+
+import pandas as pd
+import pytest
+import torch
+
+from kmebench.editors.base import Editor, build_editor
+from kmebench.errors import EditError
+from kmebench.evaluation.predict import Settings
+from kmebench.experiments.session import Checkpoints, milestones, run_batches, run_consecutive
+from kmebench.weights.delta import Dense, WeightDelta
+
+SETTINGS = Settings(batch_size=8, wild_max_tokens=4)
+PAC = {"trace_on": "current", "learning_rate": 5e-3, "steps": 8}
+
+
+class Counting(Editor):
+    """Moves one weight by as much as it has been called: an editor with memory."""
+
+    def __init__(self, fail_at=None):
+        super().__init__(None, {})
+        self.calls, self.fail_at = torch.zeros(1), fail_at
+
+    def edit(self, model, requests):
+        if self.fail_at == int(self.calls):
+            raise KeyboardInterrupt
+        self.calls = self.calls + 1
+        with self.stopwatch("solve"):
+            name = model.ffn[0].value.weight_name
+            noise = torch.rand(model.parameter(name).shape)
+            return WeightDelta({name: Dense(self.calls * noise * 0.1)})
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state.get("calls", torch.zeros(1))
+
+
+def checkpoints(folder, every=1, identity="one"):
+    return Checkpoints(folder, every, {"run": identity})
+
+
+def consecutive(model, editor, requests, folder, **kwargs):
+    torch.manual_seed(0)
+    return run_consecutive(model, editor, requests, SETTINGS, checkpoints(folder, **kwargs))
+
+
+def comparable(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.map(lambda cell: tuple(cell) if hasattr(cell, "__len__") else cell)
+
+
+def test_every_batch_starts_from_the_original_model_and_from_no_memory(make_model, requests):
+    model, editor = make_model("gptj", torch.float32), Counting()
+    before = {n: p.clone() for n, p in model.model.named_parameters()}
+    outcome = run_batches(model, editor, requests, 2, SETTINGS)
+    assert all(torch.equal(before[n], p) for n, p in model.model.named_parameters())
+    assert [call["requests"] for call in outcome.times] == [2, 1]
+    assert editor.calls == 0
+    alone = run_batches(model, Counting(), requests[2:], 2, SETTINGS).predictions
+    second = outcome.predictions[outcome.predictions["batch"] == 1]
+    assert second["moment"].unique().tolist() == ["final"]
+    assert second["position"].unique().tolist() == [2]
+    assert len(alone) == len(second)
+
+
+def test_a_batch_is_evaluated_with_its_own_edits_only(trained, capital_requests):
+    editor = build_editor("pac", PAC, {})
+    both = run_batches(trained, editor, capital_requests[:4], 2, SETTINGS).predictions
+    second = run_batches(trained, editor, capital_requests[2:4], 2, SETTINGS).predictions
+    expected = both[both["batch"] == 1]["ids"].tolist()
+    assert second["ids"].tolist() == expected
+
+
+def test_consecutive_edits_accumulate_and_are_scored_when_written_and_at_the_end(
+    make_model, requests, tmp_path
+):
+    model = make_model("gptj", torch.float32)
+    original = model.parameter(model.ffn[0].value.weight_name).clone()
+    outcome = consecutive(model, Counting(), requests, tmp_path)
+    moments = outcome.predictions.groupby("moment")["edits_done"].unique()
+    assert moments["write"].tolist() == [1, 2, 3]
+    assert moments["final"].tolist() == [3]
+    assert moments["checkpoint"].tolist() == [1]
+    final = outcome.predictions[outcome.predictions["moment"] == "final"]
+    assert final["position"].unique().tolist() == [0, 1, 2]
+    assert final["free_ids"].notna().all()
+    (name,) = outcome.delta
+    live = model.parameter(name)
+    torch.testing.assert_close(live - original, outcome.delta[name].dense(live.shape))
+
+
+@pytest.mark.parametrize("fail_at", [1, 2])
+def test_resumed_session_equals_an_uninterrupted_one(fail_at, make_model, requests, tmp_path):
+    straight = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        consecutive(make_model("gptj", torch.float32), Counting(fail_at), requests, tmp_path / "b")
+    resumed_editor = Counting()
+    resumed = consecutive(
+        make_model("gptj", torch.float32), resumed_editor, requests, tmp_path / "b"
+    )
+    assert len(resumed.times) == len(requests)
+    pd.testing.assert_frame_equal(comparable(resumed.predictions), comparable(straight.predictions))
+    for name, part in straight.delta.items():
+        assert torch.equal(part.values, resumed.delta[name].values)
+    assert torch.equal(resumed_editor.calls, torch.tensor([3.0]))
+
+
+def test_a_checkpoint_of_another_configuration_is_not_resumed(make_model, requests, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        consecutive(make_model("gptj", torch.float32), Counting(2), requests, tmp_path)
+    editor = Counting()
+    consecutive(make_model("gptj", torch.float32), editor, requests, tmp_path, identity="other")
+    assert editor.calls == 3  # all three edits were made anew
+
+
+def test_only_the_newest_checkpoint_is_kept(make_model, requests, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        consecutive(make_model("gptj", torch.float32), Counting(2), requests, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+def test_a_half_written_checkpoint_is_ignored(make_model, requests, tmp_path):
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "record.json").write_text("{")
+    assert len(consecutive(make_model("gptj"), Counting(), requests, tmp_path).times) == 3
+
+
+class Broken(Counting):
+    def edit(self, model, requests):
+        name = model.ffn[0].value.weight_name
+        return WeightDelta({name: Dense(torch.full(model.parameter(name).shape, float("nan")))})
+
+
+def test_nan_never_reaches_the_weights(make_model, requests, tmp_path):
+    model = make_model("gptj", torch.float32)
+    with pytest.raises(EditError, match="edit of request 'a' .* holds NaN"):
+        consecutive(model, Broken(), requests, tmp_path)
+    assert model.parameter(model.ffn[0].value.weight_name).isfinite().all()
+
+
+def test_milestones_are_ones_and_threes():
+    assert sorted(milestones(300)) == [1, 3, 10, 30, 100]
+    assert sorted(milestones(3000)) == [1, 3, 10, 30, 100, 300, 1000]
+    assert milestones(1) == set()

@@ -1,0 +1,131 @@
+"""The boundary between prompt and target, for every family of tokenizers."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from kmebench.errors import ModelError
+from kmebench.models.encoding import collate, encode, length_sorted_chunks
+from tests.conftest import FAMILIES, TEXTS
+
+PAIRS = [
+    ("The capital of France is", "Paris"),
+    ("What language is spoken in Japan?", "the Japanese of Fuji"),
+    ("Mount Fuji, 3776 m, was climbed in", "1860"),
+    ("Ünïcödé is", "naïve"),
+]
+
+
+def byte_level(bos: bool):
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    inner.decoder = decoders.ByteLevel()
+    special = ["<s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(TEXTS, trainer)
+    return finished(inner, bos)
+
+
+def sentencepiece(bos: bool):
+    inner = Tokenizer(models.Unigram())
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120,
+        special_tokens=["<s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    inner.train_from_iterator(TEXTS, trainer)
+    return finished(inner, bos)
+
+
+def finished(inner, bos):
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", pad_token="<s>")
+
+
+@pytest.fixture(params=[True, False], ids=["bos", "no-bos"])
+def bos(request):
+    return request.param
+
+
+@pytest.fixture(params=[byte_level, sentencepiece], ids=["byte-level", "sentencepiece"])
+def any_tokenizer(request, bos):
+    return request.param(bos)
+
+
+def test_target_is_what_follows_the_prompt(any_tokenizer, bos):
+    for (prompt, target), item in zip(PAIRS, encode(any_tokenizer, PAIRS), strict=True):
+        prompt_ids = any_tokenizer(prompt)["input_ids"]
+        assert list(item.ids[: -item.n_target]) == prompt_ids
+        assert list(item.ids) == any_tokenizer(f"{prompt} {target}")["input_ids"]
+        text = any_tokenizer.decode(item.target_ids, skip_special_tokens=True).strip()
+        if "<unk>" not in any_tokenizer.convert_ids_to_tokens(item.ids):
+            assert text == target
+        assert (item.ids[0] == any_tokenizer.bos_token_id) == bos
+
+
+def test_an_appended_end_token_is_no_part_of_the_target():
+    plain = byte_level(False)
+    ending = byte_level(False)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <s>", special_tokens=[("<s>", 0)]
+    )
+    assert encode(ending, PAIRS) == encode(plain, PAIRS)
+
+
+def test_padding_shifts_nothing():
+    tokenizer = byte_level(True)
+    encoded = encode(tokenizer, PAIRS)
+    batch = collate(encoded, 0, torch.device("cpu"))
+    for row, item in enumerate(encoded):
+        mine = batch.rows == row
+        assert batch.labels[mine].tolist() == list(item.target_ids)
+        assert batch.input_ids[row, batch.positions[mine] + 1].tolist() == list(item.target_ids)
+        assert batch.input_ids[row, : len(item.ids)].tolist() == list(item.ids)
+    assert batch.counts.tolist() == [item.n_target for item in encoded]
+
+
+def test_a_repeated_batch_points_at_its_own_rows():
+    encoded = encode(byte_level(True), PAIRS)
+    once, twice = (collate(e, 0, torch.device("cpu")) for e in (encoded, encoded * 2))
+    repeated = once.repeat(2)
+    for name in ("input_ids", "rows", "positions", "labels", "counts"):
+        assert torch.equal(getattr(repeated, name), getattr(twice, name))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_padding_does_not_change_logits(family, make_model, requests):
+    model = make_model(family)
+    encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
+    together = model.answer_logits(model.collate(encoded))
+    alone = torch.cat([model.answer_logits(model.collate([item])) for item in encoded])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_prompt_without_bos_has_nothing_to_predict_from():
+    tokenizer = byte_level(False)
+    with pytest.raises(ModelError, match="No token to predict 'Paris' from after"):
+        encode(tokenizer, [("", "Paris")])
+
+
+def test_a_prompt_longer_than_the_context_is_refused(make_model):
+    with pytest.raises(ModelError, match="more than the 64 of the model's context"):
+        make_model("llama").encode([("Paris " * 70, "Rome")])
+
+
+def test_chunks_cover_all_items_and_are_sorted_by_length():
+    lengths = [5, 1, 4, 1, 3, 9]
+    chunks = list(length_sorted_chunks(lengths, 4))
+    assert sorted(sum(chunks, [])) == list(range(6))
+    assert [lengths[i] for chunk in chunks for i in chunk] == sorted(lengths)
