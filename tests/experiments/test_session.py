@@ -134,7 +134,7 @@ class Broken(Counting):
 
 def test_nan_never_reaches_the_weights(make_model, requests, tmp_path):
     model = make_model("gptj", torch.float32)
-    with pytest.raises(EditError, match="edit of request 'a' .* holds NaN"):
+    with pytest.raises(EditError, match=r"edit of request 'a' .* holds NaN"):
         consecutive(model, Broken(), requests, tmp_path)
     assert model.parameter(model.ffn[0].value.weight_name).isfinite().all()
 

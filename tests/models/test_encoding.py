@@ -127,5 +127,5 @@ def test_a_prompt_longer_than_the_context_is_refused(make_model):
 def test_chunks_cover_all_items_and_are_sorted_by_length():
     lengths = [5, 1, 4, 1, 3, 9]
     chunks = list(length_sorted_chunks(lengths, 4))
-    assert sorted(sum(chunks, [])) == list(range(6))
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(6))
     assert [lengths[i] for chunk in chunks for i in chunk] == sorted(lengths)

@@ -1,0 +1,166 @@
+"""From all records of a data set to those that are edited, and those held out for tuning."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kmebench.data.records import SLOT, BadRecord, EditRequest
+from kmebench.errors import DataError
+
+Indexed = tuple[int, EditRequest]  # (index in the source file, request)
+
+#: Two questions about one subject overlap if they share this much of their telling words
+#: (Jaccard index).
+OVERLAP = 1 / 3
+_WORD = re.compile(r"\w+")
+#: Words that say nothing about which relation is asked for.
+_FUNCTION_WORDS = frozenset(
+    "a an and are as at be been by did do does for from had has have he her his how in into is it "
+    "its name of on or she s that the their they this to was were what when where which who whom "
+    "whose will with".split()
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which records to take; see ``datasets`` in the config schema."""
+
+    n: int | None = None
+    seed: int | None = None
+    segments: tuple[tuple[int, int], ...] | None = None
+    development: int = 0
+    conflicts: str = "keep"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The reported split, the development split, and what happened on the way."""
+
+    requests: list[EditRequest]
+    development: list[EditRequest]
+    report: dict[str, Any]
+
+
+def prepare(
+    records: Sequence[Indexed], bad: Sequence[BadRecord], selection: Selection
+) -> Prepared:
+    """Select the records to edit and hold out a development split.
+
+    With ``conflicts="drop"`` every record that contradicts an earlier one of the source is
+    left out before anything is selected.
+
+    Raises:
+        DataError: there are not enough records.
+    """
+    found = conflicts([request for _, request in records])
+    dropped: set[str] = set()
+    if selection.conflicts == "drop":
+        dropped = {case_id for group in found for case_id in group["case_ids"][1:]}
+        records = [(i, r) for i, r in records if r.case_id not in dropped]
+    chosen = _select(records, selection)
+    development = _hold_out(records, chosen, selection)
+    mine = {request.case_id for request in chosen}
+    report = {
+        "usable": len(records) + len(dropped),
+        "bad_records": [asdict(record) for record in bad],
+        "dropped_for_conflicts": sorted(dropped),
+        "selected": len(chosen),
+        "development": len(development),
+        "conflicts_among_selected": [
+            group for group in found if len(mine & set(group["case_ids"])) > 1
+        ],
+    }
+    return Prepared(chosen, development, report)
+
+
+def _select(records: Sequence[Indexed], selection: Selection) -> list[EditRequest]:
+    if selection.segments is not None:
+        wanted = [set(range(start, stop)) for start, stop in selection.segments]
+        last = max((index for index, _ in records), default=-1)
+        for start, stop in selection.segments:
+            if not start < stop <= last + 1:
+                raise DataError(
+                    f"The segment [{start}, {stop}] lies outside the {last + 1} records."
+                )
+        return [r for index, r in records if any(index in segment for segment in wanted)]
+    if selection.n > len(records):
+        raise DataError(f"n is {selection.n}, but there are {len(records)} usable records.")
+    if selection.seed is None:
+        return [request for _, request in records[: selection.n]]
+    picks = sorted(random.Random(selection.seed).sample(range(len(records)), selection.n))
+    return [records[pick][1] for pick in picks]
+
+
+def _hold_out(
+    records: Sequence[Indexed], chosen: Sequence[EditRequest], selection: Selection
+) -> list[EditRequest]:
+    """Sample records that share neither subject nor prompt with a reported one."""
+    subjects = {r.subject.casefold() for r in chosen}
+    prompts = {r.filled_prompt.casefold() for r in chosen}
+    free = [
+        request
+        for _, request in records
+        if request.subject.casefold() not in subjects
+        and request.filled_prompt.casefold() not in prompts
+    ]
+    if selection.development > len(free):
+        raise DataError(
+            f"development is {selection.development}, but only {len(free)} records share no "
+            "subject with the reported ones."
+        )
+    picks = random.Random(selection.seed or 0).sample(range(len(free)), selection.development)
+    return [free[pick] for pick in sorted(picks)]
+
+
+def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
+    """Find records that contradict each other.
+
+    Requests of one subject whose questions overlap - directly or through a third - form a
+    group; a group with more than one target (case aside) is a conflict. Two requests overlap
+    if any prompt or paraphrase of one shares at least :data:`OVERLAP` of its telling words
+    (subject and function words aside) with any of the other. Returns subject, case_ids and
+    targets of every conflict, in the order of the source.
+    """
+    by_subject: dict[str, list[EditRequest]] = {}
+    for request in requests:
+        by_subject.setdefault(request.subject.casefold(), []).append(request)
+    groups = [group for same in by_subject.values() for group in _overlapping(same)]
+    return [
+        {
+            "subject": group[0].subject,
+            "case_ids": [r.case_id for r in group],
+            "targets": [r.target_new for r in group],
+        }
+        for group in groups
+        if len({r.target_new.casefold() for r in group}) > 1
+    ]
+
+
+def _overlapping(requests: Sequence[EditRequest]) -> list[list[EditRequest]]:
+    """Split requests of one subject into groups connected by overlapping questions."""
+    asked = [_questions(request) for request in requests]
+    group_of = list(range(len(requests)))
+    for b in range(len(requests)):
+        for a in range(b):
+            if any(_overlap(x, y) >= OVERLAP for x in asked[a] for y in asked[b]):
+                old, new = group_of[b], group_of[a]
+                group_of = [new if group == old else group for group in group_of]
+    groups = [[r for r, g in zip(requests, group_of, strict=True) if g == k] for k in set(group_of)]
+    return sorted(groups, key=lambda group: requests.index(group[0]))
+
+
+def _questions(request: EditRequest) -> list[frozenset[str]]:
+    """Return the telling words of every way the request asks.
+
+    Words are cut to six letters, where "manufacturer" and "manufactured" meet.
+    """
+    texts = [request.prompt.replace(SLOT, " ")]
+    texts += [text.replace(request.subject, " ") for text in request.paraphrases]
+    words = [frozenset(_WORD.findall(text.casefold())) for text in texts]
+    return [frozenset(w[:6] for w in found - _FUNCTION_WORDS or found) for found in words]
+
+
+def _overlap(a: frozenset[str], b: frozenset[str]) -> float:
+    return len(a & b) / len(a | b) if a | b else 1.0

@@ -1,0 +1,224 @@
+"""Tables 1 and 2 in the paper's layout, with intervals and the paper's numbers beside ours."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from kmebench.errors import KMEBenchError
+from kmebench.reporting.paper import METRICS, ORIGINAL
+
+MISSING = "–"
+Labels = Mapping[str, Mapping[str, str | None]]  # name -> {label, paper_name}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a table shows: one protocol, one pipeline; rows and columns in this order."""
+
+    title: str
+    protocol: str
+    mode: str
+    models: Labels
+    datasets: Labels
+    methods: Labels
+
+    @property
+    def editors(self) -> Labels:
+        """The unedited model, then the methods."""
+        first = {"original": {"label": "Original model", "paper_name": ORIGINAL}}
+        return first | dict(self.methods)
+
+
+def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout) -> pd.DataFrame:
+    """Lay metrics out, one row per model, editor, seed and data set, in percent.
+
+    Columns: for every metric of the paper its value, ``_low``, ``_high``, ``_paper`` and
+    ``_difference`` (ours − paper); ``write_efficacy`` (consecutive: right after each edit);
+    n, seconds_per_edit, protocol, mode, seed. Missing runs are rows of NaN.
+    """
+    chosen = metrics[(metrics["protocol"] == layout.protocol) & (metrics["mode"] == layout.mode)]
+    chosen = chosen[chosen["variant"] == "default"]
+    if chosen.empty:
+        raise KMEBenchError(
+            f"There are no metrics of protocol {layout.protocol!r} in pipeline {layout.mode!r}."
+        )
+    rows = []
+    for model in layout.models:
+        for editor in layout.editors:
+            of_editor = chosen[(chosen["model"] == model) & (chosen["method"] == editor)]
+            for seed in sorted(of_editor["seed"].unique()) or [None]:
+                for dataset in layout.datasets:
+                    cell = of_editor[of_editor["dataset"] == dataset]
+                    cell = cell[cell["seed"] == seed]
+                    published = _published(paper, layout, model, editor, dataset)
+                    name = {"model": model, "editor": editor, "dataset": dataset, "seed": seed}
+                    rows.append(name | _cells(cell, published))
+    return pd.DataFrame(rows).assign(protocol=layout.protocol, mode=layout.mode)
+
+
+def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers of one model, editor, seed and data set."""
+    final = cell[cell["moment"] == "final"].set_index("metric")
+    written = cell[cell["moment"] == "write"].set_index("metric")
+    row: dict[str, Any] = {}
+    for metric in METRICS:
+        found = final.loc[metric] if metric in final.index else None
+        for name, column in (("", "value"), ("_low", "low"), ("_high", "high")):
+            row[metric + name] = float("nan") if found is None else 100 * found[column]
+        row[f"{metric}_paper"] = published.get(metric, float("nan"))
+        row[f"{metric}_difference"] = row[metric] - row[f"{metric}_paper"]
+    has_write = "efficacy" in written.index
+    row["write_efficacy"] = 100 * written.loc["efficacy", "value"] if has_write else float("nan")
+    row["n"] = int(final["n"].max()) if len(final) else 0
+    row["seconds_per_edit"] = final["seconds_per_edit"].max()
+    return row
+
+
+def _published(
+    paper: pd.DataFrame | None, layout: Layout, model: str, editor: str, dataset: str
+) -> dict[str, float]:
+    """The paper's numbers for this cell; empty where it has none."""
+    names = [
+        layout.models[model]["paper_name"],
+        layout.editors[editor]["paper_name"],
+        layout.datasets[dataset]["paper_name"],
+    ]
+    if paper is None or None in names:
+        return {}
+    found = paper[(paper[["model", "editor", "dataset"]] == names).all(axis=1)]
+    return {} if found.empty else found.iloc[0][list(METRICS)].to_dict()
+
+
+def caption(table: pd.DataFrame, layout: Layout) -> str:
+    """Say what the numbers are: protocol, pipeline, edits, intervals."""
+    n = sorted({int(n) for n in table["n"] if n})
+    edits = " to ".join(str(x) for x in ([n[0]] if len(n) == 1 else [n[0], n[-1]])) if n else "no"
+    text = (
+        f"{layout.title}. Pipeline {layout.mode}, protocol {layout.protocol}, {edits} edits per "
+        "cell; percent with 95% bootstrap intervals over edits"
+    )
+    if layout.mode == "consecutive":
+        text += "; evaluated on the final model, Write: efficacy right after each edit"
+    if table[[f"{m}_paper" for m in METRICS]].notna().any(axis=None):
+        text += "; in brackets the paper's number"
+    return text + "."
+
+
+def _number(value: float, digits: int = 1) -> str:
+    return MISSING if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _best(table: pd.DataFrame, metric: str) -> pd.Series:
+    """Mark the best edited model of each model and data set."""
+    edited = table["editor"] != "original"
+    groups = table[edited].groupby(["model", "dataset"])[metric]
+    best = groups.transform("max").reindex(table.index)
+    return (table[metric] == best) & (groups.transform("count").reindex(table.index) > 1)
+
+
+def _editor_label(row: pd.Series, table: pd.DataFrame, layout: Layout) -> str:
+    label = layout.editors[row["editor"]]["label"]
+    seeds = table.loc[table["editor"] == row["editor"], "seed"].dropna().unique()
+    return f"{label}, seed {int(row['seed'])}" if len(seeds) > 1 else str(label)
+
+
+def to_markdown(table: pd.DataFrame, layout: Layout) -> str:
+    """Render for people: one block per data set, aligned for a terminal too."""
+    marks = {metric: _best(table, metric) for metric in METRICS}
+    header = ["Model", "Editor", "Efficacy", "Locality", "Generality", "Score"]
+    header += ["Write"] * (layout.mode == "consecutive") + ["s/edit"]
+    blocks = [f"**{caption(table, layout)}**"]
+    for dataset, names in layout.datasets.items():
+        lines = [header]
+        for index, row in table[table["dataset"] == dataset].iterrows():
+            cells = [_markdown_cell(row, m, bool(marks[m][index])) for m in METRICS]
+            if layout.mode == "consecutive":
+                cells.append(_number(row["write_efficacy"]))
+            cells.append(_number(row["seconds_per_edit"], 2))
+            model = str(layout.models[row["model"]]["label"])
+            lines.append([model, _editor_label(row, table, layout), *cells])
+        blocks.append(f"{names['label']}\n\n{_aligned(lines)}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _markdown_cell(row: pd.Series, metric: str, best: bool) -> str:
+    if pd.isna(row[metric]):
+        return MISSING
+    value = f"**{_number(row[metric])}**" if best else _number(row[metric])
+    text = f"{value} [{_number(row[f'{metric}_low'])}, {_number(row[f'{metric}_high'])}]"
+    published = row[f"{metric}_paper"]
+    return text if pd.isna(published) else f"{text} (paper {published:.2f})"
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    rows = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([rows[0], rule, *rows[1:]])
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+
+
+def escape_latex(text: str) -> str:
+    """Make any text printable by LaTeX."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def to_latex(table: pd.DataFrame, layout: Layout) -> str:
+    """Render in the paper's layout (booktabs): editors down, data sets and metrics across."""
+    marks = {metric: _best(table, metric) for metric in METRICS}
+    n_metrics, n_sets = len(METRICS), len(layout.datasets)
+    labels = [escape_latex(str(d["label"])) for d in layout.datasets.values()]
+    heads = " & ".join(rf"\multicolumn{{{n_metrics}}}{{c}}{{{label}}}" for label in labels)
+    names = " & ".join(metric.capitalize() for metric in METRICS)
+    lines = [
+        r"\begin{table*}",
+        r"\centering\small",
+        rf"\caption{{{escape_latex(caption(table, layout))}}}",
+        rf"\begin{{tabular}}{{ll{'r' * n_metrics * n_sets}}}",
+        r"\toprule",
+        rf"Model & Editor & {heads} \\",
+        rf" & & {' & '.join([names] * n_sets)} \\",
+    ]
+    for model, of_model in table.groupby("model", sort=False):
+        lines.append(r"\midrule")
+        label = escape_latex(str(layout.models[model]["label"]))
+        for _, of_editor in of_model.groupby(["editor", "seed"], sort=False, dropna=False):
+            cells = [
+                _latex_cell(row, metric, bool(marks[metric][index]))
+                for index, row in of_editor.iterrows()
+                for metric in METRICS
+            ]
+            editor = escape_latex(_editor_label(of_editor.iloc[0], table, layout))
+            lines.append(rf"{label} & {editor} & {' & '.join(cells)} \\")
+            label = ""
+    lines += [r"\bottomrule", r"\end{tabular}", r"\end{table*}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_cell(row: pd.Series, metric: str, best: bool) -> str:
+    if pd.isna(row[metric]):
+        return "--"
+    value = _number(row[metric])
+    value = rf"\mathbf{{{value}}}" if best else value
+    low, high = _number(row[f"{metric}_low"]), _number(row[f"{metric}_high"])
+    text = rf"${value}_{{[{low},\,{high}]}}$"
+    published = row[f"{metric}_paper"]
+    return text if pd.isna(published) else rf"{text} ({published:.2f})"

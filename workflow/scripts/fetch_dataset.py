@@ -1,0 +1,17 @@
+"""Bring one data set here: mirror folder, URL, or OpenFacts (kmebench.data)."""
+
+from pathlib import Path
+
+from kmebench.data.openfacts import counterfact_records, zsre_records
+from kmebench.data.sources import Source, fetch
+from kmebench.files import write_json
+from kmebench.logs import script_log
+
+with script_log(snakemake):
+    spec = dict(snakemake.params.source)
+    if spec.pop("source") == "openfacts":
+        emit = {"counterfact": counterfact_records, "zsre": zsre_records}[spec["kind"]]
+        folder = Path(snakemake.input.openfacts[0]).parent
+        write_json(snakemake.output.raw, emit(folder, spec.get("seed", 0)))
+    else:
+        fetch(Source(**spec), snakemake.output.raw, snakemake.resources.mirror)

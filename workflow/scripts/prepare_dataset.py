@@ -1,0 +1,18 @@
+"""Check, select and split the records of one data set (kmebench.data.prepare)."""
+
+from kmebench.data.prepare import Selection, prepare
+from kmebench.data.records import read_records, write_requests
+from kmebench.files import write_json
+from kmebench.logs import logger, script_log
+
+with script_log(snakemake):
+    options = dict(snakemake.params.selection)
+    records, bad = read_records(
+        snakemake.input.raw, options.pop("schema"), options.pop("on_bad_record", "error")
+    )
+    prepared = prepare(records, bad, Selection(**options))
+    for group in prepared.report["conflicts_among_selected"]:
+        logger.info("conflict about %(subject)s: requests %(case_ids)s want %(targets)s", group)
+    write_requests(snakemake.output.requests, prepared.requests)
+    write_requests(snakemake.output.development, prepared.development)
+    write_json(snakemake.output.report, prepared.report)

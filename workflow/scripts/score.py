@@ -1,0 +1,18 @@
+"""Score all runs of one experiment by all protocols (kmebench.evaluation)."""
+
+from kmebench.evaluation.score import score_experiment
+from kmebench.files import atomic_path
+from kmebench.logs import script_log
+
+with script_log(snakemake):
+    metrics = score_experiment(
+        snakemake.params.experiment,
+        snakemake.params.runs,
+        snakemake.input.predictions,
+        snakemake.input.timing,
+        snakemake.params.originals,
+        snakemake.input.original,
+        snakemake.params.statistics,
+    )
+    with atomic_path(snakemake.output.metrics) as path:
+        metrics.to_parquet(path, index=False)

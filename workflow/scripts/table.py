@@ -1,0 +1,17 @@
+"""Write one table as CSV, Markdown and LaTeX (kmebench.reporting)."""
+
+import pandas as pd
+
+from kmebench.files import atomic_path, write_text
+from kmebench.logs import script_log
+from kmebench.reporting.paper import read_paper_table
+from kmebench.reporting.tables import Layout, to_latex, to_markdown, wide_table
+
+with script_log(snakemake):
+    layout = Layout(**snakemake.params.table)
+    paper = read_paper_table(snakemake.input.paper) if snakemake.input.paper else None
+    table = wide_table(pd.read_parquet(snakemake.input.metrics), paper, layout)
+    with atomic_path(snakemake.output.csv) as path:
+        table.to_csv(path, index=False, float_format="%.4f")
+    write_text(snakemake.output.md, to_markdown(table, layout))
+    write_text(snakemake.output.tex, to_latex(table, layout))
