@@ -30,6 +30,7 @@ include: "workflow/rules/report.smk"
 
 rule all:
     input:
+        rules.metrics.input,
         rules.tables.input,
     default_target: True
 

@@ -18,22 +18,23 @@ from kmebench.experiments.dependencies import source_closure
 check_config(config, workflow.source_path("schemas/config.schema.yaml"))
 
 RUNS = grid.all_runs(config)
-TRAINED = [m for m, spec in config["models"].items() if spec["source"] == "tiny"]
+TRAINED = [m for m, spec in config["models"].items() if spec["source"]["source"] == "tiny"]
 FETCHED = [m for m in config["models"] if m not in TRAINED]
 
 
 OPENFACTS = "resources/openfacts"
 
 
-def openfacts_folder_files():
+def openfacts_tables():
     """The fact tables of this repository."""
-    return sorted(str(p) for p in Path(OPENFACTS).rglob("*") if p.suffix in (".csv", ".json"))
+    return sorted(str(path) for path in Path(OPENFACTS, "facts").glob("*.csv"))
 
 
-def openfacts_files(dataset):
+def openfacts_inputs(wildcards):
     """The fact tables, for a data set made of them."""
-    source = config["datasets"][dataset]["source"]["source"]
-    return openfacts_folder_files() if source == "openfacts" else []
+    if config["datasets"][wildcards.dataset]["source"]["source"] != "openfacts":
+        return {}
+    return {"relations": f"{OPENFACTS}/relations.json", "facts": openfacts_tables()}
 
 
 def selection_params(dataset):

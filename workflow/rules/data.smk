@@ -4,7 +4,7 @@
 rule fetch_dataset:
     "Bring one data set here: from the mirror folder, its URL, or the facts of this repository."
     input:
-        openfacts=lambda w: openfacts_files(w.dataset),
+        unpack(openfacts_inputs),
         code=code("fetch_dataset", "kmebench.data.openfacts"),
     output:
         raw="<results>/data/raw/{dataset}.json",

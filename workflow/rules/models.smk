@@ -25,7 +25,8 @@ rule fetch_model:
 rule train_model:
     "Train a tiny model until it knows the facts of this repository."
     input:
-        openfacts=openfacts_folder_files(),
+        relations=f"{OPENFACTS}/relations.json",
+        facts=openfacts_tables(),
         code=code("train_model"),
     output:
         folder=directory("<results>/models/{model}"),

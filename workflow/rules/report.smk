@@ -57,6 +57,20 @@ rule table:
         "../scripts/table.py"
 
 
+rule runs:
+    "All runs of all experiments."
+    input:
+        [f"<results>/{run.folder()}/predictions.parquet" for run in RUNS],
+    localrule: True
+
+
+rule metrics:
+    "The metrics of all experiments."
+    input:
+        expand("<results>/metrics/{experiment}.parquet", experiment=config["experiments"]),
+    localrule: True
+
+
 rule tables:
     "All tables."
     input:

@@ -11,7 +11,7 @@ with script_log(snakemake):
     spec = dict(snakemake.params.source)
     if spec.pop("source") == "openfacts":
         emit = {"counterfact": counterfact_records, "zsre": zsre_records}[spec["kind"]]
-        folder = Path(snakemake.input.openfacts[0]).parent
+        folder = Path(snakemake.input.relations).parent
         write_json(snakemake.output.raw, emit(folder, spec.get("seed", 0)))
     else:
         fetch(Source(**spec), snakemake.output.raw, snakemake.resources.mirror)

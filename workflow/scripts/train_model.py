@@ -13,8 +13,9 @@ from kmebench.models.tiny import train_tiny
 with script_log(snakemake):
     torch.set_num_threads(snakemake.threads)
     source = snakemake.params.source
-    seed_everything(source["seed"])
-    facts = fact_sentences(Path(snakemake.params.openfacts))
-    model, tokenizer, share = train_tiny(facts, source["seed"])
+    seed = source.get("seed", 0)
+    seed_everything(seed)
+    facts = fact_sentences(Path(snakemake.input.relations).parent)
+    model, tokenizer, share = train_tiny(facts, seed, source.get("max_epochs", 40))
     logger.info("tiny-gptj answers %.1f%% of %d fact sentences", 100 * share, len(facts))
     save_model(model, tokenizer, Path(snakemake.output.folder))

@@ -113,9 +113,7 @@ def request_values(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
             "hit": [_hit(row, protocol) for row in rows.to_dict("records")],
         }
     )
-    values = hits.pivot_table(
-        index=["position", "case_id"], columns="metric", values="hit", aggfunc="mean", dropna=False
-    )
+    values = hits.groupby(["position", "case_id", "metric"])["hit"].mean().unstack("metric")
     return values.reindex(columns=list(METRICS)).reset_index()
 
 
