@@ -1,11 +1,11 @@
 """Predict every prompt of a data set with the unedited model (kmebench.evaluation.predict)."""
 
 import torch
-from kmebench.evaluation.schema import ORIGINAL
 
 from kmebench.data.records import read_requests
 from kmebench.evaluation.frames import original_frame, write_frame
 from kmebench.evaluation.predict import Settings
+from kmebench.evaluation.schema import ORIGINAL
 from kmebench.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
 

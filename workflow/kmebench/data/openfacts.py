@@ -150,9 +150,7 @@ def fact_sentences(folder: str | Path) -> list[tuple[str, str]]:
     ]
 
 
-def _shuffled(
-    relations: list[Relation], draw: random.Random
-) -> list[tuple[Relation, str, str]]:
+def _shuffled(relations: list[Relation], draw: random.Random) -> list[tuple[Relation, str, str]]:
     facts = [(relation, *fact) for relation in relations for fact in relation.facts]
     draw.shuffle(facts)
     return facts

@@ -17,9 +17,11 @@ OVERLAP = 1 / 3
 _WORD = re.compile(r"\w+")
 #: Words that say nothing about which relation is asked for.
 _FUNCTION_WORDS = frozenset(
-    "a an and are as at be been by did do does for from had has have he her his how in into is it "
-    "its name of on or she s that the their they this to was were what when where which who whom "
-    "whose will with".split()
+    """
+    a an and are as at be been by did do does for from had has have he her his how in into is it
+    its name of on or she s that the their they this to was were what when where which who whom
+    whose will with
+    """.split()  # noqa: SIM905 - a list of words reads best as one
 )
 
 
@@ -43,9 +45,7 @@ class Prepared:
     report: dict[str, Any]
 
 
-def prepare(
-    records: Sequence[Indexed], bad: Sequence[BadRecord], selection: Selection
-) -> Prepared:
+def prepare(records: Sequence[Indexed], bad: Sequence[BadRecord], selection: Selection) -> Prepared:
     """Select the records to edit and hold out a development split.
 
     With ``conflicts="drop"`` every record that contradicts an earlier one of the source is

@@ -159,7 +159,9 @@ def _from_easyedit(raw: Mapping[str, Any], case_id: str) -> EditRequest:
 def _from_mend(raw: Mapping[str, Any], case_id: str) -> EditRequest:
     subject = _text(raw, "subject")
     further = raw.get("portability")
-    portability = ((_text(further, "New Question"), _text(further, "New Answer")),) if further else ()
+    portability = (
+        ((_text(further, "New Question"), _text(further, "New Answer")),) if further else ()
+    )
     return EditRequest(
         case_id=case_id,
         subject=subject,

@@ -105,16 +105,19 @@ def _deliver(path: Path, source: Source, destination: Path) -> None:
             return
         try:
             # Only this member's bytes are read; names inside the archive are never paths here.
-            with zipfile.ZipFile(path) as archive, archive.open(source.member) as member:
-                with open(temporary, "wb") as stream:
-                    shutil.copyfileobj(member, stream)
+            with (
+                zipfile.ZipFile(path) as archive,
+                archive.open(source.member) as member,
+                open(temporary, "wb") as stream,
+            ):
+                shutil.copyfileobj(member, stream)
         except KeyError as error:
             raise DataError(f"{path.name} holds no member {source.member!r}.") from error
         except zipfile.BadZipFile as error:
             raise DataError(f"{path.name} is no intact zip archive ({error}).") from error
 
 
-class _Transient(Exception):
+class _TransientError(Exception):
     """A failure that may pass."""
 
 
@@ -132,8 +135,8 @@ def _download(url: str, partial: Path, patience: Patience) -> None:
         try:
             _transfer(url, partial, patience.timeout)
             return
-        except (_Transient, requests.ConnectionError, requests.Timeout) as error:
-            reason = str(error) if isinstance(error, _Transient) else _network_reason(error)
+        except (_TransientError, requests.ConnectionError, requests.Timeout) as error:
+            reason = str(error) if isinstance(error, _TransientError) else _network_reason(error)
     raise DataError(
         f"{url} could not be downloaded in {patience.retries + 1} tries ({reason}); try again "
         f"later or {MEND}."
@@ -150,7 +153,7 @@ def _transfer(url: str, partial: Path, timeout: float) -> None:
     headers = {"Accept-Encoding": "identity"}  # so that Content-Length counts what is written
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
         if answer.status_code == 429 or answer.status_code >= 500:
-            raise _Transient(f"the server answered {answer.status_code}")
+            raise _TransientError(f"the server answered {answer.status_code}")
         if not answer.ok:
             raise DataError(f"{url} answered {answer.status_code} {answer.reason}; {MEND}.")
         expected = answer.headers.get("Content-Length")
@@ -161,6 +164,6 @@ def _transfer(url: str, partial: Path, timeout: float) -> None:
                 for block in track(answer.iter_content(_CHUNK), "blocks downloaded", blocks):
                     written += stream.write(block)
             except requests.exceptions.ChunkedEncodingError as error:
-                raise _Transient(f"the connection broke after {written} bytes") from error
+                raise _TransientError(f"the connection broke after {written} bytes") from error
     if expected is not None and written < int(expected):
-        raise _Transient(f"the connection ended after {written} of {expected} bytes")
+        raise _TransientError(f"the connection ended after {written} of {expected} bytes")

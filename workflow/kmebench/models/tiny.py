@@ -14,7 +14,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
 from kmebench.errors import ModelError
 from kmebench.logs import track
-from kmebench.models.encoding import Batch, Encoded, collate, encode
+from kmebench.models.encoding import Batch, Encoded, collate, encode, length_sorted_chunks
 
 logger = logging.getLogger("kmebench")
 
@@ -48,9 +48,8 @@ def train_tiny(
     share = 0.0
     for epoch in track(range(max_epochs), "epochs of tiny-gptj", max_epochs):
         model.train()
-        order = torch.randperm(len(encoded)).tolist()
-        for start in range(0, len(order), BATCH):
-            batch = _collate([encoded[i] for i in order[start : start + BATCH]])
+        for chunk in _shuffled_chunks(encoded):
+            batch = _collate([encoded[i] for i in chunk])
             optimiser.zero_grad()
             _loss(model, batch).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -66,6 +65,13 @@ def train_tiny(
             f"{KNOWN:.0%}; raise its max_epochs in the config."
         )
     return model, tokenizer, share
+
+
+def _shuffled_chunks(encoded: Sequence[Encoded]) -> list[list[int]]:
+    """Deal all examples into batches of similar length, both in a new random order."""
+    order = torch.randperm(len(encoded)).tolist()
+    chunks = list(length_sorted_chunks([len(encoded[i].ids) for i in order], BATCH))
+    return [[order[k] for k in chunks[c]] for c in torch.randperm(len(chunks)).tolist()]
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:

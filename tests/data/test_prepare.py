@@ -1,0 +1,109 @@
+"""Selection, the development split, and contradictions."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kmebench.data.prepare import Selection, conflicts, prepare
+from kmebench.data.records import EditRequest, read_records
+from kmebench.errors import DataError
+
+
+def request(case_id, subject="", prompt="{} is in", target="Rome", paraphrases=()):
+    subject = subject or f"subject {case_id}"
+    return EditRequest(str(case_id), subject, prompt, target, paraphrases=paraphrases)
+
+
+def indexed(requests):
+    return list(enumerate(requests))
+
+
+MANY = indexed([request(i) for i in range(30)])
+
+
+def ids(requests):
+    return [int(r.case_id) for r in requests]
+
+
+def test_the_first_n_without_a_seed():
+    assert ids(prepare(MANY, [], Selection(n=4)).requests) == [0, 1, 2, 3]
+
+
+def test_a_seeded_sample_keeps_the_order_of_the_file():
+    first, again, other = (
+        ids(prepare(MANY, [], Selection(n=8, seed=s)).requests) for s in (1, 1, 2)
+    )
+    assert first == again == sorted(first)
+    assert first != other
+    assert len(set(first)) == 8
+
+
+def test_segments_count_records_of_the_source_file():
+    without_bad = [(i, r) for i, r in MANY if i != 3]
+    chosen = prepare(without_bad, [], Selection(segments=((2, 5), (10, 12)))).requests
+    assert ids(chosen) == [2, 4, 10, 11]
+
+
+def test_the_development_split_never_meets_the_reported_one():
+    requests = [request(i, subject=f"Subject {i % 10}".upper()) for i in range(30)]
+    requests += [request(100 + i, subject=f"subject {i}") for i in range(10)]
+    for seed in range(5):
+        prepared = prepare(indexed(requests), [], Selection(n=6, seed=seed, development=8))
+        reported = {r.subject.casefold() for r in prepared.requests}
+        held_out = {r.subject.casefold() for r in prepared.development}
+        assert len(prepared.development) == 8
+        assert not reported & held_out
+
+
+def test_too_few_records_are_counted():
+    with pytest.raises(DataError, match="n is 31, but there are 30 usable records"):
+        prepare(MANY, [], Selection(n=31))
+    with pytest.raises(DataError, match="development is 27, but only 26 records share no"):
+        prepare(MANY, [], Selection(n=4, development=27))
+    with pytest.raises(DataError, match=r"segment \[20, 40\] lies outside the 30 records"):
+        prepare(MANY, [], Selection(segments=((20, 40),)))
+
+
+CONTRADICTING = [
+    request(0, "Ada", "What language does {} speak?", "French"),
+    request(1, "Ada", "Which language is spoken by {}?", "Dutch"),  # overlaps with 0
+    request(2, "Ada", "Where was {} born?", "Rome"),  # another question
+    request(3, "ADA", "What language does {} speak?", "french"),  # same target
+    request(4, "Bob", "What language does {} speak?", "Dutch"),  # another subject
+    request(5, "Eve", "Who made {}?", "X", ("Which manufacturer built Eve?",)),
+    request(6, "Eve", "By whom was {} manufactured?", "Y"),  # meets the paraphrase of 5
+]
+
+
+def test_contradictions_are_found_by_subject_and_question():
+    found = conflicts(CONTRADICTING)
+    assert [group["case_ids"] for group in found] == [["0", "1", "3"], ["5", "6"]]
+    assert found[0]["targets"] == ["French", "Dutch", "french"]
+
+
+def test_agreeing_requests_are_no_conflict():
+    assert conflicts([CONTRADICTING[0], CONTRADICTING[3]]) == []
+
+
+def test_conflicts_are_kept_and_reported_or_dropped_and_refilled():
+    kept = prepare(indexed(CONTRADICTING), [], Selection(n=3))
+    assert ids(kept.requests) == [0, 1, 2]
+    assert kept.report["conflicts_among_selected"][0]["case_ids"] == ["0", "1", "3"]
+    dropped = prepare(indexed(CONTRADICTING), [], Selection(n=3, conflicts="drop"))
+    assert ids(dropped.requests) == [0, 2, 4]
+    assert dropped.report["conflicts_among_selected"] == []
+    assert dropped.report["dropped_for_conflicts"] == ["1", "3", "6"]
+
+
+MIRROR = Path(os.environ.get("KMEBENCH_DATA_MIRROR", ""))
+ZSRE = MIRROR / "zsre_mend_eval_portability_gpt4.json"
+
+
+@pytest.mark.skipif(not ZSRE.is_file(), reason="needs the real ZsRE file in KMEBENCH_DATA_MIRROR")
+def test_the_five_contradicting_records_of_the_real_zsre_are_found():
+    records, bad = read_records(ZSRE, "mend")
+    assert bad == []
+    groups = prepare(records, bad, Selection(n=20)).report["conflicts_among_selected"]
+    leedstown = [g for g in groups if g["subject"] == "USS Leedstown (APA-56)"]
+    assert [g["case_ids"] for g in leedstown] == [["14", "15", "17", "18", "19"]]

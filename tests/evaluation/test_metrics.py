@@ -1,0 +1,215 @@
+"""Metrics against values worked out by hand."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kmebench.errors import KMEBenchError
+from kmebench.evaluation.metrics import (
+    as_edited,
+    begins_with,
+    cohort_of,
+    cohorts,
+    normalise,
+    paired_difference,
+    request_values,
+    summarise,
+)
+
+NAN = float("nan")
+
+
+def row(case_id, kind, **columns):
+    """One prediction: target tokens 1 2, before 5 6, unless said otherwise."""
+    defaults = {
+        "case_id": case_id,
+        "position": int(case_id),
+        "kind": kind,
+        "moment": "final",
+        "edits_done": 2,
+        "batch": 0,
+        "prompt": "p",
+        "target": "Rome",
+        "target_ids": [1, 2],
+        "before_ids": [5, 6],
+        "after_ids": [1, 2],
+        "target_new_logprob_after": -1.0,
+        "target_true_logprob_after": -2.0,
+        "free_before_ids": [5, 6],
+        "free_after_ids": [1, 2],
+        "wild_before": "Paris",
+        "wild_after": "Rome",
+    }
+    return defaults | columns
+
+
+FRAME = pd.DataFrame(
+    [
+        row("0", "edit"),
+        row("0", "paraphrase", after_ids=[1, 9], free_after_ids=[1, 9], wild_after="Romeo"),
+        row("0", "paraphrase", after_ids=[9, 9], free_after_ids=[9, 9], wild_after="in Rome"),
+        row("0", "locality", after_ids=[5, 9], free_after_ids=[5, 9], wild_after="the PARIS!"),
+        row("0", "portability", after_ids=[1, 2]),
+        row("1", "edit", after_ids=[9, 2], free_after_ids=[1, 2], target_true_logprob_after=-0.5),
+        row("1", "paraphrase", after_ids=[1, 2], target_true_logprob_after=NAN),
+        row("1", "locality", after_ids=[5, 6], free_after_ids=[5, 6], wild_after="London"),
+    ]
+)
+
+# protocol -> (efficacy, generality, locality) of requests 0 and 1
+BY_HAND = {
+    "token": [(1.0, 0.25, 0.5), (0.5, 1.0, 1.0)],
+    "exact": [(1.0, 0.0, 0.0), (0.0, 1.0, 1.0)],
+    "free": [(1.0, 0.0, 0.0), (1.0, 1.0, 1.0)],
+    "wild": [(1.0, 0.0, 1.0), (1.0, 1.0, 0.0)],
+    "probability": [(1.0, 1.0, 0.0), (0.0, NAN, 0.0)],
+}
+
+
+@pytest.mark.parametrize("protocol", BY_HAND)
+def test_every_protocol_gives_the_values_worked_out_by_hand(protocol):
+    values = request_values(FRAME, protocol)
+    found = values[["efficacy", "generality", "locality"]].to_numpy()
+    np.testing.assert_allclose(found, np.array(BY_HAND[protocol]))
+
+
+def test_locality_compares_with_the_unedited_model_not_with_the_gold_answer():
+    gold = row("0", "locality", target_ids=[1, 2], before_ids=[5, 6], after_ids=[1, 2])
+    assert request_values(pd.DataFrame([gold]), "token")["locality"].item() == 0.0
+
+
+def test_score_is_the_mean_of_its_three_parts():
+    summary = summarise(request_values(FRAME, "token"), resamples=200).set_index("metric")
+    assert summary.loc["efficacy", "value"] == 0.75
+    assert summary.loc["generality", "value"] == 0.625
+    assert summary.loc["locality", "value"] == 0.75
+    assert summary.loc["score", "value"] == pytest.approx((0.75 + 0.625 + 0.75) / 3)
+    assert summary["n"].to_dict() == {
+        "efficacy": 2,
+        "generality": 2,
+        "locality": 2,
+        "portability": 1,
+        "score": 2,
+    }
+
+
+def test_the_unedited_model_has_no_locality_and_scores_the_mean_of_two():
+    original = FRAME.drop(columns=["before_ids", "free_before_ids", "wild_before"]).rename(
+        columns={
+            "after_ids": "ids",
+            "free_after_ids": "free_ids",
+            "wild_after": "wild",
+            "target_new_logprob_after": "target_new_logprob",
+            "target_true_logprob_after": "target_true_logprob",
+        }
+    )
+    for protocol, expected in BY_HAND.items():
+        values = request_values(as_edited(original), protocol)
+        assert values["locality"].isna().all()
+        np.testing.assert_allclose(values["efficacy"], [e for e, _, _ in expected])
+    summary = summarise(request_values(as_edited(original), "token")).set_index("metric")
+    assert summary.loc["score", "value"] == pytest.approx((0.75 + 0.625) / 2)
+    assert "locality" not in summary.index
+
+
+def test_intervals_are_seeded_contain_the_mean_and_cover_the_truth():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for trial in range(60):
+        draws = pd.DataFrame(generator.random((80, 4)) < 0.7, columns=list(BY_NAME)).astype(float)
+        summary = summarise(draws, resamples=300, seed=trial).set_index("metric")
+        low, high = summary.loc["efficacy", ["low", "high"]]
+        assert low <= summary.loc["efficacy", "value"] <= high
+        covered += low <= 0.7 <= high
+    assert 50 <= covered <= 60  # 95% of 60 is 57
+    pd.testing.assert_frame_equal(summarise(draws, seed=1), summarise(draws, seed=1))
+    assert not summarise(draws, seed=1).equals(summarise(draws, seed=2))
+
+
+BY_NAME = ("efficacy", "generality", "locality", "portability")
+
+
+def test_the_interval_of_score_knows_that_its_parts_go_together():
+    """Efficacy and locality exclude each other: their sum never varies."""
+    half = pd.DataFrame(
+        {
+            "efficacy": [1.0, 0.0] * 20,
+            "generality": [0.5] * 40,
+            "locality": [0.0, 1.0] * 20,
+            "portability": [NAN] * 40,
+        }
+    )
+    summary = summarise(half).set_index("metric")
+    assert summary.loc["score", "high"] - summary.loc["score", "low"] < 1e-9
+    assert summary.loc["efficacy", "high"] - summary.loc["efficacy", "low"] > 0.1
+
+
+def test_moments_are_never_mixed():
+    written = FRAME.assign(moment="write")
+    with pytest.raises(KMEBenchError, match="several moments"):
+        request_values(pd.concat([FRAME, written]), "token")
+    early, late = (FRAME.assign(moment="checkpoint", edits_done=n) for n in (1, 3))
+    with pytest.raises(KMEBenchError, match="several moments"):
+        request_values(pd.concat([early, late]), "token")
+
+
+def test_paired_differences_need_the_same_requests():
+    values = request_values(FRAME, "token")
+    difference, low, high, n = paired_difference(values, values, "efficacy")
+    assert (difference, low, high, n) == (0.0, 0.0, 0.0, 2)
+    better = values.assign(efficacy=values["efficacy"] + [0.1, 0.3])
+    assert paired_difference(better, values, "efficacy")[0] == pytest.approx(0.2)
+    with pytest.raises(KMEBenchError, match="only on the same requests"):
+        paired_difference(values, values[:1], "efficacy")
+
+
+def test_cohorts_follow_each_group_of_edits_through_time():
+    checkpoint = FRAME[FRAME["case_id"] == "0"].assign(moment="checkpoint", edits_done=1)
+    written = FRAME.assign(moment="write")
+    table = cohorts(pd.concat([FRAME, checkpoint, written]), "token")
+    assert table[["edits_done", "cohort", "efficacy"]].to_numpy().tolist() == [
+        [1, 1, 1.0],
+        [2, 1, 1.0],
+        [2, 3, 0.5],
+    ]
+    assert [cohort_of(n) for n in (1, 2, 3, 4, 10, 11, 30, 31, 101)] == [
+        *(1, 3, 3, 10, 10, 30, 30, 100, 300)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "right"),
+    [
+        ("Rome, in Italy", "Rome", True),
+        ("the  ROME!", "Rome", True),
+        ("Romeo", "Rome", False),
+        ("not Rome", "Rome", False),
+        ("", "Rome", False),
+        ("Ｒｏｍｅ", "rome", True),
+        ("anything", "the", False),
+    ],
+)
+def test_a_wild_answer_begins_with_the_target_as_whole_words(answer, target, right):
+    assert begins_with(answer, target) is right
+
+
+def test_normalisation_is_idempotent():
+    text = "  The Q.E.D. -- of A “Theory”, naïve  "
+    assert normalise(normalise(text)) == normalise(text) == "q e d of theory naïve"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["kmebench.evaluation.score", "kmebench.reporting.tables", "kmebench.experiments.grid"],
+)
+def test_nothing_after_the_predictions_imports_torch(module):
+    code = (
+        f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd="workflow", check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,105 @@
+"""From prediction files to the tidy table of an experiment."""
+
+import json
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from kmebench.errors import KMEBenchError
+from kmebench.evaluation.frames import write_frame
+from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS
+from kmebench.evaluation.score import score_experiment
+
+RUN = {
+    "model": "m",
+    "dataset": "d",
+    "mode": "consecutive",
+    "method": "pac",
+    "variant": "default",
+    "seed": 0,
+}
+
+
+def predictions(moment, edits_done, after):
+    rows = []
+    for position, ids in enumerate(after):
+        for kind in ("edit", "paraphrase", "locality"):
+            row = dict.fromkeys(PREDICTIONS.names)
+            row |= {"case_id": str(position), "position": position, "kind": kind, "batch": 0}
+            row |= {"prompt": "p", "target": "t", "moment": moment, "edits_done": edits_done}
+            row |= {"target_ids": [1, 2], "before_ids": [3, 4], "after_ids": ids}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def files(tmp_path):
+    frame = pd.concat(
+        [predictions("write", 1, [[1, 2], [1, 2]]), predictions("final", 2, [[1, 9], [1, 2]])]
+    )
+    write_frame(frame, PREDICTIONS, tmp_path / "run.parquet")
+    rows = [dict.fromkeys(ORIGINAL.names) for _ in range(2)]
+    for row, kind in zip(rows, ("edit", "paraphrase"), strict=True):
+        row |= {"case_id": "0", "position": 0, "kind": kind, "prompt": "p", "target": "t"}
+        row |= {"target_ids": [1, 2], "ids": [1, 4]}
+    write_frame(pd.DataFrame(rows), ORIGINAL, tmp_path / "original.parquet")
+    (tmp_path / "timing.json").write_text(json.dumps({"seconds_per_edit": 1.5}))
+    return tmp_path
+
+
+def score(files):
+    return score_experiment(
+        "table2",
+        [RUN],
+        [files / "run.parquet"],
+        [files / "timing.json"],
+        [{"model": "m", "dataset": "d"}],
+        [files / "original.parquet"],
+        {"resamples": 20, "seed": 0},
+    )
+
+
+def value(table, **wanted):
+    for column, content in wanted.items():
+        table = table[table[column] == content]
+    return table["value"].item()
+
+
+def test_retention_and_write_time_stand_apart(files):
+    table = score(files)
+    at = {"method": "pac", "protocol": "token", "metric": "efficacy"}
+    assert value(table, moment="final", **at) == 0.75
+    assert value(table, moment="write", **at) == 1.0
+    assert value(table, method="original", protocol="token", metric="efficacy") == 0.5
+    assert table[table["method"] == "pac"]["seconds_per_edit"].unique().tolist() == [1.5]
+
+
+def test_protocols_that_were_not_run_give_no_numbers(files):
+    assert set(score(files)["protocol"]) == {"token", "exact"}
+
+
+def test_a_file_of_another_version_is_named(files):
+    table = pq.read_table(files / "run.parquet")
+    pq.write_table(table.drop_columns(["after_ids"]), files / "run.parquet")
+    with pytest.raises(KMEBenchError, match=r"run\.parquet has no column 'after_ids'"):
+        score(files)
+    column = pa.array(["x"] * table.num_rows)
+    index = table.schema.get_field_index("after_ids")
+    pq.write_table(table.set_column(index, "after_ids", column), files / "run.parquet")
+    with pytest.raises(KMEBenchError, match=r"run\.parquet: the column 'after_ids' is string"):
+        score(files)
+
+
+def test_the_published_schema_lists_the_columns_of_the_files():
+    with open("workflow/schemas/predictions.schema.yaml", encoding="utf-8") as stream:
+        schema = yaml.safe_load(stream)
+    assert list(schema["properties"]) == PREDICTIONS.names
+    assert all("description" in column for column in schema["properties"].values())
+    kinds = {"integer": pa.int32(), "string": pa.string(), "number": pa.float32()}
+    for name, column in schema["properties"].items():
+        kind = column["type"] if isinstance(column["type"], str) else column["type"][0]
+        expected = pa.list_(pa.int32()) if kind == "array" else kinds[kind]
+        assert PREDICTIONS.field(name).type == expected

@@ -1,0 +1,124 @@
+"""Tables in the paper's layout."""
+
+import pandas as pd
+import pytest
+
+from kmebench.errors import KMEBenchError
+from kmebench.reporting.paper import read_paper_table
+from kmebench.reporting.tables import Layout, escape_latex, to_latex, to_markdown, wide_table
+
+PAPER = read_paper_table("resources/paper/table2.csv")
+
+
+def named(label, paper_name=None):
+    return {"label": label, "paper_name": paper_name}
+
+
+LAYOUT = Layout(
+    title="Consecutive editing",
+    protocol="token",
+    mode="consecutive",
+    models={"gpt-j": named("GPT-J & co", "GPT-J (6B)"), "small": named("Small")},
+    datasets={"zsre": named("ZsRE", "ZsRE"), "own": named("Own_facts")},
+    methods={"full-c": named("Full-C", "Full-C"), "pac": named("PAC", "Ours")},
+)
+
+
+def metric(method, name, value, *, model="gpt-j", dataset="zsre", moment="final", **other):
+    row = {
+        "experiment": "table2",
+        "model": model,
+        "dataset": dataset,
+        "mode": "consecutive",
+        "method": method,
+        "variant": "default",
+        "seed": 0,
+        "protocol": "token",
+        "moment": moment,
+        "metric": name,
+        "value": value,
+        "low": value - 0.1,
+        "high": value + 0.1,
+        "n": 20,
+        "seconds_per_edit": 1.25,
+    }
+    return row | other
+
+
+METRICS = pd.DataFrame(
+    [
+        metric("original", "efficacy", 0.2, seconds_per_edit=float("nan")),
+        metric("pac", "efficacy", 0.9),
+        metric("pac", "locality", 0.4),
+        metric("pac", "generality", 0.5),
+        metric("pac", "score", 0.6),
+        metric("pac", "efficacy", 1.0, moment="write"),
+        metric("full-c", "efficacy", 0.3),
+        metric("pac", "efficacy", 0.1, protocol="wild"),
+        metric("pac", "efficacy", 0.1, variant="paths=5"),
+    ]
+)
+TABLE = wide_table(METRICS, PAPER, LAYOUT)
+
+
+def cell(editor, dataset="zsre", model="gpt-j"):
+    rows = TABLE[(TABLE[["model", "editor", "dataset"]] == [model, editor, dataset]).all(axis=1)]
+    return rows.iloc[0]
+
+
+def test_the_papers_number_and_the_difference_stand_beside_ours():
+    pac = cell("pac")
+    assert pac["efficacy"] == pytest.approx(90)
+    assert (pac["efficacy_low"], pac["efficacy_high"]) == pytest.approx((80, 100))
+    assert pac["efficacy_paper"] == 88.74
+    assert pac["efficacy_difference"] == pytest.approx(1.26)
+    assert pac["write_efficacy"] == pytest.approx(100)
+    assert cell("original")["efficacy_paper"] == 21.65
+
+
+def test_where_the_paper_has_no_number_none_is_invented():
+    assert pd.isna(cell("pac", "own")["efficacy_paper"])
+    assert pd.isna(cell("pac", model="small")["efficacy_paper"])
+
+
+def test_a_missing_run_is_a_dash_never_a_zero():
+    assert pd.isna(cell("full-c")["locality"])
+    markdown = to_markdown(TABLE, LAYOUT)
+    (line,) = [x for x in markdown.splitlines() if x.startswith("| Small") and "PAC" in x][:1]
+    assert line.count("–") == 6
+    assert "0.0" not in line
+
+
+def test_every_editor_has_its_row_the_unedited_model_first():
+    zsre = TABLE[TABLE["dataset"] == "zsre"]
+    assert zsre["editor"].tolist() == ["original", "full-c", "pac"] * 2
+
+
+def test_markdown_shows_interval_paper_best_and_write():
+    markdown = to_markdown(TABLE, LAYOUT)
+    assert "**90.0** [80.0, 100.0] (paper 88.74)" in markdown
+    assert "protocol token, 20 edits per cell" in markdown
+    assert "| 100.0 | 1.25   |" in markdown
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines[:8]}) == 1  # aligned
+
+
+def test_latex_is_escaped_and_balanced():
+    latex = to_latex(TABLE, LAYOUT)
+    assert r"GPT-J \& co" in latex
+    assert r"Own\_facts" in latex
+    assert latex.count("{") - latex.count(r"\{") == latex.count("}") - latex.count(r"\}")
+    body = [line for line in latex.splitlines() if "PAC" in line]
+    assert all(line.count("&") - line.count(r"\&") == 1 + 8 for line in body)
+    assert r"$\mathbf{90.0}_{[80.0,\,100.0]}$ (88.74)" in latex
+
+
+def test_latex_specials_are_printable():
+    assert escape_latex("a_b%{}~^\\") == (
+        r"a\_b\%\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}"
+    )
+
+
+def test_a_protocol_without_metrics_is_refused():
+    with pytest.raises(KMEBenchError, match="no metrics of protocol 'exact'"):
+        wide_table(METRICS, PAPER, Layout(**(LAYOUT.__dict__ | {"protocol": "exact"})))
