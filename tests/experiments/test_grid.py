@@ -1,0 +1,151 @@
+"""From the config to runs."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kmebench.errors import ConfigError
+from kmebench.experiments import grid
+from kmebench.experiments.configuration import check_config
+
+SCHEMA = Path("workflow/schemas/config.schema.yaml")
+CONFIG = yaml.safe_load(Path("config.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def config():
+    config = copy.deepcopy(CONFIG)
+    config["experiments"] = {
+        "main": {
+            "mode": "consecutive",
+            "models": ["tiny-gptj"],
+            "datasets": ["openfacts-zsre"],
+            "methods": ["full-c", "pac"],
+        },
+        "sweep": {
+            "mode": "consecutive",
+            "models": ["tiny-gptj"],
+            "datasets": ["openfacts-zsre"],
+            "methods": ["pac"],
+            "sweep": {"paths": [5, 15], "lambda": [0.1, 0.0]},
+        },
+    }
+    config["tables"] = {}
+    check_config(config, SCHEMA)
+    return config
+
+
+def test_a_swept_value_equal_to_the_configured_one_is_the_default_run(config):
+    variants = [run.variant for run in grid.runs_of(config, "sweep")]
+    assert variants == ["paths=5,lambda=0.1", "paths=5,lambda=0.0", "lambda=0.1", "lambda=0.0"]
+    config["methods"]["pac"]["hparams"] = {"lambda": 0.1}
+    variants = [run.variant for run in grid.runs_of(config, "sweep")]
+    assert variants == ["paths=5", "paths=5,lambda=0.0", "default", "lambda=0.0"]
+    shared = set(grid.runs_of(config, "main")) & set(grid.runs_of(config, "sweep"))
+    assert len(shared) == 1
+    assert len(grid.all_runs(config)) == 5
+
+
+def test_a_variant_reads_back_as_what_was_swept(config):
+    run = grid.runs_of(config, "sweep")[1]
+    assert grid.hparams_of(config, run) == {"learning_rate": 2e-3, "paths": 5, "lambda": 0.0}
+    assert grid.parse_variant("score=l2,norm_constraint=None,steps=3") == {
+        "score": "l2",
+        "norm_constraint": None,
+        "steps": 3,
+    }
+
+
+def test_the_models_values_go_before_the_methods(config):
+    config["methods"]["pac"]["hparams"] = {"learning_rate": 1.0, "steps": 7}
+    run = grid.runs_of(config, "main")[1]
+    assert grid.hparams_of(config, run) == {"learning_rate": 2e-3, "steps": 7}
+
+
+def test_lambda_does_not_name_a_path_file_but_paths_do(config):
+    names = [grid.selection_of(config, run) for run in grid.runs_of(config, "sweep")]
+    assert len(set(names)) == 2
+    assert names[0] == "l2,edit,disjoint,paths=5,negatives=1"
+    assert grid.parse_selection(names[0]) == {
+        "score": "l2",
+        "group": 1,
+        "selection": "disjoint",
+        "paths": 5,
+        "negatives": 1,
+    }
+
+
+def test_scope_batch_means_the_batch_only_where_there_is_one(config):
+    config["methods"]["pac"]["hparams"] = {"scope": "batch"}
+    one_by_one = grid.runs_of(config, "main")[1]
+    assert ",edit," in grid.selection_of(config, one_by_one)
+    config["experiments"]["main"]["mode"] = "batch"
+    batched = grid.selection_of(config, grid.runs_of(config, "main")[1])
+    assert grid.parse_selection(batched)["group"] == config["batch_size"]
+
+
+def test_only_pac_that_traces_the_original_needs_paths(config):
+    full_c, pac = grid.runs_of(config, "main")
+    assert not grid.needs_paths(config, full_c)
+    assert grid.needs_paths(config, pac)
+    config["methods"]["pac"]["hparams"] = {"trace_on": "current"}
+    assert not grid.needs_paths(config, pac)
+
+
+def set_at(config, path, value):
+    *parents, last = path.split("/")
+    for key in parents:
+        config = config[key]
+    config[last] = value
+
+
+BAD = {
+    "experiments/main/models": (["tiny-gtpj"], "names 'tiny-gtpj'.*did you mean 'tiny-gptj'"),
+    "experiments/main/mode": ("batched", "experiments.main.mode"),
+    "experiments/main/datasets": ([], "experiments.main.datasets"),
+    "methods/pac/editor": ("pca", "no editor 'pca' .did you mean 'pac'"),
+    "seeed": (1, "seeed"),
+    "datasets/openfacts-zsre/n": ("ten", "datasets.openfacts-zsre.n"),
+    "models/tiny-gptj/dtype": ("float31", "models.tiny-gptj.dtype"),
+    "models/Tiny": ({"source": {"source": "tiny"}}, "Tiny"),
+    "batch_size": (0, "batch_size.*Requests edited at once"),
+    "tables/t": (
+        {"title": "x", "experiment": "mian", "protocol": "token"},
+        "tables.t.experiment names 'mian'.*did you mean 'main'",
+    ),
+}
+
+
+@pytest.mark.parametrize("path", BAD)
+def test_a_bad_config_is_one_sentence_that_names_the_key(path, config):
+    value, complaint = BAD[path]
+    set_at(config, path, value)
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        check_config(config, SCHEMA)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_config_of_the_repository_is_valid():
+    for path in Path("config").glob("*.yaml"):
+        config = copy.deepcopy(CONFIG)
+        merge(config, yaml.safe_load(path.read_text(encoding="utf-8")))
+        check_config(config, SCHEMA)
+        assert grid.all_runs(config)
+        assert "distinct runs" in grid.plan(config)
+
+
+def merge(config, overlay):
+    for key, value in overlay.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            merge(config[key], value)
+        else:
+            config[key] = value
+
+
+def test_every_key_of_the_schema_is_described():
+    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    for name, spec in schema["properties"].items():
+        assert spec.get("description"), name
+        assert spec.get("additionalProperties", False) is not True

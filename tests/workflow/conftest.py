@@ -1,0 +1,88 @@
+"""A copy of the workflow in an empty folder, run as a user would."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("Snakefile", "config.yaml", "config", "workflow", "profiles", "resources", "envs")
+
+
+class Checkout:
+    """One checkout with its own results."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for part in PARTS:
+            source = ROOT / part
+            copy = shutil.copytree if source.is_dir() else shutil.copy2
+            copy(source, folder / part)
+
+    def overlay(self, name: str, **config) -> str:
+        """Write a config overlay."""
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return path.name
+
+    def command(self, *arguments: str, configs=("config/ci.yaml",)) -> list[str]:
+        snakemake = [sys.executable, "-m", "snakemake", "--cores", "2"]
+        return [*snakemake, *arguments, "--configfile", *configs]
+
+    def environment(self, **variables) -> dict[str, str]:
+        inherited = {k: v for k, v in os.environ.items() if k != "KMEBENCH_DATA_MIRROR"}
+        return inherited | variables
+
+    def run(self, *arguments: str, configs=("config/ci.yaml",), check=True, **variables) -> str:
+        done = subprocess.run(
+            self.command(*arguments, configs=configs),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            env=self.environment(**variables),
+            check=False,
+        )
+        output = done.stdout + done.stderr
+        if check:
+            assert done.returncode == 0, output
+        else:
+            assert done.returncode != 0, output
+        return output
+
+    def planned(self, *arguments: str, configs=("config/ci.yaml",)) -> dict[str, int]:
+        """Return rule -> number of jobs of a dry run (without ``all`` and other collections)."""
+        output = self.run("--dry-run", *arguments, configs=configs)
+        jobs: dict[str, int] = {}
+        lines = iter(output.splitlines())
+        for line in lines:
+            if line.startswith("job ") and line.rstrip().endswith("count"):
+                next(lines)
+                for row in lines:
+                    if not row.strip():
+                        return jobs
+                    rule, count = row.split()
+                    if rule not in ("all", "total", "tables", "metrics", "runs"):
+                        jobs[rule] = int(count)
+        assert "Nothing to be done" in output, output
+        return jobs
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Checkout:
+    """A checkout in which config/ci.yaml has run to the end."""
+    checkout = Checkout(tmp_path_factory.mktemp("finished"))
+    checkout.run()
+    return checkout
+
+
+@pytest.fixture
+def copy_of_finished(finished, tmp_path):
+    """A fresh copy of the finished checkout, with time stamps kept."""
+    shutil.copytree(finished.folder, tmp_path / "copy", dirs_exist_ok=True)
+    checkout = Checkout.__new__(Checkout)
+    checkout.folder = tmp_path / "copy"
+    return checkout

@@ -1,0 +1,212 @@
+"""The workflow end to end on config/ci.yaml: what runs, what does not run again, and why."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pandas as pd
+import pytest
+
+RUN = "results/runs/tiny-gptj/openfacts-zsre/consecutive/pac/default/seed0"
+
+
+def test_all_tables_are_there_and_printed(finished):
+    for table in ("table1", "table2"):
+        for kind in ("csv", "md", "tex"):
+            assert (finished.folder / f"results/tables/{table}.{kind}").stat().st_size
+    table = pd.read_csv(finished.folder / "results/tables/table2.csv")
+    assert table.groupby("editor").size().to_dict() == {"full-c": 2, "original": 2, "pac": 2}
+    assert table["n"].unique().tolist() == [4]
+    assert table.loc[table["editor"] != "original", "score"].between(0, 100).all()
+
+
+def test_the_tiny_model_knows_its_facts(finished):
+    log = (finished.folder / "logs/train_model/tiny-gptj.log").read_text()
+    (share,) = re.findall(r"answers ([\d.]+)% of", log)
+    assert float(share) >= 95
+    original = pd.read_parquet(
+        finished.folder / "results/original/tiny-gptj/openfacts-counterfact.parquet"
+    )
+    asked = original[original["kind"] == "edit"]
+    assert (asked["target_true_logprob"] > asked["target_new_logprob"]).mean() >= 0.75
+
+
+def test_a_finished_workflow_does_nothing_within_ten_seconds(finished):
+    start = time.monotonic()
+    assert "Nothing to be done" in finished.run()
+    assert time.monotonic() - start < 10
+
+
+def test_touching_every_source_file_runs_nothing_again(copy_of_finished):
+    for path in copy_of_finished.folder.rglob("*"):
+        if path.suffix in (".py", ".smk", ".yaml", ".csv", ".json") and (
+            "results" not in path.relative_to(copy_of_finished.folder).parts
+        ):
+            path.touch()
+    (copy_of_finished.folder / "Snakefile").touch()
+    assert copy_of_finished.planned() == {}
+
+
+def edit(checkout, path):
+    file = checkout.folder / "workflow" / "kmebench" / path
+    file.write_text(file.read_text(encoding="utf-8") + "\nCHANGED = True\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        # Full-C runs: 2 data sets in each pipeline; both tables follow.
+        (
+            "editors/full_c.py",
+            {"edit_batch": 2, "edit_consecutive": 2, "score": 2, "table": 2},
+        ),
+        # PAC: one more consecutive run in the ablation, scored there too.
+        ("editors/pac.py", {"edit_batch": 2, "edit_consecutive": 3, "score": 3, "table": 2}),
+        ("reporting/tables.py", {"table": 2}),
+        ("evaluation/metrics.py", {"score": 3, "table": 2}),
+    ],
+)
+def test_changing_one_file_plans_exactly_what_depends_on_it(changed, expected, copy_of_finished):
+    edit(copy_of_finished, changed)
+    assert copy_of_finished.planned() == expected
+
+
+def test_a_change_taken_back_runs_nothing(copy_of_finished):
+    file = copy_of_finished.folder / "workflow/kmebench/editors/pac.py"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text + "\n", encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
+    assert copy_of_finished.planned() == {}
+
+
+@pytest.mark.parametrize(
+    ("hparams", "expected"),
+    [
+        ({"lambda": 0.2}, {"edit_batch": 2, "edit_consecutive": 3}),
+        ({"paths": 7}, {"edit_batch": 2, "edit_consecutive": 4, "select_paths": 3}),
+    ],
+)
+def test_other_paths_or_lambda_reuse_the_gradient_cache(hparams, expected, copy_of_finished):
+    overlay = copy_of_finished.overlay("other", methods={"pac": {"hparams": hparams}})
+    planned = copy_of_finished.planned(configs=("config/ci.yaml", overlay))
+    assert "cache_gradients" not in planned
+    assert planned == expected | {"score": 3, "table": 2}
+
+
+def test_a_run_shared_by_two_experiments_is_computed_once(finished):
+    """The ablation's paths=15 is the default run of table 2."""
+    folder = finished.folder / RUN
+    variants = {path.name for path in folder.parents[1].iterdir()}
+    assert variants == {"default", "paths=5"}
+
+
+TORCHLESS = """
+import sys
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("torch", "transformers"):
+            raise ImportError(f"{name} must not be imported here")
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def test_tables_are_rebuilt_without_torch(copy_of_finished, tmp_path):
+    before = (copy_of_finished.folder / "results/tables/table2.csv").read_bytes()
+    for name in ("tables", "metrics"):
+        for path in (copy_of_finished.folder / "results" / name).iterdir():
+            path.unlink()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(TORCHLESS)
+    path = str(tmp_path / "site")
+    probe = subprocess.run(
+        [os.sys.executable, "-c", "import torch"],
+        env=copy_of_finished.environment(PYTHONPATH=path),
+        capture_output=True,
+        check=False,
+    )
+    assert probe.returncode != 0  # the block works
+    copy_of_finished.run(PYTHONPATH=path)
+    assert (copy_of_finished.folder / "results/tables/table2.csv").read_bytes() == before
+
+
+def test_the_same_seed_gives_the_same_bytes(copy_of_finished):
+    path = copy_of_finished.folder / RUN / "predictions.parquet"
+    before = path.read_bytes()
+    path.unlink()
+    copy_of_finished.run(f"{RUN}/predictions.parquet")
+    assert path.read_bytes() == before
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_bytes(copy_of_finished):
+    folder = copy_of_finished.folder / RUN
+    names = ("predictions.parquet", "delta.safetensors")
+    before = {name: (folder / name).read_bytes() for name in names}
+    for path in folder.iterdir():
+        path.unlink()
+    target = f"{RUN}/predictions.parquet"
+    job = subprocess.Popen(
+        copy_of_finished.command(target),
+        cwd=copy_of_finished.folder,
+        env=copy_of_finished.environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not any((folder / "checkpoints" / str(n)).is_dir() for n in (1, 2, 3)):
+        assert job.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert not (folder / "predictions.parquet").exists()
+    copy_of_finished.run("--unlock")
+    copy_of_finished.run(target)
+    log = (
+        copy_of_finished.folder
+        / "logs/edit_consecutive/tiny-gptj.openfacts-zsre.pac.default.seed0.log"
+    ).read_text()
+    assert re.search(r"resumed after [123] edits", log)
+    assert {name: (folder / name).read_bytes() for name in names} == before
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("overlay", "complaint"),
+    [
+        ({"methods": {"pac": {"hparam": {}}}}, "methods.pac: Additional properties"),
+        ({"experiments": {"table1": {"methods": ["pax"]}}}, "did you mean 'pac'"),
+    ],
+)
+def test_a_wrong_config_stops_before_any_job(overlay, complaint, finished):
+    name = finished.overlay("wrong", **overlay)
+    output = finished.run("--dry-run", configs=("config/ci.yaml", name), check=False)
+    assert complaint in output
+    assert "Traceback" not in output
+
+
+def test_bad_data_end_in_one_sentence_and_leave_nothing(copy_of_finished):
+    broken = copy_of_finished.folder / "broken"
+    broken.mkdir()
+    (broken / "set.json").write_text('[{"subject": "Ada", "src"')
+    overlay = copy_of_finished.overlay(
+        "data",
+        datasets={
+            "mine": {
+                "source": {"source": "file", "filenames": ["set.json"]},
+                "schema": "mend",
+                "n": 1,
+            }
+        },
+        experiments={"table1": {"datasets": ["mine"]}},
+    )
+    output = copy_of_finished.run(
+        "results/data/mine.jsonl",
+        configs=("config/ci.yaml", overlay),
+        check=False,
+        KMEBENCH_DATA_MIRROR=str(broken),
+    )
+    assert "results/data/raw/mine.json is not valid JSON at line 1, column 26" in output
+    assert not (copy_of_finished.folder / "results/data/mine.jsonl").exists()
