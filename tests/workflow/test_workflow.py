@@ -85,7 +85,7 @@ def test_a_change_taken_back_runs_nothing(copy_of_finished):
     ("hparams", "expected"),
     [
         ({"lambda": 0.2}, {"edit_batch": 2, "edit_consecutive": 3}),
-        ({"paths": 7}, {"edit_batch": 2, "edit_consecutive": 4, "select_paths": 3}),
+        ({"paths": 7}, {"edit_batch": 2, "edit_consecutive": 3, "select_paths": 2}),
     ],
 )
 def test_other_paths_or_lambda_reuse_the_gradient_cache(hparams, expected, copy_of_finished):

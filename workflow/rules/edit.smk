@@ -12,7 +12,7 @@ rule edit_batch:
     log:
         "<logs>/edit_batch/{model}.{dataset}.{method}.{variant}.seed{seed}.log",
     benchmark:
-        "<benchmarks>/edit_batch/{model}.{dataset}.{method}.{variant}.seed{seed}.tsv"
+        "<logs>/edit_batch/{model}.{dataset}.{method}.{variant}.seed{seed}.benchmark.tsv"
     params:
         run=edit_params("batch"),
     threads: config["threads"]
@@ -37,7 +37,7 @@ use rule edit_batch as edit_consecutive with:
     log:
         "<logs>/edit_consecutive/{model}.{dataset}.{method}.{variant}.seed{seed}.log",
     benchmark:
-        "<benchmarks>/edit_consecutive/{model}.{dataset}.{method}.{variant}.seed{seed}.tsv"
+        "<logs>/edit_consecutive/{model}.{dataset}.{method}.{variant}.seed{seed}.benchmark.tsv"
     params:
         run=edit_params("consecutive"),
     message:

@@ -107,14 +107,14 @@ def _check_templates(path: Path, relation: Relation) -> None:
     for template in relation.templates:
         if flaw := _flaw(template, slots=1):
             raise DataError(
-                f"{path}: the relation {relation.id!r} has the template {template!r}, which {flaw}; "
-                "mend it."
+                f"{path}: the relation {relation.id!r} has the template {template!r}, which "
+                f"{flaw}; mend it."
             )
     for question in (relation.question, relation.question_paraphrase):
         if not question.endswith("?"):
             raise DataError(
-                f"{path}: the relation {relation.id!r} has the question {question!r}, which does not "
-                "end with a question mark; add it."
+                f"{path}: the relation {relation.id!r} has the question {question!r}, which does "
+                "not end with a question mark; add it."
             )
 
 

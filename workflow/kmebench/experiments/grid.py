@@ -116,8 +116,12 @@ def base_hparams(config: Mapping[str, Any], model: str, method: str) -> dict[str
 
 
 def hparams_of(config: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    """Return the hyper-parameters of a run: method < model < variant."""
-    return base_hparams(config, run.model, run.method) | parse_variant(run.variant)
+    """Return the hyper-parameters of a run: method < model < variant; sorted by name.
+
+    Sorted, because Snakemake takes another order of a parameter for a change.
+    """
+    merged = base_hparams(config, run.model, run.method) | parse_variant(run.variant)
+    return dict(sorted(merged.items()))
 
 
 def parse_variant(variant: str) -> dict[str, Any]:
