@@ -29,10 +29,10 @@ include: "workflow/rules/report.smk"
 
 
 rule all:
+    default_target: True
     input:
         rules.metrics.input,
         rules.tables.input,
-    default_target: True
 
 
 onstart:

@@ -18,7 +18,9 @@ from kmebench.experiments.dependencies import source_closure
 check_config(config, workflow.source_path("schemas/config.schema.yaml"))
 
 RUNS = grid.all_runs(config)
-TRAINED = [m for m, spec in config["models"].items() if spec["source"]["source"] == "tiny"]
+TRAINED = [
+    m for m, spec in config["models"].items() if spec["source"]["source"] == "tiny"
+]
 FETCHED = [m for m in config["models"] if m not in TRAINED]
 
 
@@ -40,7 +42,15 @@ def openfacts_inputs(wildcards):
 def selection_params(dataset):
     """What prepare_dataset selects from a data set."""
     spec = config["datasets"][dataset]
-    keys = ("schema", "n", "seed", "segments", "development", "conflicts", "on_bad_record")
+    keys = (
+        "schema",
+        "n",
+        "seed",
+        "segments",
+        "development",
+        "conflicts",
+        "on_bad_record",
+    )
     return {key: spec[key] for key in keys if key in spec}
 
 

@@ -23,7 +23,7 @@ def test_a_saved_model_can_be_read_by_everyone(folder):
 def test_a_local_folder_is_taken_by_reference(folder, tmp_path):
     fetch_model({"source": "folder", "path": str(folder)}, tmp_path / "copy")
     assert (tmp_path / "copy" / "model.safetensors").is_symlink()
-    assert EditableModel.load(tmp_path / "copy").n_layers == 6
+    assert EditableModel.load(tmp_path / "copy").n_layers == 4
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):

@@ -12,15 +12,15 @@ rule fetch_dataset:
         "<logs>/fetch_dataset/{dataset}.log",
     wildcard_constraints:
         dataset=one_of(config["datasets"]),
-    params:
-        source=lambda w: config["datasets"][w.dataset]["source"],
+    retries: 0
+    localrule: True
+    conda:
+        "../../envs/report.yaml"
     resources:
         # Not a parameter: data do not change with the place they are taken from.
         mirror=config["data_mirror"] or os.environ.get("KMEBENCH_DATA_MIRROR", ""),
-    conda:
-        "../../envs/report.yaml"
-    retries: 0
-    localrule: True
+    params:
+        source=lambda w: config["datasets"][w.dataset]["source"],
     message:
         "Fetching the data set {wildcards.dataset}"
     script:
@@ -40,11 +40,11 @@ rule prepare_dataset:
         "<logs>/prepare_dataset/{dataset}.log",
     wildcard_constraints:
         dataset=one_of(config["datasets"]),
-    params:
-        selection=lambda w: selection_params(w.dataset),
+    localrule: True
     conda:
         "../../envs/report.yaml"
-    localrule: True
+    params:
+        selection=lambda w: selection_params(w.dataset),
     message:
         "Preparing the data set {wildcards.dataset}"
     script:

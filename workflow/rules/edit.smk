@@ -13,13 +13,13 @@ rule edit_batch:
         "<logs>/edit_batch/{model}.{dataset}.{method}.{variant}.seed{seed}.log",
     benchmark:
         "<logs>/edit_batch/{model}.{dataset}.{method}.{variant}.seed{seed}.benchmark.tsv"
-    params:
-        run=edit_params("batch"),
+    conda:
+        "../../envs/edit.yaml"
     threads: config["threads"]
     resources:
         gpu=gpus,
-    conda:
-        "../../envs/edit.yaml"
+    params:
+        run=edit_params("batch"),
     message:
         "Editing {wildcards.model} with {wildcards.method} on {wildcards.dataset}, in batches ({wildcards.variant})"
     script:

@@ -11,11 +11,11 @@ rule fetch_model:
         "<logs>/fetch_model/{model}.log",
     wildcard_constraints:
         model=one_of(FETCHED),
-    params:
-        source=lambda w: config["models"][w.model]["source"],
+    localrule: True
     conda:
         "../../envs/edit.yaml"
-    localrule: True
+    params:
+        source=lambda w: config["models"][w.model]["source"],
     message:
         "Fetching the model {wildcards.model}"
     script:
@@ -34,11 +34,11 @@ rule train_model:
         "<logs>/train_model/{model}.log",
     wildcard_constraints:
         model=one_of(TRAINED),
-    params:
-        source=lambda w: config["models"][w.model]["source"],
-    threads: config["threads"]
     conda:
         "../../envs/edit.yaml"
+    threads: config["threads"]
+    params:
+        source=lambda w: config["models"][w.model]["source"],
     message:
         "Training the model {wildcards.model}"
     script:

@@ -17,15 +17,16 @@ rule score:
         "<logs>/score/{experiment}.log",
     wildcard_constraints:
         experiment=one_of(config["experiments"]),
+    conda:
+        "../../envs/report.yaml"
     params:
         experiment=lambda w: w.experiment,
         runs=lambda w: [asdict(run) for run in grid.runs_of(config, w.experiment)],
         originals=lambda w: [
-            {"model": model, "dataset": dataset} for model, dataset in experiment_originals(w)
+            {"model": model, "dataset": dataset}
+            for model, dataset in experiment_originals(w)
         ],
         statistics=config["statistics"],
-    conda:
-        "../../envs/report.yaml"
     message:
         "Scoring {wildcards.experiment}"
     script:
@@ -46,11 +47,11 @@ rule table:
         "<logs>/table/{table}.log",
     wildcard_constraints:
         table=one_of(config["tables"]),
-    params:
-        table=table_params,
+    localrule: True
     conda:
         "../../envs/report.yaml"
-    localrule: True
+    params:
+        table=table_params,
     message:
         "Writing {wildcards.table}"
     script:
@@ -67,7 +68,9 @@ rule runs:
 rule metrics:
     "The metrics of all experiments."
     input:
-        expand("<results>/metrics/{experiment}.parquet", experiment=config["experiments"]),
+        expand(
+            "<results>/metrics/{experiment}.parquet", experiment=config["experiments"]
+        ),
     localrule: True
 
 

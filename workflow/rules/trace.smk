@@ -19,14 +19,14 @@ rule predict_original:
         predictions="<results>/original/{model}/{dataset}.parquet",
     log:
         "<logs>/predict_original/{model}.{dataset}.log",
-    params:
-        load=lambda w: load_params(w.model),
-        evaluation=config["evaluation"],
+    conda:
+        "../../envs/edit.yaml"
     threads: config["threads"]
     resources:
         gpu=gpus,
-    conda:
-        "../../envs/edit.yaml"
+    params:
+        load=lambda w: load_params(w.model),
+        evaluation=config["evaluation"],
     message:
         "Asking the unedited {wildcards.model} about {wildcards.dataset}"
     script:
@@ -43,13 +43,13 @@ rule cache_gradients:
         gradients="<results>/trace/{model}/{dataset}/gradients.safetensors",
     log:
         "<logs>/cache_gradients/{model}.{dataset}.log",
-    params:
-        load=lambda w: load_params(w.model),
+    conda:
+        "../../envs/edit.yaml"
     threads: config["threads"]
     resources:
         gpu=gpus,
-    conda:
-        "../../envs/edit.yaml"
+    params:
+        load=lambda w: load_params(w.model),
     message:
         "Tracing {wildcards.model} on {wildcards.dataset}"
     script:
@@ -67,10 +67,10 @@ rule select_paths:
         "<logs>/select_paths/{model}.{dataset}.{selection}.log",
     wildcard_constraints:
         selection=r"\w+,[\w=]+,\w+,paths=\d+,negatives=\d+",
-    params:
-        settings=lambda w: grid.parse_selection(w.selection),
     conda:
         "../../envs/edit.yaml"
+    params:
+        settings=lambda w: grid.parse_selection(w.selection),
     message:
         "Selecting paths {wildcards.selection} of {wildcards.model} on {wildcards.dataset}"
     script:

@@ -16,6 +16,6 @@ with script_log(snakemake):
     seed = source.get("seed", 0)
     seed_everything(seed)
     facts = fact_sentences(Path(snakemake.input.relations).parent)
-    model, tokenizer, share = train_tiny(facts, seed, source.get("max_epochs", 40))
+    model, tokenizer, share = train_tiny(facts, seed, source.get("max_epochs", 10))
     logger.info("tiny-gptj answers %.1f%% of %d fact sentences", 100 * share, len(facts))
     save_model(model, tokenizer, Path(snakemake.output.folder))

@@ -1,4 +1,4 @@
-"""tiny-gptj: a GPT-J of about two million parameters that knows OpenFacts.
+"""tiny-gptj: a GPT-J of about one and a half million parameters that knows OpenFacts.
 
 It is trained here, from nothing, until it answers its facts: the GPT-J code path (parallel
 attention and FFN, biases) with a model whose knowledge is real but small.
@@ -20,14 +20,14 @@ logger = logging.getLogger("kmebench")
 
 END = "<|endoftext|>"
 VOCABULARY = 3000
-BATCH = 64
-PEAK_RATE = 4e-3
+BATCH = 32
+PEAK_RATE = 3e-3
 CONTEXT_WEIGHT = 0.1  # of a prompt token's loss, against 1 for a token of the answer
 KNOWN = 0.95
 
 
 def train_tiny(
-    facts: Sequence[tuple[str, str]], seed: int, max_epochs: int = 40
+    facts: Sequence[tuple[str, str]], seed: int, max_epochs: int = 10
 ) -> tuple[GPTJForCausalLM, PreTrainedTokenizerFast, float]:
     """Train until 99.5% of ``facts`` (prompt, answer) are answered, or ``max_epochs``.
 
@@ -97,7 +97,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> GPTJConfig:
         vocab_size=len(tokenizer),
         n_positions=256,
         n_embd=128,
-        n_layer=6,
+        n_layer=4,
         n_head=4,
         rotary_dim=32,
         n_inner=512,
