@@ -145,15 +145,17 @@ def experiment_originals(wildcards):
     return sorted({(run.model, run.dataset) for run in runs})
 
 
-def labels(section):
-    """Names for tables: {name: {label, paper_name}} of one section of the config."""
-    return {
-        name: {
-            "label": (spec or {}).get("label", name),
-            "paper_name": (spec or {}).get("paper_name"),
-        }
-        for name, spec in config[section].items()
-    }
+def labels(section, name):
+    """The names of a model, data set or method in tables: {label, paper_name}.
+
+    A development split is not what the paper reports on, so it has no name there.
+    """
+    reported = name.removesuffix(grid.DEVELOPMENT)
+    spec = config[section][reported] or {}
+    label = spec.get("label", reported)
+    if reported != name:
+        return {"label": f"{label}, development split", "paper_name": None}
+    return {"label": label, "paper_name": spec.get("paper_name")}
 
 
 def table_params(wildcards):
@@ -162,7 +164,7 @@ def table_params(wildcards):
     spec = config["experiments"][experiment]
 
     def chosen(section):
-        return {name: labels(section)[name] for name in spec[section]}
+        return {name: labels(section, name) for name in spec[section]}
 
     return {
         "title": config["tables"][wildcards.table]["title"],

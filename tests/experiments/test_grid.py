@@ -32,6 +32,12 @@ def config():
             "sweep": {"paths": [5, 15], "lambda": [0.1, 0.0]},
         },
     }
+    config["experiments"]["tuning"] = {
+        "mode": "batch",
+        "models": ["tiny-gptj"],
+        "datasets": ["openfacts-zsre.development"],
+        "methods": ["pac"],
+    }
     config["tables"] = {}
     check_config(config, SCHEMA)
     return config
@@ -45,7 +51,17 @@ def test_a_swept_value_equal_to_the_configured_one_is_the_default_run(config):
     assert variants == ["paths=5", "paths=5,lambda=0.0", "default", "lambda=0.0"]
     shared = set(grid.runs_of(config, "main")) & set(grid.runs_of(config, "sweep"))
     assert len(shared) == 1
-    assert len(grid.all_runs(config)) == 5
+    assert len(grid.all_runs(config)) == 6
+
+
+def test_a_development_split_is_a_data_set_of_its_own_size(config):
+    (run,) = grid.runs_of(config, "tuning")
+    assert run.folder() == "runs/tiny-gptj/openfacts-zsre.development/batch/pac/default/seed0"
+    sizes = grid.datasets(config)
+    assert sizes["openfacts-zsre.development"] == 50
+    assert sizes["openfacts-zsre"] == CONFIG["datasets"]["openfacts-zsre"]["n"]
+    config["datasets"]["openfacts-zsre"]["segments"] = [[0, 5], [10, 30]]
+    assert grid.datasets(config)["openfacts-zsre"] == 25
 
 
 def test_a_variant_reads_back_as_what_was_swept(config):
@@ -110,6 +126,11 @@ BAD = {
     "datasets/openfacts-zsre/n": ("ten", "datasets.openfacts-zsre.n"),
     "models/tiny-gptj/dtype": ("float31", "models.tiny-gptj.dtype"),
     "models/Tiny": ({"source": {"source": "tiny"}}, "Tiny"),
+    "datasets/mine.development": (
+        {"source": {"source": "openfacts", "kind": "zsre"}, "schema": "mend", "n": 1},
+        "mine.development.*not ending like",
+    ),
+    "datasets/openfacts-zsre/development": (0, "names 'openfacts-zsre.development'"),
     "batch_size": (0, "batch_size.*Requests edited at once"),
     "tables/t": (
         {"title": "x", "experiment": "mian", "protocol": "token"},
@@ -128,8 +149,11 @@ def test_a_bad_config_is_one_sentence_that_names_the_key(path, config):
 
 
 def test_every_config_of_the_repository_is_valid():
+    below = {"tune.yaml": "config/real.yaml", "ci-real.yaml": "config/ci.yaml"}
     for path in Path("config").glob("*.yaml"):
         config = copy.deepcopy(CONFIG)
+        if path.name in below:
+            merge(config, yaml.safe_load(Path(below[path.name]).read_text(encoding="utf-8")))
         merge(config, yaml.safe_load(path.read_text(encoding="utf-8")))
         check_config(config, SCHEMA)
         assert grid.all_runs(config)

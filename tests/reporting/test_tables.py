@@ -55,7 +55,6 @@ METRICS = pd.DataFrame(
         metric("pac", "efficacy", 1.0, moment="write"),
         metric("full-c", "efficacy", 0.3),
         metric("pac", "efficacy", 0.1, protocol="wild"),
-        metric("pac", "efficacy", 0.1, variant="paths=5"),
     ]
 )
 TABLE = wide_table(METRICS, PAPER, LAYOUT)
@@ -101,6 +100,18 @@ def test_markdown_shows_interval_paper_best_and_write():
     assert "| 100.0 | 1.25   |" in markdown
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines[:8]}) == 1  # aligned
+
+
+def test_the_variants_of_a_sweep_are_rows_without_the_papers_number():
+    swept = [metric("pac", "efficacy", 0.1, variant=f"paths={n}") for n in (20, 5)]
+    table = wide_table(pd.concat([METRICS, pd.DataFrame(swept)]), PAPER, LAYOUT)
+    rows = table[(table[["model", "editor", "dataset"]] == ["gpt-j", "pac", "zsre"]).all(axis=1)]
+    assert rows["variant"].tolist() == ["default", "paths=20", "paths=5"]
+    assert rows["efficacy"].tolist() == pytest.approx([90, 10, 10])
+    assert rows["efficacy_paper"].notna().tolist() == [True, False, False]
+    for text in (to_markdown(table, LAYOUT), to_latex(table, LAYOUT).replace(r"\_", "_")):
+        assert "PAC, paths=20" in text
+        assert "Full-C, default" not in text
 
 
 def test_latex_is_escaped_and_balanced():

@@ -3,7 +3,7 @@
 
 wildcard_constraints:
     model=one_of(config["models"]),
-    dataset=one_of(config["datasets"]),
+    dataset=one_of(grid.datasets(config)),
     method=one_of(config["methods"]),
     variant=r"default|[a-z_]+=[^/]+",
     seed=r"\d+",

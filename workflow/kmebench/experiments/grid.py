@@ -7,7 +7,7 @@ values, so they share a folder and are computed once.
 
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from kmebench.errors import ConfigError
 
 MODES = ("batch", "consecutive")
 DEFAULT = "default"
+#: ``{dataset}.development`` is the held-out split of a data set, itself a data set to run on.
+DEVELOPMENT = ".development"
 
 #: Hyper-parameters of PAC that decide which paths are selected, with their defaults; they and
 #: nothing else name a path file.
@@ -55,9 +57,10 @@ def runs_of(config: Mapping[str, Any], experiment: str) -> list[Run]:
             or sweeps a hyper-parameter that no method of it has.
     """
     spec = config["experiments"][experiment]
-    for kind in ("models", "datasets", "methods"):
+    known = {"models": config["models"], "datasets": datasets(config), "methods": config["methods"]}
+    for kind, names in known.items():
         for name in spec[kind]:
-            check_name(name, config[kind], kind, f"experiments.{experiment}.{kind}")
+            check_name(name, names, kind, f"experiments.{experiment}.{kind}")
     return [
         Run(model, dataset, spec["mode"], method, variant, seed)
         for model, dataset, method in itertools.product(
@@ -73,7 +76,21 @@ def all_runs(config: Mapping[str, Any]) -> list[Run]:
     return sorted({run for name in config["experiments"] for run in runs_of(config, name)})
 
 
-def check_name(name: str, known: Mapping[str, Any], kind: str, where: str) -> None:
+def datasets(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return every data set that can be run on, and its number of requests.
+
+    The development split of a data set is one too: tuning takes the same way as reporting.
+    """
+    sizes: dict[str, int] = {}
+    for name, spec in config["datasets"].items():
+        segments = spec.get("segments")
+        sizes[name] = sum(stop - start for start, stop in segments) if segments else spec["n"]
+        if spec.get("development"):
+            sizes[name + DEVELOPMENT] = spec["development"]
+    return sizes
+
+
+def check_name(name: str, known: Iterable[str], kind: str, where: str) -> None:
     """Refuse a name that the config does not define.
 
     Raises:
@@ -201,15 +218,9 @@ def plan(config: Mapping[str, Any]) -> str:
             f"{name}: {len(runs)} runs ({spec['mode']}; {len(spec['models'])} models x "
             f"{len(spec['datasets'])} data sets x {len(spec['methods'])} methods)"
         )
-    edits = {name: n_edits(config["datasets"][name]) for name in config["datasets"]}
+    used = {run.dataset for run in all_runs(config)}
+    edits = {name: count for name, count in datasets(config).items() if name in used}
     total = sum(edits[run.dataset] for run in all_runs(config))
     lines.append(f"in all {len(all_runs(config))} distinct runs, {total} edits")
     lines += [f"  {name}: {count} edits per run" for name, count in edits.items()]
     return "\n".join(lines)
-
-
-def n_edits(dataset: Mapping[str, Any]) -> int:
-    """Return how many records a data set's selection holds."""
-    if dataset.get("segments"):
-        return sum(stop - start for start, stop in dataset["segments"])
-    return dataset["n"]

@@ -10,6 +10,7 @@ from kmebench.errors import KMEBenchError
 from kmebench.reporting.paper import METRICS, ORIGINAL
 
 MISSING = "–"
+DEFAULT = "default"
 Labels = Mapping[str, Mapping[str, str | None]]  # name -> {label, paper_name}
 
 
@@ -32,14 +33,14 @@ class Layout:
 
 
 def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout) -> pd.DataFrame:
-    """Lay metrics out, one row per model, editor, seed and data set, in percent.
+    """Lay metrics out, one row per model, editor, variant, seed and data set, in percent.
 
     Columns: for every metric of the paper its value, ``_low``, ``_high``, ``_paper`` and
     ``_difference`` (ours − paper); ``write_efficacy`` (consecutive: right after each edit);
-    n, seconds_per_edit, protocol, mode, seed. Missing runs are rows of NaN.
+    n, seconds_per_edit, protocol, mode, variant, seed. Missing runs are rows of NaN. The paper's
+    numbers stand beside the variant ``default`` only.
     """
     chosen = metrics[(metrics["protocol"] == layout.protocol) & (metrics["mode"] == layout.mode)]
-    chosen = chosen[chosen["variant"] == "default"]
     if chosen.empty:
         raise KMEBenchError(
             f"There are no metrics of protocol {layout.protocol!r} in pipeline {layout.mode!r}."
@@ -48,14 +49,21 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
     for model in layout.models:
         for editor in layout.editors:
             of_editor = chosen[(chosen["model"] == model) & (chosen["method"] == editor)]
-            for seed in sorted(of_editor["seed"].unique()) or [None]:
+            for (variant, seed), of_run in _runs(of_editor):
                 for dataset in layout.datasets:
-                    cell = of_editor[of_editor["dataset"] == dataset]
-                    cell = cell[cell["seed"] == seed]
-                    published = _published(paper, layout, model, editor, dataset)
-                    name = {"model": model, "editor": editor, "dataset": dataset, "seed": seed}
-                    rows.append(name | _cells(cell, published))
+                    cell = of_run[of_run["dataset"] == dataset]
+                    known = paper if variant == DEFAULT else None
+                    published = _published(known, layout, model, editor, dataset)
+                    name = {"model": model, "editor": editor, "variant": variant, "seed": seed}
+                    rows.append(name | {"dataset": dataset} | _cells(cell, published))
     return pd.DataFrame(rows).assign(protocol=layout.protocol, mode=layout.mode)
+
+
+def _runs(of_editor: pd.DataFrame) -> list[tuple[tuple[str, int | None], pd.DataFrame]]:
+    """Split by (variant, seed) in the order of the grid; one empty default without any run."""
+    if of_editor.empty:
+        return [((DEFAULT, None), of_editor)]
+    return list(of_editor.groupby(["variant", "seed"], sort=False))
 
 
 def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]:
@@ -119,9 +127,14 @@ def _best(table: pd.DataFrame, metric: str) -> pd.Series:
 
 
 def _editor_label(row: pd.Series, table: pd.DataFrame, layout: Layout) -> str:
-    label = layout.editors[row["editor"]]["label"]
-    seeds = table.loc[table["editor"] == row["editor"], "seed"].dropna().unique()
-    return f"{label}, seed {int(row['seed'])}" if len(seeds) > 1 else str(label)
+    """Name an editor, with its variant and its seed where the table shows several."""
+    label = str(layout.editors[row["editor"]]["label"])
+    same = table[table["editor"] == row["editor"]]
+    if same["variant"].nunique() > 1:
+        label += f", {row['variant']}"
+    if same["seed"].nunique() > 1:
+        label += f", seed {int(row['seed'])}"
+    return label
 
 
 def to_markdown(table: pd.DataFrame, layout: Layout) -> str:
@@ -200,7 +213,9 @@ def to_latex(table: pd.DataFrame, layout: Layout) -> str:
     for model, of_model in table.groupby("model", sort=False):
         lines.append(r"\midrule")
         label = escape_latex(str(layout.models[model]["label"]))
-        for _, of_editor in of_model.groupby(["editor", "seed"], sort=False, dropna=False):
+        for _, of_editor in of_model.groupby(
+            ["editor", "variant", "seed"], sort=False, dropna=False
+        ):
             cells = [
                 _latex_cell(row, metric, bool(marks[metric][index]))
                 for index, row in of_editor.iterrows()
