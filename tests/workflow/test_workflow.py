@@ -1,5 +1,6 @@
 """The workflow end to end on config/ci.yaml: what runs, what does not run again, and why."""
 
+import json
 import os
 import re
 import signal
@@ -93,6 +94,34 @@ def test_other_paths_or_lambda_reuse_the_gradient_cache(hparams, expected, copy_
     planned = copy_of_finished.planned(configs=("config/ci.yaml", overlay))
     assert "cache_gradients" not in planned
     assert planned == expected | {"score": 3, "table": 2}
+
+
+def test_tuning_takes_the_development_split(finished):
+    tuning = finished.overlay(
+        "tuning",
+        experiments={
+            "tune": {
+                "mode": "consecutive",
+                "models": ["tiny-gptj"],
+                "datasets": ["openfacts-zsre.development"],
+                "methods": ["pac"],
+                "sweep": {"learning_rate": [0.001, 0.002]},
+            }
+        },
+        tables={"tune": {"title": "Tuning", "experiment": "tune", "protocol": "token"}},
+        datasets={"openfacts-zsre": {"development": 10}},
+    )
+    wanted = "results/tables/tune.md"
+    finished.run("--", wanted, configs=("config/ci.yaml", tuning))
+    table = pd.read_csv(finished.folder / "results/tables/tune.csv")
+    assert table["variant"].tolist() == ["default", "learning_rate=0.001", "default"]
+    assert table["n"].unique().tolist() == [10]
+    split = finished.folder / "results/data/openfacts-zsre.development.jsonl"
+    edited = pd.read_parquet(
+        finished.folder / RUN.replace("zsre", "zsre.development") / "predictions.parquet"
+    )
+    held_out = {json.loads(line)["case_id"] for line in split.read_text().splitlines()}
+    assert set(edited["case_id"]) == held_out
 
 
 def test_a_run_shared_by_two_experiments_is_computed_once(finished):
