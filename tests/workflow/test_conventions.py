@@ -62,6 +62,16 @@ def test_environments_pin_what_the_constraints_pin():
     assert pins["torch"] == "2.13.0"
 
 
+def test_the_readme_shows_the_rule_graph_as_it_is():
+    command = [sys.executable, "-m", "snakemake", "--rulegraph", "mermaid-js"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    names = dict(re.findall(r"(id\d+)\[(\w+)\]", done.stdout))
+    drawn = re.findall(r"(id\d+) --> (id\d+)", done.stdout)
+    edges = {(names[a], names[b]) for a, b in drawn if names[b] != "all"}
+    readme = Path("README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^    (\w+) --> (\w+)$", readme, re.MULTILINE)) == edges
+
+
 def test_snakemake_lint_finds_nothing():
     command = [sys.executable, "-m", "snakemake", "--lint", "--configfile", "config/ci.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
