@@ -34,7 +34,7 @@ def openfacts_tables():
 
 def openfacts_inputs(wildcards):
     """The fact tables, for a data set made of them."""
-    if config["datasets"][wildcards.dataset]["source"]["source"] != "openfacts":
+    if config["datasets"][wildcards.data]["source"]["source"] != "openfacts":
         return {}
     return {"relations": f"{OPENFACTS}/relations.json", "facts": openfacts_tables()}
 

@@ -1,4 +1,8 @@
 # Data sets: the raw file, then checked and selected edit requests.
+#
+# The wildcard is not called {dataset} as everywhere else: where a rule and the rule that makes its
+# input share a wildcard, Snakemake 9.27 tries the same value first, without looking at constraints,
+# and {dataset} may be the name of a development split.
 
 
 rule fetch_dataset:
@@ -7,11 +11,11 @@ rule fetch_dataset:
         unpack(openfacts_inputs),
         code=code("fetch_dataset", "kmebench.data.openfacts"),
     output:
-        raw="<results>/data/raw/{dataset}.json",
+        raw="<results>/data/raw/{data}.json",
     log:
-        "<logs>/fetch_dataset/{dataset}.log",
+        "<logs>/fetch_dataset/{data}.log",
     wildcard_constraints:
-        dataset=one_of(config["datasets"]),
+        data=one_of(config["datasets"]),
     retries: 0
     localrule: True
     conda:
@@ -20,9 +24,9 @@ rule fetch_dataset:
         # Not a parameter: data do not change with the place they are taken from.
         mirror=config["data_mirror"] or os.environ.get("KMEBENCH_DATA_MIRROR", ""),
     params:
-        source=lambda w: config["datasets"][w.dataset]["source"],
+        source=lambda w: config["datasets"][w.data]["source"],
     message:
-        "Fetching the data set {wildcards.dataset}"
+        "Fetching the data set {wildcards.data}"
     script:
         "../scripts/fetch_dataset.py"
 
@@ -30,22 +34,22 @@ rule fetch_dataset:
 rule prepare_dataset:
     "Check the records, select those to edit, and hold a development split out."
     input:
-        raw="<results>/data/raw/{dataset}.json",
+        raw="<results>/data/raw/{data}.json",
         code=code("prepare_dataset"),
     output:
-        requests="<results>/data/{dataset}.jsonl",
-        development="<results>/data/{dataset}.development.jsonl",
-        report="<results>/data/{dataset}.report.json",
+        requests="<results>/data/{data}.jsonl",
+        development="<results>/data/{data}.development.jsonl",
+        report="<results>/data/{data}.report.json",
     log:
-        "<logs>/prepare_dataset/{dataset}.log",
+        "<logs>/prepare_dataset/{data}.log",
     wildcard_constraints:
-        dataset=one_of(config["datasets"]),
+        data=one_of(config["datasets"]),
     localrule: True
     conda:
         "../../envs/report.yaml"
     params:
-        selection=lambda w: selection_params(w.dataset),
+        selection=lambda w: selection_params(w.data),
     message:
-        "Preparing the data set {wildcards.dataset}"
+        "Preparing the data set {wildcards.data}"
     script:
         "../scripts/prepare_dataset.py"
