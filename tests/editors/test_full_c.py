@@ -19,27 +19,33 @@ def edited(model, requests, **hparams):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_full_c_equals_projected_adam(family, make_model, requests):
+@pytest.mark.parametrize("mini_batch", [None, 2])
+def test_full_c_equals_projected_adam(family, mini_batch, make_model, requests):
     model = make_model(family)
     names = [p.weight_name for f in model.ffn for p in (f.key, f.value)]
     weights = {n: model.parameter(n).clone().requires_grad_() for n in names}
     original = {n: w.detach().clone() for n, w in weights.items()}
     adam = torch.optim.Adam(weights.values(), lr=HPARAMS["learning_rate"])
     encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
+    torch.manual_seed(1)
     for _ in range(HPARAMS["steps"]):
-        adam.zero_grad()
-        for item in encoded:
-            logits = torch.func.functional_call(
-                model.model, weights, kwargs={"input_ids": torch.tensor([item.ids])}
-            ).logits[0, -item.n_target - 1 : -1]
-            (cross_entropy(logits, torch.tensor(item.target_ids)) / len(encoded)).backward()
-        adam.step()
-        with torch.no_grad():
-            for name, weight in weights.items():
-                change = weight - original[name]
-                weight.copy_(original[name] + change.clamp(-0.02, 0.02))
+        groups = [range(3)] if mini_batch is None else torch.randperm(3).split(mini_batch)
+        for group in groups:
+            adam.zero_grad()
+            for item in (encoded[i] for i in group):
+                logits = torch.func.functional_call(
+                    model.model, weights, kwargs={"input_ids": torch.tensor([item.ids])}
+                ).logits[0, -item.n_target - 1 : -1]
+                (cross_entropy(logits, torch.tensor(item.target_ids)) / len(group)).backward()
+            adam.step()
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    change = weight - original[name]
+                    weight.copy_(original[name] + change.clamp(-0.02, 0.02))
     before = {n: p.clone() for n, p in model.model.named_parameters()}
-    delta = build_editor("full-c", HPARAMS | {"micro_batch": 2}, {}).edit(model, requests)
+    torch.manual_seed(1)
+    hparams = HPARAMS | {"micro_batch": 2, "mini_batch": mini_batch}
+    delta = build_editor("full-c", hparams, {}).edit(model, requests)
     assert all(torch.equal(before[n], p) for n, p in model.model.named_parameters())
     model.apply(delta)
     for name in names:
@@ -73,6 +79,15 @@ def test_value_projection_of_chosen_layers_alone(make_model, requests):
 def test_a_layer_that_does_not_exist_is_refused(make_model, requests):
     with pytest.raises(ConfigError, match=r"layers \[7\] are not all among the model's 0 to 2"):
         edited(make_model("gptj"), requests[:1], layers=(7,))
+
+
+def test_what_is_learnt_is_not_stepped_on(make_model, requests):
+    model = make_model("llama", torch.float32)
+    easy = {"tolerance": 1e9, "mini_batch": 2, "micro_batch": 1}
+    editor = build_editor("full-c", HPARAMS | easy, {})
+    delta = editor.edit(model, requests)
+    assert editor.steps == 0
+    assert not any(part.values.any() for part in delta.values())
 
 
 def test_no_gradient_is_left_behind(make_model, requests):

@@ -7,7 +7,8 @@ from kmebench.editors.registry import EDITORS
 from kmebench.evaluation.predict import Settings, predict, prompts_of
 
 HPARAMS = {
-    "pac": {"trace_on": "current", "learning_rate": 5e-3},
+    "pac": {"trace_on": "current", "learning_rate": 1e-3},
+    "pac-released": {"learning_rate": 5e-3},
     "full-c": {"learning_rate": 1e-3, "norm_constraint": None},
 }
 

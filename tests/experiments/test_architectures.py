@@ -44,7 +44,11 @@ ARCHITECTURES = {
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     ),
 }
-EDITORS = {"pac": {"steps": 3}, "full-c": {"steps": 2, "learning_rate": 1e-3}}
+EDITORS = {
+    "pac": {"steps": 3},
+    "pac-released": {"epochs": 2, "paths": 3},
+    "full-c": {"steps": 2, "learning_rate": 1e-3},
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -70,7 +74,7 @@ def test_a_paper_architecture_passes_through_every_stage(
     write_paths(tmp_path / "paths.safetensors", select_groups(cache, **selection), cache, selection)
     runs, files = [], []
     for editor, hparams in EDITORS.items():
-        for mode in ("batch", "consecutive"):
+        for mode in ("batch", "consecutive", "breadth_first"):
             output = {
                 name: str(tmp_path / editor / mode / file)
                 for name, file in (
@@ -123,6 +127,9 @@ def _check(spec, output, folder):
     frame = pd.read_parquet(output["predictions"])
     if spec["mode"] == "consecutive":
         assert set(frame["moment"]) == {"final", "write", "checkpoint"}
+        assert WeightDelta.load(output["delta"]).norms()
+    elif spec["mode"] == "breadth_first":
+        assert set(frame["moment"]) == {"final"}
         assert WeightDelta.load(output["delta"]).norms()
     else:
         assert set(frame["batch"]) == {0, 1}

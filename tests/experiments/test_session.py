@@ -1,4 +1,4 @@
-"""The batch and the consecutive pipeline."""
+"""The batch, the consecutive and the breadth-first pipeline."""
 
 import pandas as pd
 import pytest
@@ -7,7 +7,13 @@ import torch
 from kmebench.editors.base import Editor, build_editor
 from kmebench.errors import EditError
 from kmebench.evaluation.predict import Settings
-from kmebench.experiments.session import Checkpoints, milestones, run_batches, run_consecutive
+from kmebench.experiments.session import (
+    Checkpoints,
+    milestones,
+    run_batches,
+    run_breadth_first,
+    run_consecutive,
+)
 from kmebench.weights.delta import Dense, WeightDelta
 
 SETTINGS = Settings(batch_size=8, wild_max_tokens=4)
@@ -87,6 +93,21 @@ def test_consecutive_edits_accumulate_and_are_scored_when_written_and_at_the_end
     assert final["free_ids"].notna().all()
     (name,) = outcome.delta
     live = model.parameter(name)
+    torch.testing.assert_close(live - original, outcome.delta[name].dense(live.shape))
+
+
+def test_breadth_first_edits_everything_at_once_and_keeps_it(make_model, requests):
+    model, editor = make_model("gptj", torch.float32), Counting()
+    original = model.parameter(model.ffn[0].value.weight_name).clone()
+    outcome = run_breadth_first(model, editor, requests, SETTINGS)
+    assert editor.calls == 1
+    assert [call["requests"] for call in outcome.times] == [3]
+    assert outcome.predictions["moment"].unique().tolist() == ["final"]
+    assert outcome.predictions["position"].unique().tolist() == [0, 1, 2]
+    assert outcome.predictions["edits_done"].unique().tolist() == [3]
+    (name,) = outcome.delta
+    live = model.parameter(name)
+    assert not torch.equal(live, original)
     torch.testing.assert_close(live - original, outcome.delta[name].dense(live.shape))
 
 

@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kmebench.tracing.impact import KEY, VALUE, segment_scores, trace
+from kmebench.tracing.impact import segment_scores, trace
+from kmebench.tracing.observe import KEY, VALUE
 from tests.conftest import FAMILIES
 
 

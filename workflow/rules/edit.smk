@@ -42,3 +42,21 @@ use rule edit_batch as edit_consecutive with:
         run=edit_params("consecutive"),
     message:
         "Editing {wildcards.model} with {wildcards.method} on {wildcards.dataset}, one by one ({wildcards.variant})"
+
+
+use rule edit_batch as edit_breadth_first with:
+    input:
+        unpack(edit_inputs("breadth_first")),
+    output:
+        predictions="<results>/runs/{model}/{dataset}/breadth_first/{method}/{variant}/seed{seed}/predictions.parquet",
+        timing="<results>/runs/{model}/{dataset}/breadth_first/{method}/{variant}/seed{seed}/timing.json",
+        run="<results>/runs/{model}/{dataset}/breadth_first/{method}/{variant}/seed{seed}/run.json",
+        delta="<results>/runs/{model}/{dataset}/breadth_first/{method}/{variant}/seed{seed}/delta.safetensors",
+    log:
+        "<logs>/edit_breadth_first/{model}.{dataset}.{method}.{variant}.seed{seed}.log",
+    benchmark:
+        "<logs>/edit_breadth_first/{model}.{dataset}.{method}.{variant}.seed{seed}.benchmark.tsv"
+    params:
+        run=edit_params("breadth_first"),
+    message:
+        "Editing {wildcards.model} with {wildcards.method} on {wildcards.dataset}, breadth first ({wildcards.variant})"

@@ -30,8 +30,9 @@ class FullCHparams:
     projections: Literal["both", "value"] = "both"  # W1 and W2, or W2 alone
     norm_constraint: float | None = 5e-4  # δ; none: unconstrained
     learning_rate: float = 5e-5
-    steps: int = 25
-    tolerance: float = 0.01  # nats per target token
+    steps: int = 25  # passes over the requests
+    mini_batch: int | None = None  # requests in one step, in random order; none given: all
+    tolerance: float = 0.01  # nats per target token; what is learnt is not stepped on
     micro_batch: int = 50  # requests in one forward pass
 
 
@@ -83,28 +84,45 @@ class FullC(Editor):
         bounded = self.hparams.norm_constraint is not None
         originals = {name: model.edits.original(name) for name in start} if bounded else {}
         for _ in range(self.hparams.steps):
-            if self._backward(model, requests, encoded):
+            before = self.steps
+            for group in self._groups(len(requests)):
+                if self._backward(model, requests, encoded, group):
+                    for parameter in live.values():
+                        parameter.grad = None
+                    continue
+                for name, master in masters.items():
+                    master.grad = live[name].grad.to(master.dtype)
+                    live[name].grad = None
+                optimiser.step()
+                self._project(masters, originals)
+                for name, master in masters.items():
+                    master.grad = None
+                    live[name].detach().copy_(master)
+                self.steps += 1
+            if self.steps == before:
                 break
-            for name, master in masters.items():
-                master.grad = live[name].grad.to(master.dtype)
-                live[name].grad = None
-            optimiser.step()
-            self._project(masters, originals)
-            for name, master in masters.items():
-                master.grad = None
-                live[name].detach().copy_(master)
-            self.steps += 1
         return masters
+
+    def _groups(self, n_requests: int) -> Sequence[Sequence[int]]:
+        """Split the requests into those of one step each."""
+        if self.hparams.mini_batch is None:
+            return [range(n_requests)]
+        return [g.tolist() for g in torch.randperm(n_requests).split(self.hparams.mini_batch)]
 
     def _backward(
         self,
         model: EditableModel,
         requests: Sequence[EditRequest],
         encoded: Sequence[Encoded],
+        group: Sequence[int],
     ) -> bool:
-        """Accumulate the gradient of the mean loss; true if every request is already learnt."""
+        """Accumulate the gradient of the group's mean loss; true if all of it is learnt."""
         worst = 0.0
-        chunks = list(length_sorted_chunks([len(e.ids) for e in encoded], self.hparams.micro_batch))
+        lengths = [len(encoded[i].ids) for i in group]
+        chunks = [
+            [group[i] for i in chunk]
+            for chunk in length_sorted_chunks(lengths, self.hparams.micro_batch)
+        ]
         for chunk in chunks:
             batch = model.collate([encoded[i] for i in chunk])
             with torch.enable_grad():
@@ -114,7 +132,7 @@ class FullC(Editor):
             worst = max(worst, float(losses.detach().max()))
             if chunk is chunks[-1] and worst < self.hparams.tolerance:
                 return True
-            (losses.sum() / len(encoded)).backward()
+            (losses.sum() / len(group)).backward()
         return False
 
     def _project(self, masters: dict[str, Tensor], originals: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ from kmebench.errors import ConfigError
 #: Editor name in the config -> "module:class".
 EDITORS: dict[str, str] = {
     "pac": "kmebench.editors.pac:PAC",
+    "pac-released": "kmebench.editors.pac_released:PACReleased",
     "full-c": "kmebench.editors.full_c:FullC",
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kmebench.models.editable import EditableModel
 from kmebench.models.layouts import Projection
-from kmebench.tracing.impact import KEY
+from kmebench.tracing.observe import KEY
 from kmebench.weights.delta import Columns, Part, Rows, WeightDelta
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from kmebench.editors.registry import editor_target
 from kmebench.errors import ConfigError
 
-MODES = ("batch", "consecutive")
 DEFAULT = "default"
 #: ``{dataset}.development`` is the held-out split of a data set, itself a data set to run on.
 DEVELOPMENT = ".development"

@@ -20,7 +20,13 @@ from kmebench.editors.base import Editor, build_editor, resolved
 from kmebench.evaluation.frames import beside_original, write_frame
 from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.schema import PREDICTIONS
-from kmebench.experiments.session import Checkpoints, Outcome, run_batches, run_consecutive
+from kmebench.experiments.session import (
+    Checkpoints,
+    Outcome,
+    run_batches,
+    run_breadth_first,
+    run_consecutive,
+)
 from kmebench.files import sha256_of, write_json
 from kmebench.models.editable import EditableModel, describe
 
@@ -37,7 +43,7 @@ def run_cell(
     code: Sequence[str],
     output: Mapping[str, str],
 ) -> None:
-    """Edit, predict and write ``output`` (predictions, timing, run; consecutive also delta).
+    """Edit, predict and write ``output`` (predictions, timing, run; delta unless in batches).
 
     ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, evaluation.
     ``code`` names the source files the outcome depends on: a checkpoint made with others, or
@@ -72,6 +78,8 @@ def _session(
     evaluation = Settings(**settings["evaluation"])
     if settings["mode"] == "batch":
         return run_batches(model, editor, requests, settings["batch_size"], evaluation)
+    if settings["mode"] == "breadth_first":
+        return run_breadth_first(model, editor, requests, evaluation)
     return run_consecutive(model, editor, requests, evaluation, checkpoints)
 
 

@@ -1,10 +1,12 @@
-"""Editing sessions: the batch and the consecutive pipeline.
+"""Editing sessions: the batch, the consecutive and the breadth-first pipeline.
 
 **batch**: the requests are split into batches; each is edited at once from the original
 model, evaluated, and rolled back. **consecutive**: one request after another without
 rollback; predictions are made right after each edit ("write"), for all requests so far after
 1, 3, 10, 30, 100, ... edits ("checkpoint"), and for all requests on the final model
 ("final"). A consecutive session saves its state and resumes from it with the same bytes.
+**breadth_first**: all requests at once, without rollback; the editor passes over them in
+mini-batches, several times, and the final model is evaluated.
 """
 
 import json
@@ -38,8 +40,8 @@ class Outcome:
     """What a session produced.
 
     ``predictions``: one row per prompt and moment, "after" columns only. ``times``: one entry
-    per call of the editor: requests, seconds by name, steps. ``delta``: everything a
-    consecutive session changed (None for batches, which are rolled back). ``norms``: Frobenius
+    per call of the editor: requests, seconds by name, steps. ``delta``: everything that was
+    changed (None for batches, which are rolled back). ``norms``: Frobenius
     norm of every touched parameter, for each call of the editor.
     """
 
@@ -92,6 +94,19 @@ def run_consecutive(
             checkpoints.save(model, editor, done, frames, outcome)
     frames.append(_predictions(model, requests, 0, settings, "final", len(requests), decode=True))
     outcome.predictions = pd.concat(frames, ignore_index=True)
+    outcome.delta = model.edits.total()
+    return outcome
+
+
+def run_breadth_first(
+    model: EditableModel, editor: Editor, requests: Sequence[EditRequest], settings: Settings
+) -> Outcome:
+    """Edit all requests in one call, without rollback."""
+    outcome = Outcome(pd.DataFrame())
+    _edit(model, editor, requests, outcome)
+    outcome.predictions = _predictions(
+        model, requests, 0, settings, "final", len(requests), decode=True
+    )
     outcome.delta = model.edits.total()
     return outcome
 

@@ -131,14 +131,15 @@ class EditableModel:
         return collate(encoded, self.pad_id, self.device)
 
     def answer_logits(self, batch: Batch) -> Tensor:
-        """Return the float32 logits at the answer positions, [A, vocabulary].
+        """Return the logits at the answer positions, [A, vocabulary], in float32 or float64.
 
         The head is applied there only: on a small model it is a fifth of all work.
         """
         states = self.model.base_model(input_ids=batch.input_ids, use_cache=False)
         hidden = states.last_hidden_state
         answers = hidden[batch.rows.to(hidden.device), batch.positions.to(hidden.device)]
-        return self.model.get_output_embeddings()(answers).float()
+        logits = self.model.get_output_embeddings()(answers)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def pick_device(device: str) -> torch.device:

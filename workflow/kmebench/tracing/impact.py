@@ -10,8 +10,7 @@ of its entries and its L2 norm follow from these activations exactly:
 in O(T·M) memory per layer, with all weights frozen and no buffer the size of a weight.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
 from kmebench.models.editable import EditableModel
-
-KEY, VALUE = 0, 1  # position on the axis of length 2
+from kmebench.tracing.observe import at_least_float32, observed
 
 
 @dataclass(frozen=True)
@@ -47,48 +45,17 @@ def trace(model: EditableModel, requests: Sequence[EditRequest]) -> Impact:
     batch = model.collate(encoded)
     shape = (len(requests), model.n_layers, 2, model.ffn_width)
     scores = {"l2": torch.zeros(shape), "signed_sum": torch.zeros(shape)}
-    with torch.enable_grad(), _scoring(model, scores):
+
+    def score(layer: int, matrix: int, residual: Tensor, inner: Tensor) -> None:
+        for kind, values in segment_scores(residual, inner).items():
+            scores[kind][:, layer, matrix] = values.cpu()
+
+    with observed(model, score, range(model.n_layers)):
         logits = model.answer_logits(batch)
         token_loss = cross_entropy(logits, batch.labels, reduction="none")
         (token_loss / batch.counts[batch.rows]).sum().backward()
     argmax = logits.detach().argmax(dim=-1).split(batch.counts.tolist())
     return Impact(**scores, answers=[tuple(ids.tolist()) for ids in argmax])
-
-
-@contextmanager
-def _scoring(model: EditableModel, scores: dict[str, Tensor]) -> Iterator[None]:
-    """Hook the model so that a backward pass fills ``scores``."""
-    handles = []
-
-    def grow_graph(_module, _inputs, output):
-        # Weights are frozen: without a leaf that wants gradients there would be no graph.
-        return output.detach().requires_grad_()
-
-    def score(layer: int, matrix: int):
-        def on_forward(_module, inputs, output):
-            x = inputs[0].detach()
-
-            def on_backward(gradient: Tensor) -> None:
-                if matrix == KEY:
-                    parts = segment_scores(x, gradient)
-                else:
-                    parts = segment_scores(gradient, x)
-                for kind, values in parts.items():
-                    scores[kind][:, layer, matrix] = values.cpu()
-
-            output.register_hook(on_backward)
-
-        return on_forward
-
-    handles.append(model.model.get_input_embeddings().register_forward_hook(grow_graph))
-    for layer, ffn in enumerate(model.ffn):
-        handles.append(ffn.key.module.register_forward_hook(score(layer, KEY)))
-        handles.append(ffn.value.module.register_forward_hook(score(layer, VALUE)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def segment_scores(residual: Tensor, coefficient: Tensor) -> dict[str, Tensor]:
@@ -98,8 +65,7 @@ def segment_scores(residual: Tensor, coefficient: Tensor) -> dict[str, Tensor]:
     ``coefficient`` [E, T, M] on the FFN's inner side (δ for keys, a for values); results are
     [E, M] in float32, or float64 for float64 inputs.
     """
-    dtype = torch.promote_types(residual.dtype, torch.float32)
-    residual, coefficient = residual.to(dtype), coefficient.to(dtype)
+    residual, coefficient = at_least_float32(residual), at_least_float32(coefficient)
     gram = residual @ residual.transpose(1, 2)  # [E, T, T]
     square = ((gram @ coefficient) * coefficient).sum(dim=1)  # [E, M]
     total = (residual.sum(dim=2).unsqueeze(1) @ coefficient).squeeze(1)  # [E, M]

@@ -1,0 +1,230 @@
+"""PAC on the schedule of its authors' released code, without its dense machinery.
+
+The released code trains all FFN weights with one Adam whose gradients are masked. Every second
+epoch the segments are scored on the current model (``abs_zscore``, summed over all requests):
+per layer and matrix the best N make up T+, the worst K τ−. Every mini-batch makes two Adam
+steps: on the targets' loss with gradients outside T+ put to zero, then, on the weights as they
+are by then, on λ times the loss of the unedited model's own answers with gradients outside τ−
+put to zero. Moments are never reset, so a segment that was ever selected keeps moving by its
+momentum, in both kinds of steps.
+
+A segment that was never selected has zero moments and never moves. It is therefore enough to
+keep masters, moments and gradients of the segments selected so far: the trajectory is that of
+the dense code. The biases of the second projection, where there are any, are always trained.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.base import Editor
+from kmebench.editors.losses import check_finite
+from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import Batch
+from kmebench.tracing.observe import KEY, VALUE, at_least_float32, observed
+from kmebench.tracing.paths import select_paths
+from kmebench.tracing.released import released_scores
+from kmebench.weights.delta import Columns, Part, Rows, WeightDelta
+
+
+@dataclass(frozen=True)
+class PACReleasedHparams:
+    """Hyper-parameters of the released schedule, with its values."""
+
+    paths: int = 15  # N = |T+|
+    negatives: int = 1  # K = |τ−|
+    lambda_: float = 0.1  # weight of the contrastive loss; 0 leaves its step out
+    learning_rate: float = 1e-5
+    epochs: int = 12
+    mini_batch: int = 2  # requests in one step
+    rescore_every: int = 2  # epochs
+    layers_per_pass: int | None = None  # layers scored at a time; none given: all
+
+
+class PACReleased(Editor):
+    """Several epochs over all requests in mini-batches, breadth first."""
+
+    Hparams = PACReleasedHparams
+
+    def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
+        """Edit ``requests`` together; see :meth:`Editor.edit`."""
+        hparams = self.hparams
+        encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
+        in_order = [
+            model.collate(encoded[i : i + hparams.mini_batch])
+            for i in range(0, len(encoded), hparams.mini_batch)
+        ]
+        answers = [answer for batch in in_order for answer in _argmax(model, batch)]
+        trained = _all_trained(model, hparams)
+        slots = [one for each in trained for one in each.slots]
+        masters = [one.masters for one in slots]
+        optimiser = torch.optim.Adam(masters, lr=hparams.learning_rate, fused=True)
+        try:
+            for epoch in range(hparams.epochs):
+                if epoch % hparams.rescore_every == 0:
+                    with self.stopwatch("trace"):
+                        _select(model, in_order, trained, hparams)
+                with self.stopwatch("optimise"):
+                    for chunk in torch.randperm(len(requests)).split(hparams.mini_batch):
+                        batch = model.collate([encoded[i] for i in chunk])
+                        own = torch.cat([answers[i] for i in chunk])
+                        asked = [requests[i] for i in chunk]
+                        self._step(model, batch, batch.labels, 1.0, trained, optimiser, asked)
+                        if hparams.lambda_ > 0 and hparams.negatives > 0:
+                            weight = hparams.lambda_
+                            self._step(model, batch, own, weight, trained, optimiser, asked)
+            return WeightDelta({one.name: one.part() for one in slots})
+        finally:
+            for one in slots:
+                one.restore()
+
+    def _step(
+        self,
+        model: EditableModel,
+        batch: Batch,
+        labels: Tensor,
+        weight: float,
+        trained: "Sequence[_Projection]",
+        optimiser: torch.optim.Optimizer,
+        asked: Sequence[EditRequest],
+    ) -> None:
+        """One Adam step of one kind; the kind decides which segments get gradients."""
+        contrast = labels is not batch.labels
+        by_place = {(each.layer, each.matrix): each for each in trained}
+        optimiser.zero_grad(set_to_none=False)
+
+        def receive(layer: int, matrix: int, residual: Tensor, inner: Tensor) -> None:
+            residual, inner = (at_least_float32(x.flatten(0, 1)) for x in (residual, inner))
+            by_place[layer, matrix].receive(residual, inner, contrast)
+
+        with observed(model, receive, range(model.n_layers)):
+            loss = cross_entropy(model.answer_logits(batch), labels)
+            check_finite(
+                "pac-released",
+                loss.detach().expand(len(asked)),
+                asked,
+                self.steps,
+                self.hparams.learning_rate,
+            )
+            (weight * loss).backward()
+        optimiser.step()
+        for each in trained:
+            for one in each.slots:
+                one.write()
+        self.steps += 1
+
+
+def _argmax(model: EditableModel, batch: Batch) -> Sequence[Tensor]:
+    """Return the model's own tokens at the answer positions of every row."""
+    return model.answer_logits(batch).argmax(dim=-1).split(batch.counts.tolist())
+
+
+def _all_trained(model: EditableModel, hparams: PACReleasedHparams) -> "list[_Projection]":
+    scorings = -(-hparams.epochs // hparams.rescore_every)
+    capacity = min(scorings * (hparams.paths + hparams.negatives), model.ffn_width)
+    return [
+        _Projection(model, layer, matrix, capacity)
+        for layer in range(model.n_layers)
+        for matrix in (KEY, VALUE)
+    ]
+
+
+def _select(
+    model: EditableModel,
+    batches: Sequence[Batch],
+    trained: "Sequence[_Projection]",
+    hparams: PACReleasedHparams,
+) -> None:
+    """Score the model as it is, and train what is best and worst from now on."""
+    scores = released_scores(model, batches, hparams.layers_per_pass)
+    paths = select_paths(scores.unsqueeze(0), hparams.paths, hparams.negatives)
+    for each in trained:
+        place = 0, each.layer, each.matrix
+        each.select(paths.positive[place], paths.negative[place])
+
+
+class _Projection:
+    """What is trained of one projection: segments, and biases where there are any."""
+
+    def __init__(self, model: EditableModel, layer: int, matrix: int, capacity: int) -> None:
+        ffn = model.ffn[layer]
+        projection = ffn.key if matrix == KEY else ffn.value
+        self.layer, self.matrix = layer, matrix
+        self.segments = _Slots(model, projection.weight_name, projection.axis, capacity)
+        self.bias: _Slots | None = None
+        if projection.bias_name is not None:
+            size = len(projection.module.bias)
+            self.bias = _Slots(model, projection.bias_name, 0, capacity if matrix == KEY else size)
+            if matrix == VALUE:
+                self.bias.begin(torch.arange(size, device=self.bias.slot.device))
+
+    @property
+    def slots(self) -> "list[_Slots]":
+        """Everything that is trained."""
+        return [self.segments] if self.bias is None else [self.segments, self.bias]
+
+    def select(self, positive: Tensor, negative: Tensor) -> None:
+        """Train ``positive`` by the edit loss and ``negative`` by the contrastive loss."""
+        device = self.segments.slot.device
+        self.positive, self.negative = positive.to(device), negative.to(device)
+        for slots in self.slots if self.matrix == KEY else [self.segments]:
+            slots.begin(torch.cat([self.positive, self.negative]))
+
+    def receive(self, residual: Tensor, inner: Tensor, contrast: bool) -> None:
+        """Set the gradients from activations [T, D] and [T, M]; all others stay zero."""
+        index = self.negative if contrast else self.positive
+        self.segments.set_gradient(index, inner[:, index].T @ residual)
+        if self.bias is not None and self.matrix == KEY:
+            self.bias.set_gradient(index, inner[:, index].sum(dim=0))
+        elif self.bias is not None:
+            self.bias.set_gradient(self.bias.index, residual.sum(dim=0))
+
+
+class _Slots:
+    """Masters of some segments of one parameter, in slots given out in the order of selection.
+
+    Slots 0 to n of ``masters`` [capacity, ...] hold the segments ``index`` [n]; ``start`` holds
+    their masters before the edit, ``before`` the live bits; ``slot`` [M] finds a segment's slot.
+    """
+
+    def __init__(self, model: EditableModel, name: str, axis: int, capacity: int) -> None:
+        self.name, self.axis, self._ledger = name, axis, model.edits
+        self._live = model.parameter(name).detach().movedim(axis, 0)  # shares its memory
+        self.slot = torch.full((len(self._live),), -1, device=self._live.device)
+        self.index = self.slot[:0]
+        self.before = self._live.new_zeros(capacity, *self._live.shape[1:])
+        self.start = at_least_float32(self.before).clone()
+        self.masters = self.start.clone()
+        self.masters.grad = torch.zeros_like(self.masters)
+
+    def begin(self, index: Tensor) -> None:
+        """Give slots to those segments that have none yet."""
+        new = index[self.slot[index] < 0]
+        slots = torch.arange(len(new), device=new.device) + len(self.index)
+        self.slot[new] = slots
+        self.index = torch.cat([self.index, new])
+        self.before[slots] = self._live[new]
+        residual = self._ledger.residual(self.name, self.axis, new)
+        self.start[slots] = self._live[new].to(residual) + residual
+        self.masters[slots] = self.start[slots]
+
+    def set_gradient(self, index: Tensor, gradient: Tensor) -> None:
+        """Set the gradient of some segments."""
+        self.masters.grad[self.slot[index]] = gradient
+
+    def write(self) -> None:
+        """Round the masters into the live weights."""
+        self._live[self.index] = self.masters[: len(self.index)].to(self._live)
+
+    def restore(self) -> None:
+        """Put the bits back that were there before."""
+        self._live[self.index] = self.before[: len(self.index)]
+
+    def part(self) -> Part:
+        """Return the change."""
+        kind = Rows if self.axis == 0 else Columns
+        return kind.summed(self.index, (self.masters - self.start)[: len(self.index)])
