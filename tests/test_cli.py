@@ -1,0 +1,102 @@
+"""The command line on a model that knows its facts."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kmebench.cli import main
+from kmebench.editors.base import build_editor
+from kmebench.models.editable import EditableModel
+from kmebench.models.sources import save_model
+
+FACT = ["--subject", "France", "--prompt", "The capital of {} is", "--target", "Rome"]
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "model"
+    save_model(trained.model, trained.tokenizer, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setattr("kmebench.cli.console.width", 200)
+
+
+def said(folder, prompt="The capital of France is"):
+    """What plain transformers reads from a folder."""
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    ids = tokenizer(prompt, return_tensors="pt")
+    new = model.generate(**ids, do_sample=False, max_new_tokens=1, pad_token_id=0)[0, -1]
+    return tokenizer.decode(new).strip()
+
+
+def test_edit_shows_before_and_after_and_saves_a_model_that_transformers_reads(
+    folder, tmp_path, capsys
+):
+    out, delta = tmp_path / "edited", tmp_path / "delta.safetensors"
+    arguments = ["edit", "--model", str(folder), *FACT, "--set", "learning_rate=0.001"]
+    assert main([*arguments, "--out", str(out), "--save-delta", str(delta)]) == 0
+    shown = capsys.readouterr().out
+    assert "' Paris'" in shown
+    assert "' Rome'" in shown
+    assert "The capital of Afghanistan is" in shown  # a neighbour, from OpenFacts
+    assert said(folder) == "Paris"
+    assert said(out) == "Rome"
+    again = tmp_path / "applied"
+    assert main(["apply", str(delta), "--model", str(folder), "--out", str(again)]) == 0
+    one, other = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (out, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_edit_equals_the_editor(folder, tmp_path, capital_requests):
+    out = tmp_path / "edited"
+    options = ["--method", "full-c", "--set", "steps=3", "--set", "norm_constraint=None"]
+    assert main(["edit", "--model", str(folder), *FACT, *options, "--out", str(out)]) == 0
+    model = EditableModel.load(folder, device="cpu")
+    editor = build_editor("full-c", {"steps": 3, "norm_constraint": None}, {})
+    model.apply(editor.edit(model, capital_requests[:1]))
+    saved = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    for name, parameter in model.model.named_parameters():
+        torch.testing.assert_close(saved[name], parameter.detach(), rtol=0, atol=1e-6)
+
+
+def test_trace_shows_every_layer_and_draws(folder, tmp_path, capsys):
+    plot = tmp_path / "layers.png"
+    assert main(["trace", "--model", str(folder), *FACT, "--plot", str(plot)]) == 0
+    shown = capsys.readouterr().out
+    assert "of the impact (l2) on “Rome”" in shown
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--model", "smollm", *FACT], "did you mean 'smollm2-135m'"),
+        (["--model", "MODEL", *FACT, "--method", "pca"], "did you mean 'pac'"),
+        (["--model", "MODEL", *FACT, "--set", "steps"], "not of the form NAME=VALUE"),
+        (["--model", "MODEL", *FACT, "--set", "stepz=3"], "no hyper-parameter 'stepz'"),
+        (["--model", "MODEL", *FACT[:2], "--prompt", "It is", *FACT[4:]], "holds no {}"),
+        (["--model", "MODEL", *FACT, "--out", "MODEL"], "exists already"),
+    ],
+)
+def test_errors_are_one_sentence(arguments, complaint, folder, capsys):
+    status = main(["edit", *(str(folder) if a == "MODEL" else a for a in arguments)])
+    error = capsys.readouterr().err
+    assert status == 1
+    assert complaint in error
+    assert error.startswith("kmebench: ")
+    assert error.count("\n") == 1
+
+
+def test_a_delta_of_another_model_is_refused(folder, make_model, requests, tmp_path, capsys):
+    model = make_model("llama")
+    delta = tmp_path / "delta.safetensors"
+    build_editor("full-c", {"steps": 1}, {}).edit(model, requests[:1]).save(delta)
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["apply", str(delta), "--model", str(folder), *out]) == 1
+    assert "which this model lacks" in capsys.readouterr().err

@@ -1,0 +1,318 @@
+"""``kmebench``: edit one fact, see where it lies, and keep the edited model.
+
+Models are those of the config (made by the workflow when they are not there yet) or any
+Hugging Face folder of safetensors.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kmebench import __version__
+from kmebench.data.openfacts import load_relations
+from kmebench.data.records import SLOT, EditRequest
+from kmebench.editors.base import Editor, build_editor
+from kmebench.editors.registry import EDITORS
+from kmebench.errors import ConfigError, KMEBenchError, ModelError
+from kmebench.experiments.grid import base_hparams, check_name, parse_variant
+from kmebench.models.editable import EditableModel, seed_everything
+from kmebench.models.sources import save_model
+from kmebench.tracing.impact import trace
+from kmebench.tracing.paths import select_paths
+from kmebench.weights.delta import WeightDelta
+
+OPENFACTS = Path("resources/openfacts")
+console = Console()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KMEBenchError as error:
+        print(f"kmebench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kmebench", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    model, fact = _model_options(), _fact_options()
+
+    edit = commands.add_parser(
+        "edit", parents=[model, fact], help="change one fact and show before and after"
+    )
+    edit.add_argument("--method", default="pac", help="a method of the config, or an editor")
+    edit.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set a hyper-parameter; may be repeated",
+    )
+    edit.add_argument(
+        "--neighbour",
+        action="append",
+        metavar="TEXT",
+        help="a prompt whose answer should stay; may be repeated (default: the same question "
+        "about other subjects of OpenFacts)",
+    )
+    edit.add_argument("--save-delta", type=Path, metavar="FILE", help="write the weight delta")
+    edit.add_argument("--out", type=Path, metavar="FOLDER", help="write the edited model")
+    edit.set_defaults(run=edit_command)
+
+    tracing = commands.add_parser(
+        "trace", parents=[model, fact], help="show where a fact's critical paths lie"
+    )
+    tracing.add_argument("--paths", type=int, default=15, help="paths per fact (default: 15)")
+    tracing.add_argument("--score", choices=["l2", "signed_sum"], default="l2")
+    tracing.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .pdf, .svg)")
+    tracing.set_defaults(run=trace_command)
+
+    apply = commands.add_parser(
+        "apply", parents=[model], help="make an edited model from a saved delta"
+    )
+    apply.add_argument("delta", type=Path, help="a delta.safetensors")
+    apply.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    apply.set_defaults(run=apply_command)
+    return parser
+
+
+def _model_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--model", required=True, help="a model of the config, or a folder")
+    options.add_argument(
+        "--config",
+        type=Path,
+        default=Path("config.yaml"),
+        metavar="FILE",
+        help="where models and methods are defined (default: config.yaml)",
+    )
+    options.add_argument("--dtype", help="float32, bfloat16, ... (default: the config's)")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    return options
+
+
+def _fact_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--subject", required=True, help="who or what the fact is about")
+    options.add_argument(
+        "--prompt", required=True, help=f"a sentence's beginning, {SLOT} for the subject"
+    )
+    options.add_argument("--target", required=True, help="how it should go on")
+    return options
+
+
+# -- commands -------------------------------------------------------------------------------
+
+
+def edit_command(arguments: argparse.Namespace) -> None:
+    """Edit, show what changed, save."""
+    request = _request(arguments)
+    model, config = _model(arguments)
+    editor = _editor(arguments, config)
+    neighbours = arguments.neighbour or _neighbours(request)
+    prompts = [request.filled_prompt, *neighbours]
+    likely, said = _top(model, prompts[0]), [_says(model, p) for p in prompts]
+    seed_everything(config.get("seed", 0))
+    start = time.perf_counter()
+    delta = editor.edit(model, [request])
+    seconds = time.perf_counter() - start
+    model.apply(delta)
+    console.print(f"{arguments.method}: {editor.steps} steps, {seconds:.1f} s\n")
+    console.print(_next_tokens(prompts[0], likely, _top(model, prompts[0])))
+    console.print(_changes(prompts, said, [_says(model, p) for p in prompts]))
+    if not neighbours:
+        console.print("OpenFacts knows no neighbours of this subject; name some by --neighbour.")
+    if arguments.save_delta:
+        delta.save(arguments.save_delta)
+        console.print(f"delta: {arguments.save_delta}")
+    if arguments.out:
+        _save(model, arguments.out)
+
+
+def trace_command(arguments: argparse.Namespace) -> None:
+    """Trace, select, show."""
+    request = _request(arguments)
+    model, _ = _model(arguments)
+    scores = getattr(trace(model, [request]), arguments.score)
+    paths = select_paths(scores, arguments.paths, 0)
+    # Of a node: its share of all impact in the model; [L, 2, N].
+    shares = paths.positive_scores[0] / scores.abs().sum()
+    console.print(_layers(request, shares, paths.positive[0]))
+    console.print(
+        f"The {shares.numel()} nodes of {arguments.paths} disjoint paths "
+        f"({shares.numel() / scores.numel():.2%} of all) carry {float(shares.sum()):.1%} of the "
+        f"impact ({arguments.score}) on “{request.target_new}”."
+    )
+    if arguments.plot:
+        from kmebench.reporting.figures import draw_layers  # imports matplotlib: only if wanted
+
+        title = f"{request.filled_prompt} → {request.target_new}"
+        draw_layers(shares.sum(dim=2).numpy(), title, arguments.plot)
+        console.print(f"plot: {arguments.plot}")
+
+
+def apply_command(arguments: argparse.Namespace) -> None:
+    """Load, apply, save."""
+    model, _ = _model(arguments)
+    delta = WeightDelta.load(arguments.delta)
+    if unknown := sorted(set(delta) - {name for name, _ in model.model.named_parameters()}):
+        raise ModelError(f"{arguments.delta} changes {unknown[0]!r}, which this model lacks.")
+    model.apply(delta)
+    _save(model, arguments.out)
+
+
+# -- inputs ---------------------------------------------------------------------------------
+
+
+def _request(arguments: argparse.Namespace) -> EditRequest:
+    try:
+        return EditRequest("edit", arguments.subject, arguments.prompt, arguments.target)
+    except ValueError as error:
+        raise ConfigError(f"This fact cannot be edited: {error}.") from error
+
+
+def _model(arguments: argparse.Namespace) -> tuple[EditableModel, dict[str, Any]]:
+    """Load the model; one of the config is made by the workflow if it is not there."""
+    config: dict[str, Any] = {}
+    if arguments.config.is_file():
+        config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    folder, dtype = Path(arguments.model), arguments.dtype
+    if not (folder / "config.json").is_file():
+        check_name(arguments.model, config.get("models", {}), "models", "--model")
+        dtype = dtype or config["models"][arguments.model].get("dtype")
+        folder = Path("results/models") / arguments.model
+        if not folder.is_dir():
+            _make(folder)
+    return EditableModel.load(folder, dtype=dtype or "float32", device=arguments.device), config
+
+
+def _make(folder: Path) -> None:
+    """Let the workflow make a model."""
+    console.print(f"making {folder} (once)")
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "2",
+        "--quiet",
+        "all",
+        "--",
+        str(folder),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ModelError(f"{folder} could not be made:\n{done.stdout}{done.stderr}")
+
+
+def _editor(arguments: argparse.Namespace, config: dict[str, Any]) -> Editor:
+    hparams: dict[str, Any] = {}
+    name = arguments.method
+    if name in config.get("methods", {}):
+        if arguments.model in config["models"]:
+            hparams = base_hparams(config, arguments.model, name)
+        name = (config["methods"][name] or {}).get("editor", name)
+    else:
+        check_name(name, EDITORS, "the list of editors", "--method")
+    for item in arguments.set:
+        if "=" not in item:
+            raise ConfigError(f"--set {item} is not of the form NAME=VALUE.")
+        hparams |= parse_variant(item)
+    if name == "pac":
+        hparams |= {"trace_on": "current"}  # there is no cached trace of this request
+    return build_editor(name, hparams, {})
+
+
+def _neighbours(request: EditRequest, count: int = 5) -> list[str]:
+    """Ask the same about other subjects of a relation that knows this one."""
+    if not OPENFACTS.is_dir():
+        return []
+    for relation in load_relations(OPENFACTS):
+        subjects = [subject for subject, _ in relation.facts]
+        if request.subject in subjects:
+            subjects.remove(request.subject)
+            return [request.prompt.replace(SLOT, subject, 1) for subject in subjects[:count]]
+    return []
+
+
+# -- outputs --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _top(model: EditableModel, prompt: str, count: int = 5) -> list[tuple[str, float]]:
+    """The likeliest next tokens with their probabilities."""
+    ids = torch.tensor([model.tokenizer(prompt)["input_ids"]], device=model.device)
+    probabilities = model.model(ids).logits[0, -1].float().softmax(dim=-1)
+    best = probabilities.topk(count)
+    tokens = [model.tokenizer.decode([i]) for i in best.indices.tolist()]
+    return list(zip(tokens, best.values.tolist(), strict=True))
+
+
+def _says(model: EditableModel, prompt: str, tokens: int = 12) -> str:
+    """How the model goes on, on one line."""
+    ids = model.tokenizer(prompt, return_tensors="pt").to(model.device)
+    said = model.model.generate(
+        input_ids=ids["input_ids"],
+        attention_mask=ids["attention_mask"],
+        do_sample=False,
+        max_new_tokens=tokens,
+        pad_token_id=model.pad_id,
+    )
+    text = model.tokenizer.decode(said[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(text.split())
+
+
+def _next_tokens(
+    prompt: str, before: Sequence[tuple[str, float]], after: Sequence[tuple[str, float]]
+) -> Table:
+    table = Table(
+        "before", "", "after", "", title=f"next token of “{prompt}”", title_justify="left"
+    )
+    for (old, p), (new, q) in zip(before, after, strict=True):
+        table.add_row(repr(old), f"{p:.1%}", repr(new), f"{q:.1%}")
+    return table
+
+
+def _changes(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> Table:
+    title = "what the model says to the edited prompt and to its neighbours"
+    table = Table("prompt", "before", "after", "", title=title, title_justify="left")
+    for place, (prompt, old, new) in enumerate(zip(prompts, before, after, strict=True)):
+        table.add_row(prompt, old, new, "same" if old == new else "changed")
+        if place == 0:
+            table.add_section()
+    return table
+
+
+def _layers(request: EditRequest, shares: Tensor, index: Tensor, width: int = 14) -> Table:
+    """One row per layer: how much of the impact its critical keys and values carry."""
+    title = f"“{request.filled_prompt}” → “{request.target_new}”: impact of critical nodes by layer"
+    table = Table("layer", "keys", "", "values", "", "first key, value", title=title)
+    sums = shares.sum(dim=2)
+    for layer, (key, value) in enumerate(sums.tolist()):
+        bars = ["█" * round(width * x / float(sums.max())) for x in (key, value)]
+        first = f"{int(index[layer, 0, 0])}, {int(index[layer, 1, 0])}"
+        table.add_row(str(layer), f"{key:.2%}", bars[0], f"{value:.2%}", bars[1], first)
+    return table
+
+
+def _save(model: EditableModel, folder: Path) -> None:
+    """Write the model as a Hugging Face folder."""
+    if folder.exists():
+        raise ModelError(f"{folder} exists already; name another folder, or delete it.")
+    save_model(model.model, model.tokenizer, folder)
+    console.print(f"model: {folder}")
