@@ -9,12 +9,20 @@
 #   metrics/{experiment}.parquet            all protocols          score
 #   tables/{table}.csv, .md, .tex           the paper's tables     table
 
+from pathlib import Path
+
 from snakemake.utils import min_version
 
 min_version("9.27")
 
 
 configfile: "config.yaml"
+
+
+# Tuned hyper-parameters, one file per search; --configfile goes before them.
+for tuned in sorted(Path("config/tuned").glob("*.yaml")):
+
+    configfile: tuned
 
 
 report: "workflow/report/workflow.rst"

@@ -145,6 +145,12 @@ def experiment_originals(wildcards):
     return sorted({(run.model, run.dataset) for run in runs})
 
 
+def tuning_candidates(wildcards):
+    """Every run of a sweep with the values it tries."""
+    runs = grid.swept_runs(config, wildcards.experiment)
+    return [asdict(run) | {"values": values} for run, values in runs]
+
+
 def labels(section, name):
     """The names of a model, data set or method in tables: {label, paper_name}.
 

@@ -14,7 +14,7 @@ RUN = "results/runs/tiny-gptj/openfacts-zsre/consecutive/pac/default/seed0"
 
 
 def test_all_tables_are_there_and_printed(finished):
-    for table in ("table1", "table2"):
+    for table in ("table1", "table2", "breadth-first"):
         for kind in ("csv", "md", "tex"):
             assert (finished.folder / f"results/tables/{table}.{kind}").stat().st_size
     table = pd.read_csv(finished.folder / "results/tables/table2.csv")
@@ -58,15 +58,22 @@ def edit(checkout, path):
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        # Full-C runs: 2 data sets in each pipeline; both tables follow.
+        # Full-C runs: 2 data sets in two pipelines, one breadth first; all tables follow.
         (
             "editors/full_c.py",
-            {"edit_batch": 2, "edit_consecutive": 2, "score": 2, "table": 2},
+            {
+                "edit_batch": 2,
+                "edit_consecutive": 2,
+                "edit_breadth_first": 1,
+                "score": 3,
+                "table": 3,
+            },
         ),
         # PAC: one more consecutive run in the ablation, scored there too.
         ("editors/pac.py", {"edit_batch": 2, "edit_consecutive": 3, "score": 3, "table": 2}),
-        ("reporting/tables.py", {"table": 2}),
-        ("evaluation/metrics.py", {"score": 3, "table": 2}),
+        ("editors/pac_released.py", {"edit_breadth_first": 1, "score": 1, "table": 1}),
+        ("reporting/tables.py", {"table": 3}),
+        ("evaluation/metrics.py", {"score": 4, "table": 3}),
     ],
 )
 def test_changing_one_file_plans_exactly_what_depends_on_it(changed, expected, copy_of_finished):

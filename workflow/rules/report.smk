@@ -58,6 +58,28 @@ rule table:
         "../scripts/table.py"
 
 
+rule tune:
+    "Choose hyper-parameters from a sweep on development splits."
+    input:
+        metrics="<results>/metrics/{experiment}.parquet",
+        code=code("tune"),
+    output:
+        config="<results>/tuning/{experiment}.yaml",
+    log:
+        "<logs>/tune/{experiment}.log",
+    wildcard_constraints:
+        experiment=one_of(config["experiments"]),
+    localrule: True
+    conda:
+        "../../envs/report.yaml"
+    params:
+        candidates=tuning_candidates,
+    message:
+        "Choosing hyper-parameters from {wildcards.experiment}"
+    script:
+        "../scripts/tune.py"
+
+
 rule runs:
     "All runs of all experiments."
     input:

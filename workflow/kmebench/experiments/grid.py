@@ -55,17 +55,22 @@ def runs_of(config: Mapping[str, Any], experiment: str) -> list[Run]:
         ConfigError: the experiment names a model, data set or method that is not configured,
             or sweeps a hyper-parameter that no method of it has.
     """
+    return [run for run, _ in swept_runs(config, experiment)]
+
+
+def swept_runs(config: Mapping[str, Any], experiment: str) -> list[tuple[Run, dict[str, Any]]]:
+    """Expand one experiment to runs, each with the values that its sweep gives it."""
     spec = config["experiments"][experiment]
     known = {"models": config["models"], "datasets": datasets(config), "methods": config["methods"]}
     for kind, names in known.items():
         for name in spec[kind]:
             check_name(name, names, kind, f"experiments.{experiment}.{kind}")
     return [
-        Run(model, dataset, spec["mode"], method, variant, seed)
+        (Run(model, dataset, spec["mode"], method, variant, seed), values)
         for model, dataset, method in itertools.product(
             spec["models"], spec["datasets"], spec["methods"]
         )
-        for variant in _variants(config, spec, model, method)
+        for variant, values in _variants(config, spec, model, method)
         for seed in spec.get("seeds", [config["seed"]])
     ]
 
@@ -104,14 +109,14 @@ def check_name(name: str, known: Iterable[str], kind: str, where: str) -> None:
 
 def _variants(
     config: Mapping[str, Any], spec: Mapping[str, Any], model: str, method: str
-) -> Iterator[str]:
-    """Yield the variants of a method: ``default``, or each swept value spelled out.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the variants of a method: ``default``, or each swept value spelled out; and values.
 
     A swept value equal to the configured one *is* the default, so it is not run twice.
     """
     sweep = spec.get("sweep", {})
     if not sweep:
-        yield DEFAULT
+        yield DEFAULT, {}
         return
     base = base_hparams(config, model, method)
     for values in itertools.product(*sweep.values()):
@@ -120,7 +125,8 @@ def _variants(
             for key, value in zip(sweep, values, strict=True)
             if base.get(key, PATH_SETTINGS.get(key)) != value
         }
-        yield ",".join(f"{key}={value}" for key, value in changed.items()) or DEFAULT
+        variant = ",".join(f"{key}={value}" for key, value in changed.items()) or DEFAULT
+        yield variant, dict(zip(sweep, values, strict=True))
 
 
 def base_hparams(config: Mapping[str, Any], model: str, method: str) -> dict[str, Any]:

@@ -1,0 +1,67 @@
+"""Choosing hyper-parameters on development splits."""
+
+import pandas as pd
+import pytest
+import yaml
+
+from kmebench.errors import ConfigError
+from kmebench.experiments.tuning import search_table, tuned_config
+
+SCORES = {  # (variant, data set): score; b is best on average, a on the first data set alone
+    ("default", "x.development"): 0.9,
+    ("default", "y.development"): 0.2,
+    ("rate=2", "x.development"): 0.7,
+    ("rate=2", "y.development"): 0.6,
+}
+VALUES = {"default": {"rate": 1}, "rate=2": {"rate": 2}}
+
+
+def metrics():
+    rows = [
+        {
+            "model": "m",
+            "method": method,
+            "dataset": dataset,
+            "variant": variant,
+            "protocol": protocol,
+            "moment": moment,
+            "metric": metric,
+            "value": score if protocol == "token" and moment == "final" else 1 - score,
+        }
+        for (variant, dataset), score in SCORES.items()
+        for method in ("edit", "original")
+        for protocol in ("token", "wild")
+        for moment in ("final", "write")
+        for metric in ("score", "efficacy", "generality", "locality")
+    ]
+    return pd.DataFrame(rows)
+
+
+def candidates(suffix=".development"):
+    return [
+        {
+            "model": "m",
+            "method": "edit",
+            "dataset": name + suffix,
+            "variant": variant,
+            "seed": 0,
+            "values": values,
+        }
+        for variant, values in VALUES.items()
+        for name in "xy"
+    ]
+
+
+def test_the_best_mean_over_data_sets_is_chosen_and_the_search_is_kept():
+    table = search_table(metrics(), candidates())
+    assert table["score"].tolist() == pytest.approx([65, 55])
+    text = tuned_config(table)
+    assert yaml.safe_load(text) == {"models": {"m": {"hparams": {"edit": {"rate": 2}}}}}
+    comments = [line for line in text.splitlines() if line.startswith("#   ")]
+    assert [line.split()[1] for line in comments] == ["65.0", "55.0"]
+    assert comments[0].endswith("rate=2")
+
+
+def test_nothing_is_tuned_on_what_tables_report():
+    with pytest.raises(ConfigError, match=r"never chosen on 'x'.*sweep 'x.development'"):
+        search_table(metrics(), candidates(suffix=""))
