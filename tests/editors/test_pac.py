@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from kmebench.editors.base import build_editor
-from kmebench.errors import EditError
+from kmebench.errors import ConfigError, EditError
 from kmebench.tracing.cache import GradientCache, cache_gradients, select_groups, write_paths
 from kmebench.tracing.impact import trace
 from kmebench.tracing.paths import select_paths
@@ -136,3 +136,35 @@ def test_bfloat16_edits_accumulate_in_float32(make_model, requests):
     assert all(part.values.dtype == torch.float32 for part in total.values())
     moved = max(float(part.values.abs().max()) for part in total.values())
     assert 5e-4 < moved <= 15 * 1.01e-4  # 15 Adam steps of 1e-4, far below bfloat16's spacing
+
+
+@pytest.mark.parametrize("scope", ["edit", "batch"])
+def test_abs_zscore_selects_by_whole_gradients(scope, make_model, requests):
+    model = make_model("llama")
+    hparams = HPARAMS | {"trace_on": "current", "score": "abs_zscore", "scope": scope, "steps": 1}
+    for parameter in model.model.parameters():
+        parameter.requires_grad_(True)
+    gradients = []
+    for request in requests:
+        model.model.zero_grad()
+        (item,) = model.encode([(request.filled_prompt, request.target_new)])
+        logits = model.model(torch.tensor([item.ids])).logits[0, -item.n_target - 1 : -1]
+        cross_entropy(logits, torch.tensor(item.target_ids)).backward()
+        gradients.append([f.value.weight.grad.clone() for f in model.ffn])  # [D, M]
+    model.model.requires_grad_(False)
+    model.model.zero_grad()
+    if scope == "batch":
+        gradients = [[sum(g) for g in zip(*gradients, strict=True)]]
+    delta = build_editor("pac", hparams | {"lambda": 0.0}, {}).edit(model, requests)
+    for layer, ffn in enumerate(model.ffn):
+        chosen = set()
+        for gradient in (g[layer] for g in gradients):
+            z = (gradient - gradient.mean(1, keepdim=True)) / gradient.std(1, keepdim=True)
+            chosen |= set(z.abs().mean(0).topk(3).indices.tolist())
+        assert set(delta[ffn.value.weight_name].index.tolist()) == chosen
+
+
+def test_abs_zscore_is_not_cached(make_model, requests):
+    editor = build_editor("pac", HPARAMS | {"score": "abs_zscore"}, {})
+    with pytest.raises(ConfigError, match=r"abs_zscore needs whole gradients.*trace_on: current"):
+        editor.edit(make_model("llama"), requests)

@@ -54,13 +54,16 @@ def literal(model, requests, hparams):
             model.model(torch.tensor([i.ids])).logits[0, -i.n_target - 1 : -1].argmax(-1)
             for i in items
         ]
-    adam = torch.optim.Adam(weights.values(), lr=hparams["learning_rate"])
+    first = torch.optim.Adam(weights.values(), lr=hparams["learning_rate"])
+    second = torch.optim.Adam(weights.values(), lr=hparams["learning_rate"])
+    if hparams.get("shared_state", True):
+        second = first
     masks, best, worst = [], {}, {}
     for epoch in range(hparams["epochs"]):
         if epoch % 2 == 0:
             total = {n: torch.zeros_like(w) for n, w in weights.items()}
-            for first in range(0, len(items), 2):
-                some = items[first : first + 2]
+            for start in range(0, len(items), 2):
+                some = items[start : start + 2]
                 loss = dense_loss(model, weights, some, [i.target_ids for i in some])
                 for name, part in zip(
                     names, torch.autograd.grad(loss, list(weights.values())), strict=True
@@ -74,9 +77,9 @@ def literal(model, requests, hparams):
             masks.append({n: (set(best[n].tolist()), set(worst[n].tolist())) for n in matrices})
         for chunk in torch.randperm(len(items)).split(2):
             some = [items[i] for i in chunk]
-            for chosen, labels, factor in (
-                (best, [i.target_ids for i in some], 1.0),
-                (worst, [own[i] for i in chunk], hparams["lambda"]),
+            for adam, chosen, labels, factor in (
+                (first, best, [i.target_ids for i in some], 1.0),
+                (second, worst, [own[i] for i in chunk], hparams["lambda"]),
             ):
                 if factor == 0:
                     continue
@@ -86,6 +89,9 @@ def literal(model, requests, hparams):
                     keep = torch.zeros_like(weights[name])
                     keep.movedim(axis, 0)[chosen[key_bias.get(name, name)]] = 1
                     weights[name].grad *= keep
+                if chosen is worst and hparams.get("second_step") == "momentum":
+                    for weight in weights.values():
+                        weight.grad.zero_()
                 adam.step()
     return weights, masks
 
@@ -100,12 +106,20 @@ def five(requests):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("contrast", [0.1, 0.0])
+@pytest.mark.parametrize(
+    "variation",
+    [
+        {"lambda": 0.1},
+        {"lambda": 0.0},
+        {"lambda": 0.1, "shared_state": False},
+        {"lambda": 0.1, "second_step": "momentum"},
+    ],
+)
 def test_the_trajectory_is_that_of_the_dense_code(
-    family, contrast, make_model, requests, exact_norms, monkeypatch
+    family, variation, make_model, requests, exact_norms, monkeypatch
 ):
     model = make_model(family)
-    hparams = HPARAMS | {"lambda": contrast}
+    hparams = HPARAMS | variation
     torch.manual_seed(3)
     weights, masks = literal(model, five(requests), hparams)
     assert len(masks) == 3
@@ -133,7 +147,7 @@ def test_the_trajectory_is_that_of_the_dense_code(
     editor = build_editor("pac-released", hparams | {"layers_per_pass": 2}, {})
     delta = editor.edit(model, five(requests))
     assert seen == masks
-    assert editor.steps == 5 * 3 * (2 if contrast else 1)
+    assert editor.steps == 5 * 3 * (2 if variation["lambda"] else 1)
     assert all(torch.equal(before[n], p) for n, p in model.model.named_parameters())
     model.apply(delta)
     for name, weight in weights.items():

@@ -22,12 +22,13 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
 from kmebench.editors.losses import check_finite, row_losses
 from kmebench.editors.segments import SegmentOffsets
-from kmebench.errors import EditError
+from kmebench.errors import ConfigError, EditError
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, length_sorted_chunks
 from kmebench.tracing.cache import PathFile, Route
 from kmebench.tracing.impact import trace
 from kmebench.tracing.paths import select_paths
+from kmebench.tracing.released import released_scores
 from kmebench.weights.delta import WeightDelta
 
 
@@ -38,7 +39,7 @@ class PACHparams:
     paths: int = 15  # N = |T+|
     negatives: int = 1  # |τ−|
     lambda_: float = 0.1  # weight of the contrastive loss; 0 leaves it out
-    score: Literal["l2", "signed_sum"] = "l2"
+    score: Literal["l2", "signed_sum", "abs_zscore"] = "l2"  # the last: trace_on current only
     scope: Literal["edit", "batch"] = "edit"  # paths of each request, or of the whole batch
     selection: Literal["disjoint", "kbest"] = "disjoint"
     trace_on: Literal["original", "current"] = "original"
@@ -70,6 +71,11 @@ class PAC(Editor):
     def _routes(self, model: EditableModel, requests: Sequence[EditRequest]) -> list[Route]:
         """Look the paths up in the cached stage, or trace the model as it is now."""
         if self.hparams.trace_on == "original":
+            if self.hparams.score == "abs_zscore":
+                raise ConfigError(
+                    "pac: score abs_zscore needs whole gradients, which are not cached; set "
+                    "trace_on: current."
+                )
             paths = PathFile(self.assets["paths"])
             routes = [paths.route(r.case_id) for r in requests]
             self.stopwatch.add("trace", sum(r.seconds for r in routes))
@@ -139,11 +145,25 @@ def trace_routes(
 ) -> list[Route]:
     """Trace and select on the model as it is now."""
     impacts = [trace(model, [request]) for request in requests]
-    scores = torch.cat([getattr(impact, hparams.score) for impact in impacts])
-    if hparams.scope == "batch":
-        scores = scores.sum(dim=0, keepdim=True).expand_as(scores)
+    if hparams.score == "abs_zscore":
+        scores = _released_scores(model, requests, hparams.scope)
+    else:
+        scores = torch.cat([getattr(impact, hparams.score) for impact in impacts])
+        if hparams.scope == "batch":
+            scores = scores.sum(dim=0, keepdim=True).expand_as(scores)
     paths = select_paths(scores, hparams.paths, hparams.negatives, hparams.selection)
     return [
         Route(paths.positive[i], paths.negative[i], impact.answers[0], 0.0)
         for i, impact in enumerate(impacts)
     ]
+
+
+def _released_scores(
+    model: EditableModel, requests: Sequence[EditRequest], scope: Literal["edit", "batch"]
+) -> Tensor:
+    """Score by ``abs_zscore``, [E, L, 2, M]: each request's gradient, or the sum of all."""
+    encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
+    batches = [model.collate([item]) for item in encoded]
+    if scope == "batch":
+        return released_scores(model, batches).expand(len(batches), -1, -1, -1)
+    return torch.stack([released_scores(model, [batch]) for batch in batches])

@@ -15,6 +15,7 @@ the dense code. The biases of the second projection, where there are any, are al
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class PACReleasedHparams:
     epochs: int = 12
     mini_batch: int = 2  # requests in one step
     rescore_every: int = 2  # epochs
+    shared_state: bool = True  # one Adam for both kinds of steps, or one for each
+    second_step: Literal["contrast", "momentum"] = "contrast"  # momentum: gradients all zero
     layers_per_pass: int | None = None  # layers scored at a time; none given: all
 
 
@@ -62,7 +65,10 @@ class PACReleased(Editor):
         trained = _all_trained(model, hparams)
         slots = [one for each in trained for one in each.slots]
         masters = [one.masters for one in slots]
-        optimiser = torch.optim.Adam(masters, lr=hparams.learning_rate, fused=True)
+        adams = [
+            torch.optim.Adam(masters, lr=hparams.learning_rate, fused=True)
+            for _ in range(1 if hparams.shared_state else 2)
+        ]
         try:
             for epoch in range(hparams.epochs):
                 if epoch % hparams.rescore_every == 0:
@@ -73,10 +79,10 @@ class PACReleased(Editor):
                         batch = model.collate([encoded[i] for i in chunk])
                         own = torch.cat([answers[i] for i in chunk])
                         asked = [requests[i] for i in chunk]
-                        self._step(model, batch, batch.labels, 1.0, trained, optimiser, asked)
+                        self._step(model, batch, batch.labels, 1.0, trained, adams[0], asked)
                         if hparams.lambda_ > 0 and hparams.negatives > 0:
                             weight = hparams.lambda_
-                            self._step(model, batch, own, weight, trained, optimiser, asked)
+                            self._step(model, batch, own, weight, trained, adams[-1], asked)
             return WeightDelta({one.name: one.part() for one in slots})
         finally:
             for one in slots:
@@ -101,6 +107,8 @@ class PACReleased(Editor):
             residual, inner = (at_least_float32(x.flatten(0, 1)) for x in (residual, inner))
             by_place[layer, matrix].receive(residual, inner, contrast)
 
+        if contrast and self.hparams.second_step == "momentum":
+            weight = 0.0
         with observed(model, receive, range(model.n_layers)):
             loss = cross_entropy(model.answer_logits(batch), labels)
             check_finite(

@@ -1,0 +1,124 @@
+"""What the benchmarks share: models, requests, timing."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PretrainedConfig
+
+from kmebench.data.openfacts import fact_sentences, load_relations
+from kmebench.data.records import EditRequest
+from kmebench.models.editable import EditableModel, pick_device
+from kmebench.models.tiny import train_tokenizer
+
+OPENFACTS = Path("resources/openfacts")
+
+#: The paper's models at full size; random weights need no download.
+ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
+    "gptj-6b": GPTJConfig,
+    "llama2-7b": lambda: LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5),
+    "llama3-8b": lambda: LlamaConfig(
+        vocab_size=128256,
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
+}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=description)
+    what = options.add_mutually_exclusive_group()
+    what.add_argument("--model", type=Path, default=Path("results/models/smollm2-135m"))
+    what.add_argument("--architecture", choices=ARCHITECTURES, help="random weights, full size")
+    options.add_argument("--device", default="auto")
+    options.add_argument("--dtype", default="float32")
+    options.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options.add_argument("--repeats", type=int, default=5)
+    return options
+
+
+def build(arguments: argparse.Namespace) -> EditableModel:
+    """Load the model, or make one of random weights on the device."""
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    device = pick_device(arguments.device)
+    if arguments.architecture is None:
+        return EditableModel.load(arguments.model, dtype=arguments.dtype, device=str(device))
+    tokenizer = train_tokenizer([f"{p} {t}" for p, t in fact_sentences(OPENFACTS)])
+    with device:
+        model = AutoModelForCausalLM.from_config(
+            ARCHITECTURES[arguments.architecture](), dtype=getattr(torch, arguments.dtype)
+        )
+    return EditableModel(model, tokenizer)
+
+
+def openfacts_requests(count: int) -> list[EditRequest]:
+    """The first facts of every relation in turn, each with the object of the next one."""
+    relations = load_relations(OPENFACTS)
+    found = []
+    for number in range(count):
+        relation = relations[number % len(relations)]
+        subject, true = relation.facts[number // len(relations)]
+        new = next(o for _, o in relation.facts[number // len(relations) + 1 :] if o != true)
+        prompt = relation.prompt
+        found.append(EditRequest(str(number), subject, prompt, new, true))
+    return found
+
+
+def seconds(action: Callable[[], object], repeats: int, warm_up: int = 1) -> float:
+    """Median wall time of ``action``."""
+    times = []
+    for number in range(warm_up + repeats):
+        start = time.perf_counter()
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if number >= warm_up:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def weight_bytes(model: EditableModel) -> int:
+    """Bytes of all weights that a forward pass reads (embeddings are looked up, not read)."""
+    tied = model.model.get_output_embeddings().weight is model.model.get_input_embeddings().weight
+    skipped = 0 if tied else model.model.get_input_embeddings().weight.nbytes
+    return sum(p.nbytes for p in model.model.parameters()) - skipped
+
+
+def reset_peak(model: EditableModel) -> int:
+    """Forget the peak memory so far; return what is in use now, in bytes."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux
+    return peak_memory(model)
+
+
+def peak_memory(model: EditableModel) -> int:
+    """Peak memory since :func:`reset_peak`, of the GPU or of the process, in bytes."""
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+def bandwidth(device: torch.device, size: int = 1 << 28) -> float:
+    """Bytes per second that a reduction reads from memory."""
+    data = torch.ones(size // 4, device=device)
+    return data.nbytes / seconds(data.sum, repeats=7)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |"
+        for r in [header, *rows]
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

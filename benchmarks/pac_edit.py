@@ -1,0 +1,80 @@
+"""Seconds per edit and peak memory of PAC, the released schedule and Full-C.
+
+python benchmarks/pac_edit.py [--architecture llama3-8b --device cuda --dtype bfloat16]
+"""
+
+from common import (
+    build,
+    openfacts_requests,
+    parser,
+    peak_memory,
+    reset_peak,
+    seconds,
+    table,
+    weight_bytes,
+)
+from dense_released import DenseReleased
+
+from kmebench.editors.base import Editor
+from kmebench.editors.full_c import FullC, FullCHparams
+from kmebench.editors.pac import PAC, PACHparams
+from kmebench.editors.pac_released import PACReleased, PACReleasedHparams
+from kmebench.models.editable import EditableModel
+
+FORMATS = ("{:.0%}", "{:.3f}", "{:.2f}", "{:.2f}")
+
+
+def editors(rate: float, steps: int | None) -> dict[str, Editor]:
+    """PAC as it is used (it stops when the fact is learnt), or with a fixed number of steps."""
+    fixed = {} if steps is None else {"steps": steps, "tolerance": 0.0}
+    released = PACReleasedHparams(learning_rate=rate)
+    return {
+        "PAC": PAC(PACHparams(trace_on="current", learning_rate=rate, **fixed), {}),
+        "PAC, released schedule": PACReleased(released, {}),
+        "PAC, released schedule, dense": DenseReleased(released, {}),
+        "Full-C": FullC(FullCHparams(learning_rate=rate / 10, **fixed), {}),
+    }
+
+
+def learnt(model: EditableModel, editor: Editor, requests) -> float:
+    """Share of target tokens that the edited model says, teacher-forced."""
+    model.apply(editor.edit(model, requests))
+    batch = model.collate(model.encode([(r.filled_prompt, r.target_new) for r in requests]))
+    share = (model.answer_logits(batch).argmax(-1) == batch.labels).float().mean()
+    model.revert()
+    return float(share)
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--sizes", type=int, nargs="+", default=[1, 20])
+    options.add_argument("--editors", nargs="+", help="some of the rows (default: all)")
+    options.add_argument("--learning-rate", type=float, default=4e-4)
+    options.add_argument("--steps", type=int, help="fixed steps of PAC and Full-C")
+    arguments = options.parse_args()
+    model = build(arguments)
+    rows = []
+    for name, editor in editors(arguments.learning_rate, arguments.steps).items():
+        if arguments.editors and name not in arguments.editors:
+            continue
+        for size in arguments.sizes:
+            requests = openfacts_requests(size)
+            editor.steps = 0
+            share = learnt(model, editor, requests)
+            steps = editor.steps
+            before = reset_peak(model)
+            spent = seconds(
+                lambda e=editor, r=requests: e.edit(model, r), arguments.repeats, warm_up=0
+            )
+            # On a CPU, beyond the process as it was, with the weights.
+            peak = peak_memory(model) - before + weight_bytes(model)
+            numbers = (share, spent / size, peak / 2**30, peak / weight_bytes(model))
+            texts = (f.format(x) for f, x in zip(FORMATS, numbers, strict=True))
+            rows.append([name, str(size), str(steps), *texts])
+            print(" ".join(rows[-1]), flush=True)
+    header = ["editor", "requests", "steps", "learnt", "s/edit", "peak (GiB)", "peak / weights"]
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
