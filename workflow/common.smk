@@ -145,6 +145,28 @@ def experiment_originals(wildcards):
     return sorted({(run.model, run.dataset) for run in runs})
 
 
+def comparison_folders(comparison):
+    """The run folders that a comparison reads, each once."""
+    sides = [run for _, *sides in grid.pairs_of(config, comparison) for run in sides]
+    return sorted({run.folder() for run in sides})
+
+
+def comparison_pairs(wildcards):
+    """The pairs of a comparison, with the names that its table shows."""
+    spec = config["comparisons"][wildcards.comparison]["pairs"]
+    return [
+        {
+            "name": name,
+            "question": spec[name]["question"],
+            "model": labels("models", a.model)["label"],
+            "dataset": labels("datasets", a.dataset)["label"],
+            "a": a.folder(),
+            "b": b.folder(),
+        }
+        for name, a, b in grid.pairs_of(config, wildcards.comparison)
+    ]
+
+
 def tuning_candidates(wildcards):
     """Every run of a sweep with the values it tries."""
     runs = grid.swept_runs(config, wildcards.experiment)
@@ -185,7 +207,8 @@ def table_params(wildcards):
 def print_tables():
     """Show the finished tables on the terminal."""
     results = Path(workflow.pathvars.get("results"))
-    for name in config["tables"]:
-        path = results / "tables" / f"{name}.md"
+    made = [results / "tables" / f"{name}.md" for name in config["tables"]]
+    made += [results / "comparisons" / f"{name}.md" for name in config["comparisons"]]
+    for path in made:
         if path.is_file():
             print(f"\n{path.read_text(encoding='utf-8')}\n[{path}]")

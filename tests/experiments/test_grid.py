@@ -110,6 +110,31 @@ def test_only_pac_that_traces_the_original_needs_paths(config):
     assert not grid.needs_paths(config, pac)
 
 
+def test_a_comparison_makes_its_own_runs_and_shares_them(config):
+    side = {"mode": "consecutive", "method": "pac"}
+    config["comparisons"] = {
+        "audit": {
+            "title": "x",
+            "protocol": "token",
+            "models": ["tiny-gptj"],
+            "datasets": ["openfacts-zsre"],
+            "pairs": {
+                "paths": {"question": "?", "a": side | {"hparams": {"paths": 5}}, "b": side},
+                "same": {"question": "?", "a": side | {"hparams": {"paths": 15}}, "b": side},
+            },
+        }
+    }
+    check_config(config, SCHEMA)
+    paths, same = grid.pairs_of(config, "audit")
+    assert [run.variant for run in paths[1:]] == ["paths=5", "default"]
+    assert same[1] == same[2] == paths[2]
+    assert paths[2] in grid.runs_of(config, "main")  # shared with an experiment
+    assert paths[1] in grid.all_runs(config)
+    config["comparisons"]["audit"]["pairs"]["paths"]["a"]["method"] = "pca"
+    with pytest.raises(ConfigError, match=r"comparisons.audit.pairs.paths names 'pca'"):
+        check_config(config, SCHEMA)
+
+
 def set_at(config, path, value):
     *parents, last = path.split("/")
     for key in parents:
@@ -149,7 +174,8 @@ def test_a_bad_config_is_one_sentence_that_names_the_key(path, config):
 
 
 def test_every_config_of_the_repository_is_valid():
-    below = {"tune.yaml": "config/real.yaml", "ci-real.yaml": "config/ci.yaml"}
+    real = "config/real.yaml"
+    below = {"tune.yaml": real, "audit.yaml": real, "ci-real.yaml": "config/ci.yaml"}
     for path in Path("config").glob("*.yaml"):
         config = copy.deepcopy(CONFIG)
         if path.name in below:

@@ -58,6 +58,36 @@ rule table:
         "../scripts/table.py"
 
 
+rule compare:
+    "Compare runs in pairs on the same requests."
+    input:
+        predictions=lambda w: [
+            f"<results>/{folder}/predictions.parquet"
+            for folder in comparison_folders(w.comparison)
+        ],
+        code=code("compare"),
+    output:
+        csv="<results>/comparisons/{comparison}.csv",
+        md="<results>/comparisons/{comparison}.md",
+    log:
+        "<logs>/compare/{comparison}.log",
+    wildcard_constraints:
+        comparison=one_of(config["comparisons"]),
+    localrule: True
+    conda:
+        "../../envs/report.yaml"
+    params:
+        title=lambda w: config["comparisons"][w.comparison]["title"],
+        protocol=lambda w: config["comparisons"][w.comparison]["protocol"],
+        pairs=comparison_pairs,
+        folders=lambda w: comparison_folders(w.comparison),
+        statistics=config["statistics"],
+    message:
+        "Comparing {wildcards.comparison}"
+    script:
+        "../scripts/compare.py"
+
+
 rule tune:
     "Choose hyper-parameters from a sweep on development splits."
     input:
@@ -97,7 +127,10 @@ rule metrics:
 
 
 rule tables:
-    "All tables."
+    "All tables and comparisons."
     input:
         expand("<results>/tables/{table}.md", table=config["tables"]),
+        expand(
+            "<results>/comparisons/{comparison}.md", comparison=config["comparisons"]
+        ),
     localrule: True

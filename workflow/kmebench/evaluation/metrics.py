@@ -25,6 +25,8 @@ import pandas as pd
 from kmebench.errors import KMEBenchError
 
 METRICS = ("efficacy", "generality", "locality", "portability")
+#: What the paper reports.
+SCORED = ("efficacy", "generality", "locality", "score")
 KINDS = {
     "edit": "efficacy",
     "paraphrase": "generality",
@@ -176,13 +178,18 @@ def _with_score(means: np.ndarray) -> np.ndarray:
 def paired_difference(
     a: pd.DataFrame, b: pd.DataFrame, metric: str, *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float, float, int]:
-    """Return mean of a − b over the same requests, its 95% interval, and their number.
+    """Return the mean of a − b over the same requests, its 95% interval, and their number.
 
-    ``a`` and ``b`` are results of :func:`request_values`.
+    ``a`` and ``b`` are results of :func:`request_values`; the metric ``score`` is the mean of
+    efficacy, generality and locality (every request has them).
 
     Raises:
         KMEBenchError: the two hold different requests.
     """
+    if metric == "score":
+        a, b = (
+            x.assign(score=x[["efficacy", "generality", "locality"]].mean(axis=1)) for x in (a, b)
+        )
     joined = a.merge(b, on="case_id", suffixes=("_a", "_b"), validate="1:1")
     if not len(a) == len(b) == len(joined):
         raise KMEBenchError("Editors can be compared in pairs only on the same requests.")

@@ -28,6 +28,8 @@ def check_config(config: dict[str, Any], schema: str | Path) -> None:
         raise ConfigError(_sentence(found) if found else str(error)) from None
     for name in config["experiments"]:
         grid.runs_of(config, name)
+    for name in config["comparisons"]:
+        grid.pairs_of(config, name)
     for method in config["methods"]:
         grid.editor_of(config, method)
     for name, table in config["tables"].items():

@@ -75,9 +75,36 @@ def swept_runs(config: Mapping[str, Any], experiment: str) -> list[tuple[Run, di
     ]
 
 
+def pairs_of(config: Mapping[str, Any], comparison: str) -> list[tuple[str, Run, Run]]:
+    """Expand one comparison: (name of the pair, run A, run B) for every model and data set.
+
+    Raises:
+        ConfigError: it names a model, data set or method that is not configured.
+    """
+    spec = config["comparisons"][comparison]
+    where = f"comparisons.{comparison}"
+    for kind, known in (("models", config["models"]), ("datasets", datasets(config))):
+        for name in spec[kind]:
+            check_name(name, known, kind, f"{where}.{kind}")
+    found = []
+    for name, pair in spec["pairs"].items():
+        for model, dataset in itertools.product(spec["models"], spec["datasets"]):
+            runs = []
+            for side in (pair["a"], pair["b"]):
+                method = side["method"]
+                check_name(method, config["methods"], "methods", f"{where}.pairs.{name}")
+                variant = variant_name(config, model, method, side.get("hparams", {}))
+                runs.append(Run(model, dataset, side["mode"], method, variant, config["seed"]))
+            found.append((name, *runs))
+    return found
+
+
 def all_runs(config: Mapping[str, Any]) -> list[Run]:
-    """Return every run of every experiment once, sorted."""
-    return sorted({run for name in config["experiments"] for run in runs_of(config, name)})
+    """Return every run of every experiment and comparison once, sorted."""
+    runs = {run for name in config["experiments"] for run in runs_of(config, name)}
+    for name in config.get("comparisons", {}):
+        runs |= {run for _, *sides in pairs_of(config, name) for run in sides}
+    return sorted(runs)
 
 
 def datasets(config: Mapping[str, Any]) -> dict[str, int]:
@@ -110,23 +137,26 @@ def check_name(name: str, known: Iterable[str], kind: str, where: str) -> None:
 def _variants(
     config: Mapping[str, Any], spec: Mapping[str, Any], model: str, method: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the variants of a method: ``default``, or each swept value spelled out; and values.
-
-    A swept value equal to the configured one *is* the default, so it is not run twice.
-    """
+    """Yield the variants of a method with the values that make them."""
     sweep = spec.get("sweep", {})
     if not sweep:
         yield DEFAULT, {}
         return
+    for combination in itertools.product(*sweep.values()):
+        values = dict(zip(sweep, combination, strict=True))
+        yield variant_name(config, model, method, values), values
+
+
+def variant_name(
+    config: Mapping[str, Any], model: str, method: str, values: Mapping[str, Any]
+) -> str:
+    """Spell out values that differ from a method's own; ``default`` if none does.
+
+    So a swept value equal to the configured one *is* the default, and is not run twice.
+    """
     base = base_hparams(config, model, method)
-    for values in itertools.product(*sweep.values()):
-        changed = {
-            key: value
-            for key, value in zip(sweep, values, strict=True)
-            if base.get(key, PATH_SETTINGS.get(key)) != value
-        }
-        variant = ",".join(f"{key}={value}" for key, value in changed.items()) or DEFAULT
-        yield variant, dict(zip(sweep, values, strict=True))
+    changed = {k: v for k, v in values.items() if base.get(k, PATH_SETTINGS.get(k)) != v}
+    return ",".join(f"{key}={value}" for key, value in changed.items()) or DEFAULT
 
 
 def base_hparams(config: Mapping[str, Any], model: str, method: str) -> dict[str, Any]:

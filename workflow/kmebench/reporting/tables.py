@@ -152,7 +152,7 @@ def to_markdown(table: pd.DataFrame, layout: Layout) -> str:
             cells.append(_number(row["seconds_per_edit"], 2))
             model = str(layout.models[row["model"]]["label"])
             lines.append([model, _editor_label(row, table, layout), *cells])
-        blocks.append(f"{names['label']}\n\n{_aligned(lines)}")
+        blocks.append(f"{names['label']}\n\n{markdown_table(lines)}")
     return "\n\n".join(blocks) + "\n"
 
 
@@ -165,7 +165,8 @@ def _markdown_cell(row: pd.Series, metric: str, best: bool) -> str:
     return text if pd.isna(published) else f"{text} (paper {published:.2f})"
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def markdown_table(lines: list[list[str]]) -> str:
+    """Lay cells out as a Markdown table that is aligned in plain text too; the head first."""
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     rows = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"

@@ -1,0 +1,71 @@
+"""Pairs of runs."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kmebench.evaluation.frames import write_frame
+from kmebench.evaluation.schema import PREDICTIONS
+from kmebench.reporting.comparisons import compare, comparison_markdown
+
+STATISTICS = {"resamples": 200, "seed": 0}
+
+
+def run(path, right):
+    """Predictions of three prompts per request; ``right[i]`` says which are as wanted."""
+    rows = []
+    for i, flags in enumerate(right):
+        for kind, good in zip(("edit", "paraphrase", "locality"), flags, strict=True):
+            rows.append(
+                {
+                    "case_id": str(i),
+                    "position": i,
+                    "kind": kind,
+                    "prompt": "p",
+                    "target": "t",
+                    "target_ids": [1],
+                    "moment": "final",
+                    "edits_done": len(right),
+                    "batch": 0,
+                    "before_ids": [1],
+                    "after_ids": [1 if good else 2],
+                    "target_new_logprob_before": np.nan,
+                    "target_new_logprob_after": np.nan,
+                    "target_true_logprob_before": np.nan,
+                    "target_true_logprob_after": np.nan,
+                    "free_before_ids": None,
+                    "free_after_ids": None,
+                    "wild_before": None,
+                    "wild_after": None,
+                }
+            )
+    write_frame(pd.DataFrame(rows), PREDICTIONS, path)
+
+
+@pytest.fixture
+def table(tmp_path):
+    run(tmp_path / "a", [(1, 1, 1)] * 8 + [(1, 0, 1)] * 2)
+    run(tmp_path / "b", [(1, 0, 1)] * 10)
+    pair = {"question": "?", "model": "M", "dataset": "D"}
+    pairs = [pair | {"name": "x", "a": "A", "b": "B"}, pair | {"name": "y", "a": "A", "b": "A"}]
+    files = {"A": str(tmp_path / "a"), "B": str(tmp_path / "b")}
+    return compare(pairs, files, "token", STATISTICS)
+
+
+def test_differences_are_paired_and_the_score_is_the_mean_of_three(table):
+    x = table[table["name"] == "x"].set_index("metric")
+    assert x["difference"].to_dict() == pytest.approx(
+        {"efficacy": 0, "generality": 80, "locality": 0, "score": 80 / 3}
+    )
+    assert x.loc["efficacy", ["low", "high"]].tolist() == [0, 0]
+    assert 40 <= x.loc["generality", "low"] < 80 < x.loc["generality", "high"] <= 100
+    assert x["n"].unique().tolist() == [10]
+
+
+def test_only_what_is_away_from_zero_is_bold(table):
+    lines = comparison_markdown(table, "Audit", "token").splitlines()
+    (x, y) = [line for line in lines if line.startswith("| ?")]
+    assert "**+80.0**" in x
+    assert x.count("**") == 4  # generality and score
+    assert "**" not in y
+    assert "10 edits" in lines[0]

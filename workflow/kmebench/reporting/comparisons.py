@@ -1,0 +1,64 @@
+"""Pairs of runs on the same requests, and whether their difference is more than chance."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from kmebench.evaluation.metrics import SCORED, paired_difference, request_values
+from kmebench.evaluation.score import read_predictions
+from kmebench.reporting.tables import markdown_table
+
+
+def compare(
+    pairs: Sequence[Mapping[str, Any]],
+    files: Mapping[str, str],
+    protocol: str,
+    statistics: Mapping[str, int],
+) -> pd.DataFrame:
+    """Compare runs in pairs on their final predictions, in percentage points.
+
+    ``pairs``: name, question, model, dataset and the run folders ``a`` and ``b``; ``files``:
+    prediction file of every run folder. Returns one row per pair and metric: difference
+    (a − b), low, high (95% paired bootstrap over requests), n.
+    """
+    values = {}
+    for folder, path in files.items():
+        frame = read_predictions(path)
+        values[folder] = request_values(frame[frame["moment"] == "final"], protocol)
+    rows = []
+    for pair in pairs:
+        a, b = values[pair["a"]], values[pair["b"]]
+        for metric in SCORED:
+            difference, low, high, n = paired_difference(a, b, metric, **statistics)
+            numbers = {
+                "difference": difference,
+                "low": low,
+                "high": high,
+            }
+            percent = {key: 100 * value for key, value in numbers.items()}
+            rows.append({**pair, "metric": metric, **percent, "n": n})
+    return pd.DataFrame(rows)
+
+
+def comparison_markdown(table: pd.DataFrame, title: str, protocol: str) -> str:
+    """Render as one row per pair, model and data set; differences away from zero in bold."""
+    n = sorted(table["n"].unique())
+    edits = str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}"
+    caption = (
+        f"**{title}. Protocol {protocol}, {edits} edits; A − B in percentage points with 95% "
+        "paired bootstrap intervals over edits, in bold where the interval leaves out zero.**"
+    )
+    lines = [["Question", "Model", "Data set", *(m.capitalize() for m in SCORED)]]
+    keys = ["name", "question", "model", "dataset"]
+    for (_, question, model, dataset), rows in table.groupby(keys, sort=False):
+        cells = [_cell(rows[rows["metric"] == metric].iloc[0]) for metric in SCORED]
+        lines.append([question, model, dataset, *cells])
+    return f"{caption}\n\n{markdown_table(lines)}\n"
+
+
+def _cell(row: pd.Series) -> str:
+    text = f"{row['difference']:+.1f}"
+    if row["low"] > 0 or row["high"] < 0:
+        text = f"**{text}**"
+    return f"{text} [{row['low']:+.1f}, {row['high']:+.1f}]"
