@@ -8,10 +8,10 @@ import yaml
 
 from kmebench.errors import ConfigError
 from kmebench.experiments import grid
-from kmebench.experiments.configuration import check_config
+from kmebench.experiments.configuration import check_config, read_config
 
 SCHEMA = Path("workflow/schemas/config.schema.yaml")
-CONFIG = yaml.safe_load(Path("config.yaml").read_text(encoding="utf-8"))
+CONFIG = read_config(Path("config.yaml"))
 
 
 @pytest.fixture
@@ -38,6 +38,7 @@ def config():
         "datasets": ["openfacts-zsre.development"],
         "methods": ["pac"],
     }
+    config["models"]["tiny-gptj"]["hparams"] = {"pac": {"learning_rate": 2e-3}}
     config["tables"] = {}
     check_config(config, SCHEMA)
     return config

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -24,6 +23,7 @@ from kmebench.data.records import SLOT, EditRequest
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.registry import EDITORS
 from kmebench.errors import ConfigError, KMEBenchError, ModelError
+from kmebench.experiments.configuration import read_config
 from kmebench.experiments.grid import base_hparams, check_name, parse_variant
 from kmebench.models.editable import EditableModel, seed_everything
 from kmebench.models.sources import save_model
@@ -190,7 +190,7 @@ def _model(arguments: argparse.Namespace) -> tuple[EditableModel, dict[str, Any]
     """Load the model; one of the config is made by the workflow if it is not there."""
     config: dict[str, Any] = {}
     if arguments.config.is_file():
-        config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+        config = read_config(arguments.config)
     folder, dtype = Path(arguments.model), arguments.dtype
     if not (folder / "config.json").is_file():
         check_name(arguments.model, config.get("models", {}), "models", "--model")

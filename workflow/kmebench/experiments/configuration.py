@@ -8,10 +8,18 @@ import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 from snakemake.exceptions import WorkflowError
-from snakemake.utils import validate
+from snakemake.utils import update_config, validate
 
 from kmebench.errors import ConfigError
 from kmebench.experiments import grid
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config as the Snakefile does: the file, then the tuned values beside it."""
+    config: dict[str, Any] = {}
+    for part in (path, *sorted(path.parent.glob("config/tuned/*.yaml"))):
+        update_config(config, yaml.safe_load(part.read_text(encoding="utf-8")))
+    return config
 
 
 def check_config(config: dict[str, Any], schema: str | Path) -> None:
