@@ -65,6 +65,14 @@ def test_a_development_split_is_a_data_set_of_its_own_size(config):
     assert grid.datasets(config)["openfacts-zsre"] == 25
 
 
+def test_adopting_tuned_values_does_not_rename_the_search_they_come_from(config):
+    config["experiments"]["tuning"]["sweep"] = {"learning_rate": [1e-3, 2e-3]}
+    before = [run.variant for run in grid.runs_of(config, "tuning")]
+    assert before == ["learning_rate=0.001", "learning_rate=0.002"]
+    config["models"]["tiny-gptj"]["hparams"]["pac"]["learning_rate"] = 1e-3
+    assert [run.variant for run in grid.runs_of(config, "tuning")] == before
+
+
 def test_a_variant_reads_back_as_what_was_swept(config):
     run = grid.runs_of(config, "sweep")[1]
     assert grid.hparams_of(config, run) == {"learning_rate": 2e-3, "paths": 5, "lambda": 0.0}

@@ -16,7 +16,8 @@ SCORES = {  # (variant, data set): score; b is best on average, a on the first d
 VALUES = {"default": {"rate": 1}, "rate=2": {"rate": 2}}
 
 
-def metrics():
+def metrics(spread=0.1, seconds=(1.0, 2.0)):
+    """``spread``: half a 95% interval; ``seconds``: per edit, of default and of rate=2."""
     rows = [
         {
             "model": "m",
@@ -27,6 +28,9 @@ def metrics():
             "moment": moment,
             "metric": metric,
             "value": score if protocol == "token" and moment == "final" else 1 - score,
+            "low": score - spread,
+            "high": score + spread,
+            "seconds_per_edit": seconds[variant != "default"],
         }
         for (variant, dataset), score in SCORES.items()
         for method in ("edit", "original")
@@ -52,14 +56,27 @@ def candidates(suffix=".development"):
     ]
 
 
+def chosen(**kwargs):
+    text = tuned_config(search_table(metrics(**kwargs), candidates()))
+    return yaml.safe_load(text)["models"]["m"]["hparams"]["edit"]["rate"]
+
+
 def test_the_best_mean_over_data_sets_is_chosen_and_the_search_is_kept():
     table = search_table(metrics(), candidates())
     assert table["score"].tolist() == pytest.approx([65, 55])
+    # Two data sets of half-interval 10: standard errors of 5.1 each, of their mean 3.6.
+    assert table["standard_error"].tolist() == pytest.approx([3.608, 3.608], abs=1e-3)
     text = tuned_config(table)
     assert yaml.safe_load(text) == {"models": {"m": {"hparams": {"edit": {"rate": 2}}}}}
-    comments = [line for line in text.splitlines() if line.startswith("#   ")]
-    assert [line.split()[1] for line in comments] == ["65.0", "55.0"]
-    assert comments[0].endswith("rate=2")
+    comments = [line for line in text.splitlines() if "±" in line]
+    assert [line.split("±")[0] for line in comments] == ["# >  65.0 ", "#    55.0 "]
+    assert comments[0].endswith("2.00 s  rate=2")
+
+
+def test_within_a_standard_error_the_faster_is_chosen():
+    assert chosen(spread=0.2) == 2  # standard error 7.2: the difference of 10 counts
+    assert chosen(spread=0.3) == 1  # standard error 10.8: it does not
+    assert chosen(spread=0.3, seconds=(2.0, 1.0)) == 2
 
 
 def test_nothing_is_tuned_on_what_tables_report():

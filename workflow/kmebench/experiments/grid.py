@@ -70,7 +70,7 @@ def swept_runs(config: Mapping[str, Any], experiment: str) -> list[tuple[Run, di
         for model, dataset, method in itertools.product(
             spec["models"], spec["datasets"], spec["methods"]
         )
-        for variant, values in _variants(config, spec, model, method)
+        for variant, values in _variants(config, spec, model, dataset, method)
         for seed in spec.get("seeds", [config["seed"]])
     ]
 
@@ -135,16 +135,20 @@ def check_name(name: str, known: Iterable[str], kind: str, where: str) -> None:
 
 
 def _variants(
-    config: Mapping[str, Any], spec: Mapping[str, Any], model: str, method: str
+    config: Mapping[str, Any], spec: Mapping[str, Any], model: str, dataset: str, method: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the variants of a method with the values that make them."""
+    """Yield the variants of a method with the values that make them.
+
+    On a development split every swept value is spelled out: the tuned values that come from such
+    a sweep change what is configured, and must not rename (and so repeat) the search itself.
+    """
     sweep = spec.get("sweep", {})
-    if not sweep:
-        yield DEFAULT, {}
-        return
     for combination in itertools.product(*sweep.values()):
         values = dict(zip(sweep, combination, strict=True))
-        yield variant_name(config, model, method, values), values
+        if dataset.endswith(DEVELOPMENT):
+            yield _spell(values), values
+        else:
+            yield variant_name(config, model, method, values), values
 
 
 def variant_name(
@@ -155,8 +159,11 @@ def variant_name(
     So a swept value equal to the configured one *is* the default, and is not run twice.
     """
     base = base_hparams(config, model, method)
-    changed = {k: v for k, v in values.items() if base.get(k, PATH_SETTINGS.get(k)) != v}
-    return ",".join(f"{key}={value}" for key, value in changed.items()) or DEFAULT
+    return _spell({k: v for k, v in values.items() if base.get(k, PATH_SETTINGS.get(k)) != v})
+
+
+def _spell(values: Mapping[str, Any]) -> str:
+    return ",".join(f"{key}={value}" for key, value in values.items()) or DEFAULT
 
 
 def base_hparams(config: Mapping[str, Any], model: str, method: str) -> dict[str, Any]:
