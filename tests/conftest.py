@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPTJConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
+from transformers.models.gptj import modeling_gptj
+from transformers.models.llama import modeling_llama
 
 from kmebench.data.records import EditRequest
 from kmebench.models.editable import EditableModel
@@ -56,9 +58,25 @@ def tokenizer():
     return train_tokenizer(TEXTS)
 
 
+class Float64Torch:
+    """``torch``, but where a model casts to float32 it stays in float64."""
+
+    def __getattr__(self, name: str):
+        return torch.float64 if name == "float32" else getattr(torch, name)
+
+
 @pytest.fixture
-def make_model(tokenizer) -> Callable[..., EditableModel]:
+def make_model(tokenizer, monkeypatch) -> Callable[..., EditableModel]:
+    """Build random models; those in float64 compute in float64 throughout.
+
+    transformers casts GPT-J's attention scores and Llama's norms to float32, whose rounding
+    (other for other batch shapes and processors) would drown what the tests compare.
+    """
+
     def make(family: str, dtype: torch.dtype = torch.float64, **sizes: int) -> EditableModel:
+        if dtype == torch.float64:
+            for module in (modeling_gptj, modeling_llama):
+                monkeypatch.setattr(module, "torch", Float64Torch())
         torch.manual_seed(0)
         config = small_config(family, len(tokenizer), **sizes)
         model = AutoModelForCausalLM.from_config(config)

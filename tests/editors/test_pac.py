@@ -1,5 +1,7 @@
 """PAC against a literal dense implementation of its loss and updates."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -17,7 +19,7 @@ HPARAMS = {"paths": 3, "negatives": 2, "learning_rate": 0.01, "tolerance": 0.0, 
 def literal_pac(model, requests, hparams, n_layers):
     """Dense weights, full gradients, masks, two Adams: the equations with nothing shared.
 
-    Returns the final dense weights by name.
+    Returns the final dense weights by name, and who was stepped on at every step.
     """
     routes = []
     for request in requests:
@@ -37,12 +39,16 @@ def literal_pac(model, requests, hparams, n_layers):
         for which in (0, 1)
     }
     start = {n: parameters[n].clone() for n in places}
-    for _ in range(hparams["steps"]):
+    stepped, asked = [], set(range(len(requests)))
+    while len(stepped) < hparams["steps"]:
+        moved = [{name: torch.zeros_like(start[name]) for name in places} for _ in (0, 1)]
         for which in (0, 1):
             for name in places:
                 changes[which][name].grad = torch.zeros_like(start[name])
-        for request, route in zip(requests, routes, strict=True):
-            (item,) = model.encode([(request.filled_prompt, request.target_new)])
+        learning = set()
+        for number in sorted(asked):
+            (item,) = model.encode([(requests[number].filled_prompt, requests[number].target_new)])
+            route = routes[number]
             for which, (labels, weight) in enumerate(
                 ((item.target_ids, 1.0), (route[2], hparams.get("lambda", 0.1)))
             ):
@@ -52,18 +58,31 @@ def literal_pac(model, requests, hparams, n_layers):
                 logits = torch.func.functional_call(
                     model.model, leaves, kwargs={"input_ids": torch.tensor([item.ids])}
                 ).logits[0, -item.n_target - 1 : -1]
-                loss = weight * cross_entropy(logits, torch.tensor(labels)) / len(requests)
-                gradients = torch.autograd.grad(loss, list(leaves.values()))
+                loss = weight * cross_entropy(logits, torch.tensor(labels))
+                if which == 0 and loss < hparams["tolerance"]:
+                    break  # learnt
+                learning.add(number)
+                gradients = torch.autograd.grad(loss / len(requests), list(leaves.values()))
                 for (name, (layer, matrix, axis)), gradient in zip(
                     places.items(), gradients, strict=True
                 ):
                     chosen = route[which][layer, matrix]
+                    moved[which][name].movedim(axis, 0)[chosen] = 1
                     mask = torch.zeros_like(gradient)
                     mask.movedim(axis, 0)[chosen] = 1
                     changes[which][name].grad += gradient * mask
-        for adam in adams.values():
-            adam.step()
-    return {n: start[n] + changes[0][n] + changes[1][n] for n in places}
+        if not learning and len(asked) == len(requests):
+            break
+        asked = learning or set(range(len(requests)))
+        if learning:
+            stepped.append(learning)
+            for which, adam in enumerate(adams):
+                before = {name: changes[which][name].clone() for name in places}
+                adams[adam].step()
+                for name in places:
+                    still = moved[which][name] == 0
+                    changes[which][name][still] = before[name][still]
+    return {n: start[n] + changes[0][n] + changes[1][n] for n in places}, stepped
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,9 +93,9 @@ def test_pac_equals_the_literal_dense_algorithm(family, n_requests, contrast, ma
     chosen = requests[:n_requests]
     hparams = HPARAMS | {"lambda": contrast}
     if contrast == 0.0:
-        expected = literal_pac(model, chosen, hparams | {"negatives": 0}, model.n_layers)
+        expected, _ = literal_pac(model, chosen, hparams | {"negatives": 0}, model.n_layers)
     else:
-        expected = literal_pac(model, chosen, hparams, model.n_layers)
+        expected, _ = literal_pac(model, chosen, hparams, model.n_layers)
     editor = build_editor("pac", hparams | {"trace_on": "current", "micro_batch": 2}, {})
     before = {n: p.clone() for n, p in model.model.named_parameters()}
     delta = editor.edit(model, chosen)
@@ -87,6 +106,24 @@ def test_pac_equals_the_literal_dense_algorithm(family, n_requests, contrast, ma
             model.parameter(name).detach(), weight, rtol=1e-6, atol=1e-8, msg=name
         )
     assert editor.steps == hparams["steps"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_request_stops_by_itself_and_goes_on_when_disturbed(family, make_model, requests):
+    model = make_model(family)
+    changes = {"steps": 40, "tolerance": 3.5, "paths": 8, "learning_rate": 0.03}
+    hparams = HPARAMS | changes
+    expected, stepped = literal_pac(model, requests, hparams, model.n_layers)
+    sizes = [len(learning) for learning in stepped]
+    assert sizes[0] == len(requests)
+    assert min(sizes) < len(requests)
+    if family == "gpt2":  # here somebody is disturbed after it was learnt
+        assert any(after > before for before, after in itertools.pairwise(sizes))
+    editor = build_editor("pac", hparams | {"trace_on": "current", "micro_batch": 2}, {})
+    model.apply(editor.edit(model, requests))
+    assert editor.steps == len(stepped)
+    for name, weight in expected.items():
+        torch.testing.assert_close(model.parameter(name).detach(), weight, rtol=1e-6, atol=1e-8)
 
 
 def test_only_segments_on_the_paths_change(make_model, requests):

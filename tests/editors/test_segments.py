@@ -129,3 +129,19 @@ def test_a_segment_in_both_groups_starts_from_the_masters_once(make_model):
     torch.testing.assert_close(block.offset.detach().sum(dim=0, keepdim=True), residual)
     # Nothing was optimised, so nothing changed.
     assert all(norm == 0 for norm in offsets.delta().norms().values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_segments_of_other_rows_stand_still(family, make_model):
+    model = make_model(family)
+    groups = [choices(model, 2, 4, 0), choices(model, 2, 2, 1)]
+    offsets = SegmentOffsets(model, groups)
+    with offsets.moving(torch.tensor([1, 3])):  # the second row of both groups
+        randomise(offsets)
+    moved = offsets.delta()
+    for layer, ffn in enumerate(model.ffn):
+        for matrix, projection in enumerate((ffn.key, ffn.value)):
+            part = moved[projection.weight_name]
+            touched = part.index[part.values.abs().sum(1) > 0]
+            own = torch.cat([group[1][layer, matrix] for group in groups])
+            assert set(touched.tolist()) == set(own.tolist())

@@ -7,8 +7,9 @@ For a request with target y* and the unedited model's own answer y, the loss
 is minimised over the segments of the critical transmission paths T+ (first term, Θ*) and of
 the insignificant path τ− (second term, Θ'). Each term moves only its own segments. The
 two have separate Adam moments and both gradients are taken at the same point, from one
-forward pass of a doubled batch. Optimisation stops when every L(y*) is below ``tolerance``,
-or after ``steps`` updates.
+forward pass of a doubled batch. In a batch every request moves only its own paths, and no more
+once its L(y*) is below ``tolerance``; when all are, all are asked again, and those that the others
+have disturbed go on. So optimisation ends with every request learnt, or after ``steps`` updates.
 """
 
 from collections.abc import Sequence
@@ -47,6 +48,9 @@ class PACHparams:
     steps: int = 50
     tolerance: float = 0.05  # nats per target token
     micro_batch: int = 50  # requests in one forward pass
+
+
+_Item = tuple[EditRequest, Encoded, Route]
 
 
 class PAC(Editor):
@@ -90,48 +94,63 @@ class PAC(Editor):
         encoded: Sequence[Encoded],
         routes: Sequence[Route],
     ) -> WeightDelta:
-        contrast = self.hparams.lambda_ > 0 and self.hparams.negatives > 0
-        groups = [[r.positive for r in routes]] + [[r.negative for r in routes]] * contrast
+        groups = [[r.positive for r in routes]] + [[r.negative for r in routes]] * self._contrast
         offsets = SegmentOffsets(model, groups)
         optimiser = torch.optim.Adam(
             offsets.parameters(), lr=self.hparams.learning_rate, fused=True
         )
-        chunks = list(length_sorted_chunks([len(e.ids) for e in encoded], self.hparams.micro_batch))
-        for _ in range(self.hparams.steps):
+        items = list(zip(requests, encoded, routes, strict=True))
+        everyone = asked = list(range(len(items)))
+        last = self.steps + self.hparams.steps
+        while self.steps < last:
             optimiser.zero_grad()
-            worst = 0.0
-            for chunk in chunks:
-                with torch.enable_grad(), offsets.added(_rows(chunk, len(requests), contrast)):
-                    edit_loss, loss = self._losses(model, chunk, encoded, routes, contrast)
-                asked = [requests[i] for i in chunk]
-                check_finite("pac", edit_loss, asked, self.steps, self.hparams.learning_rate)
-                worst = max(worst, float(edit_loss.max()))
-                if worst < self.hparams.tolerance and chunk is chunks[-1]:
-                    return offsets.delta()
-                loss.backward()
-            optimiser.step()
-            self.steps += 1
+            learning = self._backward(model, offsets, items, asked)
+            if learning:
+                with offsets.moving(_rows(learning, len(items), self._contrast)):
+                    optimiser.step()
+                self.steps += 1
+            elif asked == everyone:
+                break
+            asked = learning or everyone
         return offsets.delta()
 
-    def _losses(
+    @property
+    def _contrast(self) -> bool:
+        return self.hparams.lambda_ > 0 and self.hparams.negatives > 0
+
+    def _backward(
         self,
         model: EditableModel,
-        chunk: Sequence[int],
-        encoded: Sequence[Encoded],
-        routes: Sequence[Route],
-        contrast: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return L(y*) of every request in the chunk, [b], and the chunk's share of I."""
-        batch = model.collate([encoded[i] for i in chunk])
-        labels, weights = batch.labels, [1.0] * len(chunk)
-        if contrast:
-            answers = [token for i in chunk for token in routes[i].answer]
-            labels = torch.cat([labels, labels.new_tensor(answers)])
-            weights += [self.hparams.lambda_] * len(chunk)
-            batch = batch.repeat(2)
-        row_loss = row_losses(model, batch, labels)
-        loss = (row_loss * row_loss.new_tensor(weights)).sum() / len(encoded)
-        return row_loss[: len(chunk)].detach(), loss
+        offsets: SegmentOffsets,
+        items: Sequence[_Item],
+        asked: Sequence[int],
+    ) -> list[int]:
+        """Accumulate the gradient of I over those of ``asked`` not yet learnt; return these."""
+        learning = []
+        lengths = [len(items[i][1].ids) for i in asked]
+        for positions in length_sorted_chunks(lengths, self.hparams.micro_batch):
+            chunk = [asked[i] for i in positions]
+            rows = _rows(chunk, len(items), self._contrast)
+            with torch.enable_grad(), offsets.added(rows):
+                edit_loss, loss = self._losses(model, [items[i] for i in chunk])
+            requests = [items[i][0] for i in chunk]
+            check_finite("pac", edit_loss, requests, self.steps, self.hparams.learning_rate)
+            above = edit_loss >= self.hparams.tolerance
+            if above.any():
+                (loss[above].sum() / len(items)).backward()
+            learning += [i for i, is_above in zip(chunk, above.tolist(), strict=True) if is_above]
+        return sorted(learning)
+
+    def _losses(self, model: EditableModel, items: Sequence[_Item]) -> tuple[Tensor, Tensor]:
+        """Return L(y*) and I of every item, [b] each; only the second has a gradient."""
+        batch = model.collate([encoded for _, encoded, _ in items])
+        if not self._contrast:
+            edit_loss = row_losses(model, batch, batch.labels)
+            return edit_loss.detach(), edit_loss
+        answers = [token for _, _, route in items for token in route.answer]
+        labels = torch.cat([batch.labels, batch.labels.new_tensor(answers)])
+        edit_loss, contrast_loss = row_losses(model, batch.repeat(2), labels).chunk(2)
+        return edit_loss.detach(), edit_loss + self.hparams.lambda_ * contrast_loss
 
 
 def _rows(chunk: Sequence[int], n_requests: int, contrast: bool) -> Tensor:

@@ -77,6 +77,13 @@ class _Block:
 
         return add_keys if self.is_key else add_values
 
+    def held(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the offsets, the segments that none of ``rows`` owns, and their values."""
+        index = (self.owners[rows] == 0).all(dim=0).nonzero().squeeze(1)
+        for offset in (self.offset, self.bias_offset):
+            if offset is not None and len(index):
+                yield offset, index, offset.detach()[index]
+
     def parts(self) -> Iterator[tuple[str, Part]]:
         """Yield the changes made so far by parameter name."""
         kind = Rows if self.projection.axis == 0 else Columns
@@ -122,6 +129,14 @@ class SegmentOffsets:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def moving(self, rows: Tensor) -> Iterator[None]:
+        """Leave the segments that none of ``rows`` owns as they are, whatever the block does."""
+        held = [tensors for block in self._blocks for tensors in block.held(rows)]
+        yield
+        for offset, index, values in held:
+            offset.detach()[index] = values
 
     def delta(self) -> WeightDelta:
         """Return what the offsets have become as a delta of the model's weights."""
