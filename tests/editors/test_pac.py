@@ -13,7 +13,14 @@ from kmebench.tracing.impact import trace
 from kmebench.tracing.paths import select_paths
 from tests.conftest import FAMILIES
 
-HPARAMS = {"paths": 3, "negatives": 2, "learning_rate": 0.01, "tolerance": 0.0, "steps": 5}
+HPARAMS = {
+    "paths": 3,
+    "negatives": 2,
+    "learning_rate": 0.01,
+    "tolerance": 0.0,
+    "steps": 5,
+    "recheck_every": 4,
+}
 
 
 def literal_pac(model, requests, hparams, n_layers):
@@ -73,7 +80,6 @@ def literal_pac(model, requests, hparams, n_layers):
                     changes[which][name].grad += gradient * mask
         if not learning and len(asked) == len(requests):
             break
-        asked = learning or set(range(len(requests)))
         if learning:
             stepped.append(learning)
             for which, adam in enumerate(adams):
@@ -82,6 +88,8 @@ def literal_pac(model, requests, hparams, n_layers):
                 for name in places:
                     still = moved[which][name] == 0
                     changes[which][name][still] = before[name][still]
+        again = not learning or len(stepped) % hparams["recheck_every"] == 0
+        asked = set(range(len(requests))) if again else learning
     return {n: start[n] + changes[0][n] + changes[1][n] for n in places}, stepped
 
 

@@ -8,8 +8,8 @@ is minimised over the segments of the critical transmission paths T+ (first term
 the insignificant path τ− (second term, Θ'). Each term moves only its own segments. The
 two have separate Adam moments and both gradients are taken at the same point, from one
 forward pass of a doubled batch. In a batch every request moves only its own paths, and no more
-once its L(y*) is below ``tolerance``; when all are, all are asked again, and those that the others
-have disturbed go on. So optimisation ends with every request learnt, or after ``steps`` updates.
+once its L(y*) is below ``tolerance``; now and then all are asked again, and those that the others
+have disturbed go on. Optimisation ends when every request is learnt, or after ``steps`` updates.
 """
 
 from collections.abc import Sequence
@@ -47,6 +47,7 @@ class PACHparams:
     learning_rate: float = 2e-4
     steps: int = 50
     tolerance: float = 0.05  # nats per target token
+    recheck_every: int = 5  # steps of a batch until its learnt requests are asked again
     micro_batch: int = 50  # requests in one forward pass
 
 
@@ -101,8 +102,8 @@ class PAC(Editor):
         )
         items = list(zip(requests, encoded, routes, strict=True))
         everyone = asked = list(range(len(items)))
-        last = self.steps + self.hparams.steps
-        while self.steps < last:
+        first = self.steps
+        while self.steps < first + self.hparams.steps:
             optimiser.zero_grad()
             learning = self._backward(model, offsets, items, asked)
             if learning:
@@ -111,7 +112,8 @@ class PAC(Editor):
                 self.steps += 1
             elif asked == everyone:
                 break
-            asked = learning or everyone
+            recheck = (self.steps - first) % self.hparams.recheck_every == 0
+            asked = everyone if recheck or not learning else learning
         return offsets.delta()
 
     @property
