@@ -119,14 +119,17 @@ def test_tuning_takes_the_development_split(finished):
         datasets={"openfacts-zsre": {"development": 10}},
     )
     wanted = "results/tables/tune.md"
-    finished.run("--", wanted, configs=("config/ci.yaml", tuning))
+    finished.run(wanted, configs=("config/ci.yaml", tuning))
     table = pd.read_csv(finished.folder / "results/tables/tune.csv")
-    assert table["variant"].tolist() == ["default", "learning_rate=0.001", "default"]
+    assert table["variant"].tolist() == [
+        "default",  # the original model
+        "learning_rate=0.001",
+        "learning_rate=0.002",
+    ]
     assert table["n"].unique().tolist() == [10]
     split = finished.folder / "results/data/openfacts-zsre.development.jsonl"
-    edited = pd.read_parquet(
-        finished.folder / RUN.replace("zsre", "zsre.development") / "predictions.parquet"
-    )
+    run = RUN.replace("zsre", "zsre.development").replace("default", "learning_rate=0.002")
+    edited = pd.read_parquet(finished.folder / run / "predictions.parquet")
     held_out = {json.loads(line)["case_id"] for line in split.read_text().splitlines()}
     assert set(edited["case_id"]) == held_out
 
