@@ -5,9 +5,12 @@
 #   models/{model}/                         Hugging Face folder    fetch_model, train_model
 #   original/{model}/{dataset}.parquet      the unedited model     predict_original
 #   trace/{model}/{dataset}/                impact scores, paths   cache_gradients, select_paths
-#   runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/   edit_batch, edit_consecutive
+#   runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/   edit_batch, edit_consecutive,
+#                                                                  edit_breadth_first
 #   metrics/{experiment}.parquet            all protocols          score
 #   tables/{table}.csv, .md, .tex           the paper's tables     table
+#   comparisons/{comparison}.csv, .md       pairs of runs          compare
+#   tuning/{experiment}.yaml                chosen values          tune
 
 from pathlib import Path
 

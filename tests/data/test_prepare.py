@@ -45,15 +45,24 @@ def test_segments_count_records_of_the_source_file():
     assert ids(chosen) == [2, 4, 10, 11]
 
 
-def test_the_development_split_never_meets_the_reported_one():
-    requests = [request(i, subject=f"Subject {i % 10}".upper()) for i in range(30)]
-    requests += [request(100 + i, subject=f"subject {i}") for i in range(10)]
+def test_the_development_split_shares_no_subject_with_the_reported_one():
+    requests = [request(i, f"Subject {i % 10}".upper(), f"{{}} has {i}") for i in range(30)]
+    requests += [request(100 + i, f"subject {i}") for i in range(10)]
     for seed in range(5):
         prepared = prepare(indexed(requests), [], Selection(n=6, seed=seed, development=8))
         reported = {r.subject.casefold() for r in prepared.requests}
         held_out = {r.subject.casefold() for r in prepared.development}
         assert len(prepared.development) == 8
         assert not reported & held_out
+
+
+def test_the_development_split_shares_no_prompt_with_the_reported_one():
+    """Another subject may be cut out of the same words."""
+    requests = [request(0, "Rome Hall"), *(request(i) for i in range(1, 6))]
+    requests += [request(6, "Rome", "{} hall is in"), request(7, "Rome", "{} lies on")]
+    for seed in range(5):
+        selection = Selection(segments=((0, 1),), seed=seed, development=6)
+        assert set(ids(prepare(indexed(requests), [], selection).development)) == {1, 2, 3, 4, 5, 7}
 
 
 def test_too_few_records_are_counted():

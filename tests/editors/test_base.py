@@ -1,6 +1,7 @@
 """Building editors from the config."""
 
 import pytest
+import yaml
 
 from kmebench.editors.base import Editor, build_editor, resolved
 from kmebench.editors.registry import EDITORS
@@ -27,6 +28,26 @@ def test_a_misspelt_editor_names_the_nearest():
 def test_an_unknown_hyper_parameter_lists_the_known():
     with pytest.raises(ConfigError, match="'pac' has no hyper-parameter 'lamda'; it has paths,"):
         build_editor("pac", {"lamda": 0.1}, {})
+
+
+@pytest.mark.parametrize(
+    ("hparams", "complaint"),
+    [
+        ({"steps": "many"}, "'pac': hyper-parameter steps cannot be 'many': .*integer"),
+        ({"lambda": None}, "hyper-parameter lambda cannot be None: .*number"),
+        ({"score": "l3"}, "hyper-parameter score cannot be 'l3': .*'l2'"),
+        ({"steps": 2.5}, "hyper-parameter steps cannot be 2.5: .*integer"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(hparams, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        build_editor("pac", hparams, {})
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number():
+    text = "{learning_rate: 1e-4}"
+    assert yaml.safe_load(text) == {"learning_rate": "1e-4"}
+    assert build_editor("pac", yaml.safe_load(text), {}).hparams.learning_rate == 1e-4
 
 
 class Nothing(Editor):

@@ -13,14 +13,7 @@ from kmebench.tracing.impact import trace
 from kmebench.tracing.paths import select_paths
 from tests.conftest import FAMILIES
 
-HPARAMS = {
-    "paths": 3,
-    "negatives": 2,
-    "learning_rate": 0.01,
-    "tolerance": 0.0,
-    "steps": 5,
-    "recheck_every": 4,
-}
+HPARAMS = {"paths": 3, "negatives": 2, "learning_rate": 0.01, "tolerance": 0.0, "steps": 5}
 
 
 def literal_pac(model, requests, hparams, n_layers):
@@ -88,7 +81,7 @@ def literal_pac(model, requests, hparams, n_layers):
                 for name in places:
                     still = moved[which][name] == 0
                     changes[which][name][still] = before[name][still]
-        again = not learning or len(stepped) % hparams["recheck_every"] == 0
+        again = not learning or len(stepped) % 5 == 0
         asked = set(range(len(requests))) if again else learning
     return {n: start[n] + changes[0][n] + changes[1][n] for n in places}, stepped
 

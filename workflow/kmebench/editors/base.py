@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
@@ -75,7 +76,9 @@ def build_editor(name: str, hparams: Mapping[str, Any], assets: Mapping[str, str
     """Build an editor from its config name, its hyper-parameters and its cached stages.
 
     Raises:
-        ConfigError: no such editor, or a hyper-parameter it does not have.
+        ConfigError: no such editor, a hyper-parameter it does not have, or a value of another
+            type than the editor declares (numbers written as text, as YAML reads ``1e-4``, are
+            taken as numbers).
     """
     module, class_name = editor_target(name)
     try:
@@ -91,7 +94,16 @@ def build_editor(name: str, hparams: Mapping[str, Any], assets: Mapping[str, str
             f"The editor {name!r} has no hyper-parameter {unknown[0]!r}; "
             f"it has {', '.join(fields)}."
         )
-    values = editor_class.Hparams(**{fields[key]: value for key, value in hparams.items()})
+    try:
+        values = TypeAdapter(editor_class.Hparams).validate_python(
+            {fields[key]: value for key, value in hparams.items()}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"The editor {name!r}: hyper-parameter {str(first['loc'][0]).rstrip('_')} cannot be "
+            f"{first['input']!r}: {first['msg']}."
+        ) from error
     return editor_class(values, {key: Path(path) for key, path in assets.items()})
 
 

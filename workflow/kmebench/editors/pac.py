@@ -14,7 +14,7 @@ have disturbed go on. Optimisation ends when every request is learnt, or after `
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,11 +47,17 @@ class PACHparams:
     learning_rate: float = 2e-4
     steps: int = 50
     tolerance: float = 0.05  # nats per target token
-    recheck_every: int = 5  # steps of a batch until its learnt requests are asked again
     micro_batch: int = 50  # requests in one forward pass
 
 
-_Item = tuple[EditRequest, Encoded, Route]
+#: Steps of a batch until requests that were learnt are asked again.
+RECHECK_EVERY = 5
+
+
+class _Item(NamedTuple):
+    request: EditRequest
+    encoded: Encoded
+    route: Route
 
 
 class PAC(Editor):
@@ -63,7 +69,8 @@ class PAC(Editor):
         """Edit ``requests`` together; see :meth:`Editor.edit`."""
         encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
         routes = self._routes(model, requests)
-        for request, item, route in zip(requests, encoded, routes, strict=True):
+        items = [_Item(*parts) for parts in zip(requests, encoded, routes, strict=True)]
+        for request, item, route in items:
             if len(route.answer) != item.n_target:
                 raise EditError(
                     f"pac: the traced answer of request {request.case_id!r} has "
@@ -71,7 +78,7 @@ class PAC(Editor):
                     "made with another tokenizer: delete results/trace and run again."
                 )
         with self.stopwatch("optimise"):
-            return self._optimise(model, requests, encoded, routes)
+            return self._optimise(model, items)
 
     def _routes(self, model: EditableModel, requests: Sequence[EditRequest]) -> list[Route]:
         """Look the paths up in the cached stage, or trace the model as it is now."""
@@ -88,19 +95,14 @@ class PAC(Editor):
         with self.stopwatch("trace"):
             return trace_routes(model, requests, self.hparams)
 
-    def _optimise(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        encoded: Sequence[Encoded],
-        routes: Sequence[Route],
-    ) -> WeightDelta:
-        groups = [[r.positive for r in routes]] + [[r.negative for r in routes]] * self._contrast
+    def _optimise(self, model: EditableModel, items: Sequence[_Item]) -> WeightDelta:
+        groups = [[item.route.positive for item in items]]
+        if self._contrast:
+            groups.append([item.route.negative for item in items])
         offsets = SegmentOffsets(model, groups)
         optimiser = torch.optim.Adam(
             offsets.parameters(), lr=self.hparams.learning_rate, fused=True
         )
-        items = list(zip(requests, encoded, routes, strict=True))
         everyone = asked = list(range(len(items)))
         first = self.steps
         while self.steps < first + self.hparams.steps:
@@ -112,7 +114,7 @@ class PAC(Editor):
                 self.steps += 1
             elif asked == everyone:
                 break
-            recheck = (self.steps - first) % self.hparams.recheck_every == 0
+            recheck = (self.steps - first) % RECHECK_EVERY == 0
             asked = everyone if recheck or not learning else learning
         return offsets.delta()
 
@@ -129,13 +131,13 @@ class PAC(Editor):
     ) -> list[int]:
         """Accumulate the gradient of I over those of ``asked`` not yet learnt; return these."""
         learning = []
-        lengths = [len(items[i][1].ids) for i in asked]
+        lengths = [len(items[i].encoded.ids) for i in asked]
         for positions in length_sorted_chunks(lengths, self.hparams.micro_batch):
             chunk = [asked[i] for i in positions]
             rows = _rows(chunk, len(items), self._contrast)
             with torch.enable_grad(), offsets.added(rows):
                 edit_loss, loss = self._losses(model, [items[i] for i in chunk])
-            requests = [items[i][0] for i in chunk]
+            requests = [items[i].request for i in chunk]
             check_finite("pac", edit_loss, requests, self.steps, self.hparams.learning_rate)
             above = edit_loss >= self.hparams.tolerance
             if above.any():
@@ -145,11 +147,11 @@ class PAC(Editor):
 
     def _losses(self, model: EditableModel, items: Sequence[_Item]) -> tuple[Tensor, Tensor]:
         """Return L(y*) and I of every item, [b] each; only the second has a gradient."""
-        batch = model.collate([encoded for _, encoded, _ in items])
+        batch = model.collate([item.encoded for item in items])
         if not self._contrast:
             edit_loss = row_losses(model, batch, batch.labels)
             return edit_loss.detach(), edit_loss
-        answers = [token for _, _, route in items for token in route.answer]
+        answers = [token for item in items for token in item.route.answer]
         labels = torch.cat([batch.labels, batch.labels.new_tensor(answers)])
         edit_loss, contrast_loss = row_losses(model, batch.repeat(2), labels).chunk(2)
         return edit_loss.detach(), edit_loss + self.hparams.lambda_ * contrast_loss
