@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from kmebench.editors import pac
 from kmebench.editors.base import build_editor
 from kmebench.errors import ConfigError, EditError
 from kmebench.tracing.cache import GradientCache, cache_gradients, select_groups, write_paths
@@ -88,8 +89,11 @@ def literal_pac(model, requests, hparams, n_layers):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("n_requests", [1, 3])
-@pytest.mark.parametrize("contrast", [0.1, 0.0])
-def test_pac_equals_the_literal_dense_algorithm(family, n_requests, contrast, make_model, requests):
+@pytest.mark.parametrize(("contrast", "doubled"), [(0.1, 48), (0.1, 0), (0.0, 48)])
+def test_pac_equals_the_literal_dense_algorithm(
+    family, n_requests, contrast, doubled, make_model, requests, monkeypatch
+):
+    monkeypatch.setattr(pac, "DOUBLED_TOKENS", doubled)  # one pass for both losses, or two
     model = make_model(family)
     chosen = requests[:n_requests]
     hparams = HPARAMS | {"lambda": contrast}

@@ -1,12 +1,14 @@
 """The boundary between prompt and target, for every family of tokenizers."""
 
+import itertools
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kmebench.errors import ModelError
-from kmebench.models.encoding import collate, encode, length_sorted_chunks
+from kmebench.models.encoding import PASS_TOKENS, collate, encode, length_sorted_chunks
 from tests.conftest import FAMILIES, TEXTS
 
 PAIRS = [
@@ -91,8 +93,9 @@ def test_padding_shifts_nothing():
     for row, item in enumerate(encoded):
         mine = batch.rows == row
         assert batch.labels[mine].tolist() == list(item.target_ids)
-        assert batch.input_ids[row, batch.positions[mine] + 1].tolist() == list(item.target_ids)
-        assert batch.input_ids[row, : len(item.ids)].tolist() == list(item.ids)
+        fed = batch.input_ids[row].tolist()
+        assert [fed[p + 1] for p in batch.positions[mine][:-1]] == list(item.target_ids[:-1])
+        assert fed[: len(item.ids) - 1] == list(item.ids[:-1])  # the last is only predicted
     assert batch.counts.tolist() == [item.n_target for item in encoded]
 
 
@@ -124,8 +127,27 @@ def test_a_prompt_longer_than_the_context_is_refused(make_model):
         make_model("llama").encode([("Paris " * 70, "Rome")])
 
 
-def test_chunks_cover_all_items_and_are_sorted_by_length():
-    lengths = [5, 1, 4, 1, 3, 9]
+def chunk_cost(lengths, chunks):
+    return sum(PASS_TOKENS + len(chunk) * max(lengths[i] for i in chunk) for chunk in chunks)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_chunks_are_the_cheapest_cut_of_the_sorted_items(seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 90, (9,), generator=generator).tolist()
     chunks = list(length_sorted_chunks(lengths, 4))
-    assert sorted(i for chunk in chunks for i in chunk) == list(range(6))
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(9))
     assert [lengths[i] for chunk in chunks for i in chunk] == sorted(lengths)
+    assert max(len(chunk) for chunk in chunks) <= 4
+    order = sorted(range(9), key=lambda i: lengths[i])
+    costs = []
+    for cuts in itertools.product([False, True], repeat=8):  # every way to cut nine items
+        places = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), 9]
+        parts = [order[a:b] for a, b in itertools.pairwise(places)]
+        if max(len(part) for part in parts) <= 4:
+            costs.append(chunk_cost(lengths, parts))
+    assert chunk_cost(lengths, chunks) == min(costs)
+
+
+def test_no_items_make_no_chunks():
+    assert list(length_sorted_chunks([], 4)) == []

@@ -126,7 +126,7 @@ class FullC(Editor):
         for chunk in chunks:
             batch = model.collate([encoded[i] for i in chunk])
             with torch.enable_grad():
-                losses = row_losses(model, batch, batch.labels)
+                losses = row_losses(model.answer_logits(batch), batch.labels, batch)
             asked = [requests[i] for i in chunk]
             check_finite("full-c", losses.detach(), asked, self.steps, self.hparams.learning_rate)
             worst = max(worst, float(losses.detach().max()))

@@ -7,16 +7,16 @@ from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
 from kmebench.errors import EditError
-from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch
 
 
-def row_losses(model: EditableModel, batch: Batch, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy per answer token of every row, [R], in nats.
+def row_losses(logits: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy per answer token of every row of ``batch``, [R], in nats.
 
-    ``labels`` [A] are the tokens to predict at the batch's answer positions.
+    ``logits`` [A, vocabulary] are the model's at the answer positions, ``labels`` [A] the tokens
+    to predict there.
     """
-    token_loss = cross_entropy(model.answer_logits(batch), labels, reduction="none")
+    token_loss = cross_entropy(logits, labels, reduction="none")
     total = token_loss.new_zeros(len(batch.counts)).index_add(0, batch.rows, token_loss)
     return total / batch.counts
 

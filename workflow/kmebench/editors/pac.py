@@ -22,12 +22,13 @@ from torch import Tensor
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
 from kmebench.editors.losses import check_finite, row_losses
-from kmebench.editors.segments import SegmentOffsets
+from kmebench.editors.segments import TrainedSegments
 from kmebench.errors import ConfigError, EditError
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, length_sorted_chunks
 from kmebench.tracing.cache import PathFile, Route
 from kmebench.tracing.impact import trace
+from kmebench.tracing.observe import observed
 from kmebench.tracing.paths import select_paths
 from kmebench.tracing.released import released_scores
 from kmebench.weights.delta import WeightDelta
@@ -52,6 +53,8 @@ class PACHparams:
 
 #: Steps of a batch until requests that were learnt are asked again.
 RECHECK_EVERY = 5
+#: Tokens of a batch up to which a pass costs the reading of the weights more than the arithmetic.
+DOUBLED_TOKENS = 48
 
 
 class _Item(NamedTuple):
@@ -96,27 +99,29 @@ class PAC(Editor):
             return trace_routes(model, requests, self.hparams)
 
     def _optimise(self, model: EditableModel, items: Sequence[_Item]) -> WeightDelta:
-        groups = [[item.route.positive for item in items]]
+        choices = [torch.stack([item.route.positive for item in items])]
         if self._contrast:
-            groups.append([item.route.negative for item in items])
-        offsets = SegmentOffsets(model, groups)
+            choices.append(torch.stack([item.route.negative for item in items]))
+        segments = TrainedSegments(model, choices)
         optimiser = torch.optim.Adam(
-            offsets.parameters(), lr=self.hparams.learning_rate, fused=True
+            segments.parameters(), lr=self.hparams.learning_rate, fused=True
         )
         everyone = asked = list(range(len(items)))
         first = self.steps
-        while self.steps < first + self.hparams.steps:
-            optimiser.zero_grad()
-            learning = self._backward(model, offsets, items, asked)
-            if learning:
-                with offsets.moving(_rows(learning, len(items), self._contrast)):
-                    optimiser.step()
-                self.steps += 1
-            elif asked == everyone:
-                break
-            recheck = (self.steps - first) % RECHECK_EVERY == 0
-            asked = everyone if recheck or not learning else learning
-        return offsets.delta()
+        with segments.in_place():
+            while self.steps < first + self.hparams.steps:
+                optimiser.zero_grad(set_to_none=False)
+                learning = self._backward(model, segments, items, asked)
+                if learning:
+                    with segments.moving(torch.tensor(learning)):
+                        optimiser.step()
+                    segments.write()
+                    self.steps += 1
+                elif asked == everyone:
+                    break
+                recheck = (self.steps - first) % RECHECK_EVERY == 0
+                asked = everyone if recheck or not learning else learning
+        return segments.delta()
 
     @property
     def _contrast(self) -> bool:
@@ -125,7 +130,7 @@ class PAC(Editor):
     def _backward(
         self,
         model: EditableModel,
-        offsets: SegmentOffsets,
+        segments: TrainedSegments,
         items: Sequence[_Item],
         asked: Sequence[int],
     ) -> list[int]:
@@ -134,58 +139,80 @@ class PAC(Editor):
         lengths = [len(items[i].encoded.ids) for i in asked]
         for positions in length_sorted_chunks(lengths, self.hparams.micro_batch):
             chunk = [asked[i] for i in positions]
-            rows = _rows(chunk, len(items), self._contrast)
-            with torch.enable_grad(), offsets.added(rows):
-                edit_loss, loss = self._losses(model, [items[i] for i in chunk])
-            requests = [items[i].request for i in chunk]
-            check_finite("pac", edit_loss, requests, self.steps, self.hparams.learning_rate)
-            above = edit_loss >= self.hparams.tolerance
-            if above.any():
-                (loss[above].sum() / len(items)).backward()
-            learning += [i for i, is_above in zip(chunk, above.tolist(), strict=True) if is_above]
+            losses = self._chunk_backward(model, segments, items, chunk)
+            above = (losses >= self.hparams.tolerance).tolist()
+            learning += [i for i, is_above in zip(chunk, above, strict=True) if is_above]
         return sorted(learning)
 
-    def _losses(self, model: EditableModel, items: Sequence[_Item]) -> tuple[Tensor, Tensor]:
-        """Return L(y*) and I of every item, [b] each; only the second has a gradient."""
-        batch = model.collate([item.encoded for item in items])
-        if not self._contrast:
-            edit_loss = row_losses(model, batch, batch.labels)
-            return edit_loss.detach(), edit_loss
-        answers = [token for item in items for token in item.route.answer]
-        labels = torch.cat([batch.labels, batch.labels.new_tensor(answers)])
-        edit_loss, contrast_loss = row_losses(model, batch.repeat(2), labels).chunk(2)
-        return edit_loss.detach(), edit_loss + self.hparams.lambda_ * contrast_loss
+    def _chunk_backward(
+        self,
+        model: EditableModel,
+        segments: TrainedSegments,
+        items: Sequence[_Item],
+        chunk: Sequence[int],
+    ) -> Tensor:
+        """Add the gradient of I over ``chunk``, without what is learnt; return L(y*), [b].
 
+        Both losses need the same forward pass. A long batch, bound by arithmetic, makes it once
+        and goes back twice; a short one, bound by reading the weights, goes through the weights
+        once each way with its rows doubled.
+        """
+        rows = torch.tensor(chunk)
+        batch = model.collate([items[i].encoded for i in chunk])
+        own = batch.labels.new_tensor([token for i in chunk for token in items[i].route.answer])
+        doubled = self._contrast and batch.input_ids.numel() <= DOUBLED_TOKENS
+        kinds: list[int] = []
 
-def _rows(chunk: Sequence[int], n_requests: int, contrast: bool) -> Tensor:
-    """Number the rows of a (doubled) batch among all requests' rows."""
-    rows = torch.tensor(chunk)
-    return torch.cat([rows, rows + n_requests]) if contrast else rows
+        def receive(layer: int, matrix: int, residual: Tensor, inner: Tensor) -> None:
+            parts = zip(kinds, residual.chunk(len(kinds)), inner.chunk(len(kinds)), strict=True)
+            for kind, residual_part, inner_part in parts:
+                segments.add_gradient(kind, rows, layer, matrix, residual_part, inner_part)
+
+        with observed(model, receive, range(model.n_layers)):
+            logits = model.answer_logits(batch.repeat(2) if doubled else batch)
+            edit = row_losses(logits[: len(own)], batch.labels, batch)
+            requests = [items[i].request for i in chunk]
+            check_finite("pac", edit, requests, self.steps, self.hparams.learning_rate)
+            above = edit >= self.hparams.tolerance
+            if above.any():
+                losses = [edit]
+                if self._contrast:
+                    contrast = row_losses(logits[len(logits) - len(own) :], own, batch)
+                    losses.append(self.hparams.lambda_ * contrast)
+                sums = [loss[above].sum() / len(items) for loss in losses]
+                for step in [[0, 1]] if doubled else [[kind] for kind in range(len(sums))]:
+                    kinds[:] = step
+                    last = step[-1] == len(sums) - 1
+                    sum(sums[kind] for kind in step).backward(retain_graph=not last)
+        return edit.detach()
 
 
 def trace_routes(
     model: EditableModel, requests: Sequence[EditRequest], hparams: PACHparams
 ) -> list[Route]:
     """Trace and select on the model as it is now."""
-    impacts = [trace(model, [request]) for request in requests]
+    encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
+    chunks = list(length_sorted_chunks([len(e.ids) for e in encoded], hparams.micro_batch))
+    impacts = [trace(model, [requests[i] for i in chunk]) for chunk in chunks]
+    order = torch.tensor([i for chunk in chunks for i in chunk]).argsort()
+    answers = [answer for impact in impacts for answer in impact.answers]
     if hparams.score == "abs_zscore":
-        scores = _released_scores(model, requests, hparams.scope)
+        scores = _released_scores(model, encoded, hparams.scope)
     else:
-        scores = torch.cat([getattr(impact, hparams.score) for impact in impacts])
+        scores = torch.cat([getattr(impact, hparams.score) for impact in impacts])[order]
         if hparams.scope == "batch":
             scores = scores.sum(dim=0, keepdim=True).expand_as(scores)
     paths = select_paths(scores, hparams.paths, hparams.negatives, hparams.selection)
     return [
-        Route(paths.positive[i], paths.negative[i], impact.answers[0], 0.0)
-        for i, impact in enumerate(impacts)
+        Route(paths.positive[i], paths.negative[i], answers[place], 0.0)
+        for i, place in enumerate(order.tolist())
     ]
 
 
 def _released_scores(
-    model: EditableModel, requests: Sequence[EditRequest], scope: Literal["edit", "batch"]
+    model: EditableModel, encoded: Sequence[Encoded], scope: Literal["edit", "batch"]
 ) -> Tensor:
     """Score by ``abs_zscore``, [E, L, 2, M]: each request's gradient, or the sum of all."""
-    encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
     batches = [model.collate([item]) for item in encoded]
     if scope == "batch":
         return released_scores(model, batches).expand(len(batches), -1, -1, -1)

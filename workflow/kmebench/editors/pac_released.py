@@ -24,12 +24,13 @@ from torch.nn.functional import cross_entropy
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
 from kmebench.editors.losses import check_finite
+from kmebench.editors.segments import LiveSegments
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch
 from kmebench.tracing.observe import KEY, VALUE, at_least_float32, observed
 from kmebench.tracing.paths import select_paths
 from kmebench.tracing.released import released_scores
-from kmebench.weights.delta import Columns, Part, Rows, WeightDelta
+from kmebench.weights.delta import WeightDelta
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class PACReleased(Editor):
                         if hparams.lambda_ > 0 and hparams.negatives > 0:
                             weight = hparams.lambda_
                             self._step(model, batch, own, weight, trained, adams[-1], asked)
-            return WeightDelta({one.name: one.part() for one in slots})
+            return WeightDelta({one.name: one.part(one.masters - one.start) for one in slots})
         finally:
             for one in slots:
                 one.restore()
@@ -122,7 +123,7 @@ class PACReleased(Editor):
         optimiser.step()
         for each in trained:
             for one in each.slots:
-                one.write()
+                one.write(one.masters)
         self.steps += 1
 
 
@@ -192,47 +193,20 @@ class _Projection:
             self.bias.set_gradient(self.bias.index, residual.sum(dim=0))
 
 
-class _Slots:
-    """Masters of some segments of one parameter, in slots given out in the order of selection.
-
-    Slots 0 to n of ``masters`` [capacity, ...] hold the segments ``index`` [n]; ``start`` holds
-    their masters before the edit, ``before`` the live bits; ``slot`` [M] finds a segment's slot.
-    """
+class _Slots(LiveSegments):
+    """Segments with the masters and gradients [capacity, ...] that Adam trains."""
 
     def __init__(self, model: EditableModel, name: str, axis: int, capacity: int) -> None:
-        self.name, self.axis, self._ledger = name, axis, model.edits
-        self._live = model.parameter(name).detach().movedim(axis, 0)  # shares its memory
-        self.slot = torch.full((len(self._live),), -1, device=self._live.device)
-        self.index = self.slot[:0]
-        self.before = self._live.new_zeros(capacity, *self._live.shape[1:])
-        self.start = at_least_float32(self.before).clone()
+        super().__init__(model, name, axis, capacity)
         self.masters = self.start.clone()
         self.masters.grad = torch.zeros_like(self.masters)
 
-    def begin(self, index: Tensor) -> None:
-        """Give slots to those segments that have none yet."""
-        new = index[self.slot[index] < 0]
-        slots = torch.arange(len(new), device=new.device) + len(self.index)
-        self.slot[new] = slots
-        self.index = torch.cat([self.index, new])
-        self.before[slots] = self._live[new]
-        residual = self._ledger.residual(self.name, self.axis, new)
-        self.start[slots] = self._live[new].to(residual) + residual
+    def begin(self, index: Tensor) -> Tensor:
+        """Give slots and masters to those segments that have none yet; return these slots."""
+        slots = super().begin(index)
         self.masters[slots] = self.start[slots]
+        return slots
 
     def set_gradient(self, index: Tensor, gradient: Tensor) -> None:
         """Set the gradient of some segments."""
         self.masters.grad[self.slot[index]] = gradient
-
-    def write(self) -> None:
-        """Round the masters into the live weights."""
-        self._live[self.index] = self.masters[: len(self.index)].to(self._live)
-
-    def restore(self) -> None:
-        """Put the bits back that were there before."""
-        self._live[self.index] = self.before[: len(self.index)]
-
-    def part(self) -> Part:
-        """Return the change."""
-        kind = Rows if self.axis == 0 else Columns
-        return kind.summed(self.index, (self.masters - self.start)[: len(self.index)])

@@ -1,178 +1,186 @@
-"""Trainable offsets of chosen FFN segments, added inside the forward pass.
+"""Chosen FFN segments that are trained in place, in a model whose weights stay frozen.
 
-Only the chosen keys (segments of W1) and values (segments of W2) get trainable numbers; the
-weights stay frozen and no gradient or optimiser state of a weight's size exists. A mask says
-which rows of a batch may move which segment, so that losses of different rows, each with its
-own parameters, share one forward and one backward pass.
+The live weights carry the segments as they are by now, so a forward pass costs what it costs in
+the unedited model; a backward pass adds the gradient of the chosen segments alone, from the
+activations at their projection (:func:`kmebench.tracing.observe.observed`). Nothing of a weight's
+size exists.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kmebench.models.editable import EditableModel
-from kmebench.models.layouts import Projection
-from kmebench.tracing.observe import KEY
+from kmebench.tracing.observe import KEY, VALUE, at_least_float32
 from kmebench.weights.delta import Columns, Part, Rows, WeightDelta
 
 
-class _Product(torch.autograd.Function):
-    """``x @ offset``, where row r of the batch moves column-owner n only if ``mask[r, n]``.
+class LiveSegments:
+    """Some segments of one parameter: written to the live weight, and put back.
 
-    Shapes: x [R, T, i]; offset [i, o]; mask [R, n] lies on ``mask_axis`` of offset (0: its
-    rows are the segments, 1: its columns are). The gradient of x is not masked.
+    Segments get slots in the order of :meth:`begin`. Slots 0 to n of ``start`` [capacity, ...]
+    hold the masters of the segments ``index`` [n] before the edit, ``before`` their live bits;
+    ``slot`` [M] finds a segment's slot, −1 where it has none.
     """
 
-    @staticmethod
-    def forward(ctx, x: Tensor, offset: Tensor, mask: Tensor, mask_axis: int) -> Tensor:
-        ctx.save_for_backward(x, offset, mask)
-        ctx.mask_axis = mask_axis
-        return x @ offset
+    def __init__(self, model: EditableModel, name: str, axis: int, capacity: int) -> None:
+        self.name, self.axis, self._ledger = name, axis, model.edits
+        self._live = model.parameter(name).detach().movedim(axis, 0)  # shares its memory
+        self.slot = torch.full((len(self._live),), -1, device=self._live.device)
+        self.index = self.slot[:0]
+        self.before = self._live.new_zeros(capacity, *self._live.shape[1:])
+        self.start = at_least_float32(self.before).clone()
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        x, offset, mask = ctx.saved_tensors
-        mask = mask.unsqueeze(1)  # [R, 1, n]
-        inner, outer = (x * mask, gradient) if ctx.mask_axis == 0 else (x, gradient * mask)
-        offset_gradient = inner.flatten(0, 1).T @ outer.flatten(0, 1)
-        return gradient @ offset.T, offset_gradient, None, None
+    def begin(self, index: Tensor) -> Tensor:
+        """Give slots to those distinct segments that have none yet; return these slots."""
+        new = index[self.slot[index] < 0]
+        slots = torch.arange(len(new), device=new.device) + len(self.index)
+        self.slot[new] = slots
+        self.index = torch.cat([self.index, new])
+        self.before[slots] = self._live[new]
+        residual = self._ledger.residual(self.name, self.axis, new)
+        self.start[slots] = self._live[new].to(residual) + residual
+        return slots
+
+    def write(self, masters: Tensor) -> None:
+        """Round ``masters`` [capacity, ...] into the live weight."""
+        self._live[self.index] = masters[: len(self.index)].to(self._live)
+
+    def restore(self) -> None:
+        """Put the bits back that were there before."""
+        self._live[self.index] = self.before[: len(self.index)]
+
+    def part(self, change: Tensor) -> Part:
+        """Return ``change`` [capacity, ...] as a part of a delta."""
+        kind = Rows if self.axis == 0 else Columns
+        return kind.summed(self.index, change[: len(self.index)])
 
 
-@dataclass
-class _Block:
-    """The chosen segments of one projection.
+class _Moved:
+    """What one kind of loss moves of one parameter: the changes of each request's segments.
 
-    ``index`` [n] may name a segment twice (once as critical for one request, once as
-    insignificant for another): the offsets add up. ``owners`` [R, n] is the mask.
+    ``slots`` [R, N] finds the N segments of each of R requests among ``change`` [n, ...], which
+    has a gradient of its shape; requests share the segments that several have chosen.
     """
 
-    projection: Projection
-    is_key: bool
-    index: Tensor
-    owners: Tensor
-    offset: Tensor  # [n, D] trainable
-    bias_offset: Tensor | None  # [n] trainable, keys of families with biases
-    start: Tensor  # [n, D] value of offset that reproduces the model's masters
-    bias_start: Tensor | None
+    def __init__(self, chosen: Tensor, live: LiveSegments) -> None:
+        self.chosen = chosen
+        self.index, self.slots = chosen.unique(return_inverse=True)
+        # Of a segment that a request names twice (paths may share nodes) the first one counts.
+        twice = (chosen.unsqueeze(2) == chosen.unsqueeze(1)).tril(-1).any(dim=2)
+        self.counts = (~twice).to(live.start.dtype)  # [R, N] 1 or 0
+        self.change = torch.zeros_like(live.start[: len(self.index)])
+        self.change.grad = torch.zeros_like(self.change)
 
-    def forward_hook(self, rows: Tensor):
-        """Return a forward hook that adds the offsets' contribution for ``rows`` of the mask."""
-        mask = self.owners[rows]
+    def add_gradient(self, rows: Tensor, gradient: Tensor) -> None:
+        """Add the gradients [b, N, ...] of the requests ``rows`` [b] for their segments."""
+        shape = (-1, *self.change.shape[1:])
+        counts = self.counts[rows].reshape(*gradient.shape[:2], *[1] * (gradient.dim() - 2))
+        slots = self.slots[rows].flatten()
+        self.change.grad.index_add_(0, slots, (gradient * counts).reshape(shape))
 
-        def add_keys(_module, inputs, output):
-            x = inputs[0].to(self.offset.dtype)
-            change = _Product.apply(x, self.offset.T, mask, 1)  # [R, T, n]
-            if self.bias_offset is not None:
-                ones = x.new_ones(*x.shape[:2], 1)
-                change = change + _Product.apply(ones, self.bias_offset[None], mask, 1)
-            return output.index_add(-1, self.index, change.to(output.dtype))
-
-        def add_values(_module, inputs, output):
-            coefficients = inputs[0].index_select(-1, self.index).to(self.offset.dtype)
-            change = _Product.apply(coefficients, self.offset, mask, 0)  # [R, T, D]
-            return output + change.to(output.dtype)
-
-        return add_keys if self.is_key else add_values
-
-    def held(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the offsets, the segments that none of ``rows`` owns, and their values."""
-        index = (self.owners[rows] == 0).all(dim=0).nonzero().squeeze(1)
-        for offset in (self.offset, self.bias_offset):
-            if offset is not None and len(index):
-                yield offset, index, offset.detach()[index]
-
-    def parts(self) -> Iterator[tuple[str, Part]]:
-        """Yield the changes made so far by parameter name."""
-        kind = Rows if self.projection.axis == 0 else Columns
-        change = self.offset.detach() - self.start
-        yield self.projection.weight_name, kind.summed(self.index, change)
-        if self.bias_offset is not None:
-            change = self.bias_offset.detach() - self.bias_start
-            yield self.projection.bias_name, Rows.summed(self.index, change)
+    def still(self, rows: Tensor) -> Tensor:
+        """Return the slots that none of the requests ``rows`` owns."""
+        owned = torch.zeros(len(self.index), dtype=torch.bool, device=self.slots.device)
+        owned[self.slots[rows].flatten()] = True
+        return (~owned).nonzero().squeeze(1)
 
 
-class SegmentOffsets:
-    """Offsets of the segments of several sets of paths, one set per row of a batch.
+class _Parameter:
+    """One trained parameter: its live segments, and what each kind of loss moves of them."""
 
-    ``choices`` lists, for each row, its segments [L, 2, N_r] of each of several groups: rows
-    of different groups never share an offset, rows of one group share those of segments that
-    both chose.
+    def __init__(
+        self, model: EditableModel, name: str, axis: int, choices: Sequence[Tensor]
+    ) -> None:
+        device = model.parameter(name).device
+        choices = [chosen.to(device) for chosen in choices]
+        index = torch.cat([chosen.flatten() for chosen in choices]).unique()
+        self.live = LiveSegments(model, name, axis, len(index))
+        self.live.begin(index)
+        self.kinds = [_Moved(chosen, self.live) for chosen in choices]
+
+    def change(self) -> Tensor:
+        """Sum the changes over the kinds of losses, [n, ...]."""
+        total = torch.zeros_like(self.live.start)
+        for kind in self.kinds:
+            total.index_add_(0, self.live.slot[kind.index], kind.change)
+        return total
+
+    def write(self) -> None:
+        """Bring the live weight up to date."""
+        self.live.write(self.live.start + self.change())
+
+
+class TrainedSegments:
+    """The segments that R requests move along their paths, for each of several kinds of loss.
+
+    ``choices`` holds for each kind the segments [R, L, 2, N] (keys, then values). Requests
+    share a segment that several have chosen for one kind; what different kinds do to a segment
+    adds up.
     """
 
-    def __init__(self, model: EditableModel, groups: Sequence[Sequence[Tensor]]) -> None:
-        self._blocks: list[_Block] = []
+    def __init__(self, model: EditableModel, choices: Sequence[Tensor]) -> None:
+        self._weights: dict[tuple[int, int], _Parameter] = {}
+        self._biases: dict[int, _Parameter] = {}  # of keys, where the family has them
         for layer, ffn in enumerate(model.ffn):
-            for matrix, projection in enumerate((ffn.key, ffn.value)):
-                chosen = [[rows[layer, matrix] for rows in group] for group in groups]
-                self._blocks.append(_block(model, projection, matrix == KEY, chosen))
+            for matrix, projection in ((KEY, ffn.key), (VALUE, ffn.value)):
+                chosen = [kind[:, layer, matrix] for kind in choices]
+                name, axis = projection.weight_name, projection.axis
+                self._weights[layer, matrix] = _Parameter(model, name, axis, chosen)
+                if matrix == KEY and projection.bias_name is not None:
+                    self._biases[layer] = _Parameter(model, projection.bias_name, 0, chosen)
+
+    @property
+    def _parameters(self) -> list[_Parameter]:
+        return [*self._weights.values(), *self._biases.values()]
 
     def parameters(self) -> list[Tensor]:
-        """The trainable tensors."""
-        pairs = [(b.offset, b.bias_offset) for b in self._blocks]
-        return [tensor for pair in pairs for tensor in pair if tensor is not None]
+        """The trainable tensors, with gradients."""
+        return [kind.change for parameter in self._parameters for kind in parameter.kinds]
 
     @contextmanager
-    def added(self, rows: Tensor) -> Iterator[None]:
-        """Add the offsets to every forward pass in the block; ``rows`` numbers its batch rows.
-
-        Rows are counted through the groups: those of the first group first.
-        """
-        handles = [
-            block.projection.module.register_forward_hook(block.forward_hook(rows))
-            for block in self._blocks
-        ]
+    def in_place(self) -> Iterator[None]:
+        """Write the segments to the live weights by :meth:`write`; put the bits back at the end."""
+        self.write()
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for parameter in self._parameters:
+                parameter.live.restore()
+
+    def write(self) -> None:
+        """Bring the live weights up to date."""
+        for parameter in self._parameters:
+            parameter.write()
+
+    def add_gradient(
+        self, kind: int, rows: Tensor, layer: int, matrix: int, residual: Tensor, inner: Tensor
+    ) -> None:
+        """Add the gradient of one kind of loss of the requests ``rows`` [b].
+
+        ``residual`` [b, T, D] and ``inner`` [b, T, M] are what
+        :func:`kmebench.tracing.observe.observed` gives.
+        """
+        moved = self._weights[layer, matrix].kinds[kind]
+        rows = rows.to(inner.device)
+        index = moved.chosen[rows].unsqueeze(1).expand(-1, inner.shape[1], -1)
+        inner, residual = at_least_float32(inner.gather(2, index)), at_least_float32(residual)
+        moved.add_gradient(rows, inner.transpose(1, 2) @ residual)
+        if matrix == KEY and layer in self._biases:
+            self._biases[layer].kinds[kind].add_gradient(rows, inner.sum(dim=1))
 
     @contextmanager
     def moving(self, rows: Tensor) -> Iterator[None]:
         """Leave the segments that none of ``rows`` owns as they are, whatever the block does."""
-        held = [tensors for block in self._blocks for tensors in block.held(rows)]
+        kinds = [kind for parameter in self._parameters for kind in parameter.kinds]
+        stills = [kind.still(rows.to(kind.slots.device)) for kind in kinds]
+        values = [kind.change[still] for kind, still in zip(kinds, stills, strict=True)]
         yield
-        for offset, index, values in held:
-            offset.detach()[index] = values
+        for kind, still, value in zip(kinds, stills, values, strict=True):
+            kind.change[still] = value
 
     def delta(self) -> WeightDelta:
-        """Return what the offsets have become as a delta of the model's weights."""
-        return WeightDelta(dict(part for block in self._blocks for part in block.parts()))
-
-
-def _block(
-    model: EditableModel, projection: Projection, is_key: bool, chosen: list[list[Tensor]]
-) -> _Block:
-    device = projection.weight.device
-    n_rows = sum(len(group) for group in chosen)
-    indices, masks, first_row = [], [], 0
-    for group in chosen:
-        index = torch.cat(group).unique()
-        mask = torch.zeros(n_rows, len(index))
-        for row, segments in enumerate(group, start=first_row):
-            mask[row] = torch.isin(index, segments)
-        first_row += len(group)
-        indices.append(index)
-        masks.append(mask)
-    index = torch.cat(indices).to(device)
-    # A segment named twice must start from the master's residual once, not twice.
-    repeated = torch.isin(torch.arange(len(index)), torch.arange(len(indices[0])), invert=True)
-    start = model.edits.residual(projection.weight_name, projection.axis, index)
-    start[repeated.to(device) & torch.isin(index, indices[0].to(device))] = 0
-    bias_start = None
-    if is_key and projection.bias_name is not None:
-        bias_start = model.edits.residual(projection.bias_name, 0, index)
-        bias_start[repeated.to(device) & torch.isin(index, indices[0].to(device))] = 0
-    return _Block(
-        projection,
-        is_key,
-        index,
-        torch.cat(masks, dim=1).to(device, start.dtype),
-        start.clone().requires_grad_(),
-        None if bias_start is None else bias_start.clone().requires_grad_(),
-        start,
-        bias_start,
-    )
+        """Return what the segments have become as a delta of the model's weights."""
+        return WeightDelta({p.live.name: p.live.part(p.change()) for p in self._parameters})

@@ -14,7 +14,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
 from kmebench.errors import ModelError
 from kmebench.logs import track
-from kmebench.models.encoding import Batch, Encoded, collate, encode, length_sorted_chunks
+from kmebench.models.encoding import Batch, Encoded, collate, encode
 
 logger = logging.getLogger("kmebench")
 
@@ -70,8 +70,9 @@ def train_tiny(
 def _shuffled_chunks(encoded: Sequence[Encoded]) -> list[list[int]]:
     """Deal all examples into batches of similar length, both in a new random order."""
     order = torch.randperm(len(encoded)).tolist()
-    chunks = list(length_sorted_chunks([len(encoded[i].ids) for i in order], BATCH))
-    return [[order[k] for k in chunks[c]] for c in torch.randperm(len(chunks)).tolist()]
+    order.sort(key=lambda index: len(encoded[index].ids))
+    starts = BATCH * torch.randperm(-(-len(order) // BATCH))
+    return [order[start : start + BATCH] for start in starts.tolist()]
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
