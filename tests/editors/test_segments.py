@@ -46,9 +46,15 @@ def test_bits_come_back_after_a_failure(make_model):
     before = {name: p.clone() for name, p in model.model.named_parameters()}
     segments = TrainedSegments(model, [choices(model, 2, 4, 0)])
     randomise(segments)
-    with pytest.raises(RuntimeError, match="stop"), segments.in_place():
-        assert not torch.equal(model.ffn[0].key.weight, before[model.ffn[0].key.weight_name])
-        raise RuntimeError("stop")
+
+    def fail_inside():
+        with segments.in_place():
+            name = model.ffn[0].key.weight_name
+            assert not torch.equal(model.parameter(name), before[name])
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_inside()
     assert all(torch.equal(before[n], p) for n, p in model.model.named_parameters())
 
 

@@ -16,8 +16,8 @@ SCORES = {  # (variant, data set): score; b is best on average, a on the first d
 VALUES = {"default": {"rate": 1}, "rate=2": {"rate": 2}}
 
 
-def metrics(spread=0.1, seconds=(1.0, 2.0)):
-    """``spread``: half a 95% interval; ``seconds``: per edit, of default and of rate=2."""
+def metrics(spread=0.1, steps=(1.0, 2.0)):
+    """``spread``: half a 95% interval; ``steps``: of default and of rate=2."""
     rows = [
         {
             "model": "m",
@@ -30,7 +30,7 @@ def metrics(spread=0.1, seconds=(1.0, 2.0)):
             "value": score if protocol == "token" and moment == "final" else 1 - score,
             "low": score - spread,
             "high": score + spread,
-            "seconds_per_edit": seconds[variant != "default"],
+            "steps_per_call": steps[variant != "default"],
         }
         for (variant, dataset), score in SCORES.items()
         for method in ("edit", "original")
@@ -70,13 +70,14 @@ def test_the_best_mean_over_data_sets_is_chosen_and_the_search_is_kept():
     assert yaml.safe_load(text) == {"models": {"m": {"hparams": {"edit": {"rate": 2}}}}}
     comments = [line for line in text.splitlines() if "±" in line]
     assert [line.split("±")[0] for line in comments] == ["# >  65.0 ", "#    55.0 "]
-    assert comments[0].endswith("2.00 s  rate=2")
+    assert comments[0].endswith("2.0 steps  rate=2")
 
 
-def test_within_a_standard_error_the_faster_is_chosen():
+def test_within_a_standard_error_that_of_fewer_steps_is_chosen():
     assert chosen(spread=0.2) == 2  # standard error 7.2: the difference of 10 counts
     assert chosen(spread=0.3) == 1  # standard error 10.8: it does not
-    assert chosen(spread=0.3, seconds=(2.0, 1.0)) == 2
+    assert chosen(spread=0.3, steps=(2.0, 1.0)) == 2
+    assert chosen(spread=0.3, steps=(1.0, 1.0)) == 2  # of equal steps the best Score
 
 
 def test_nothing_is_tuned_on_what_tables_report():

@@ -13,6 +13,8 @@ from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS, check_columns
 
 #: Columns that name a run.
 RUN = ["model", "dataset", "mode", "method", "variant", "seed"]
+#: What a run took, as its timing.json says.
+SPENT = ["seconds_per_edit", "steps_per_call"]
 
 
 def read_predictions(path: str | Path, *, original: bool = False) -> pd.DataFrame:
@@ -53,7 +55,8 @@ def score_experiment(
     """Score every run and every unedited model of an experiment.
 
     Returns experiment, the columns of :data:`RUN`, protocol, moment, metric, value, low, high,
-    n and seconds_per_edit (NaN for the unedited model, whose method is ``original``).
+    n, seconds_per_edit and steps_per_call (NaN for the unedited model, whose method is
+    ``original``).
     """
     parts = []
     mode = runs[0]["mode"]
@@ -61,11 +64,12 @@ def score_experiment(
         frame = as_edited(read_predictions(path, original=True)).assign(moment="final")
         scored = score_run(frame, statistics)
         name = {**spec, "mode": mode, "method": "original", "variant": "default", "seed": 0}
-        parts.append(scored.assign(**name, seconds_per_edit=float("nan")))
+        spent = dict.fromkeys(SPENT, float("nan"))
+        parts.append(scored.assign(**name, **spent))
     for spec, path, timing in zip(runs, predictions, timings, strict=True):
-        seconds = json.loads(Path(timing).read_text(encoding="utf-8"))["seconds_per_edit"]
+        record = json.loads(Path(timing).read_text(encoding="utf-8"))
         scored = score_run(read_predictions(path), statistics)
-        parts.append(scored.assign(**spec, seconds_per_edit=seconds))
+        parts.append(scored.assign(**spec, **{name: record[name] for name in SPENT}))
     table = pd.concat(parts, ignore_index=True).assign(experiment=experiment)
     order = ["experiment", *RUN, "protocol", "moment", "metric", "value", "low", "high", "n"]
-    return table[[*order, "seconds_per_edit"]]
+    return table[[*order, *SPENT]]

@@ -36,8 +36,9 @@ class Encoded:
 class Batch:
     """R encoded pairs, padded on the right to T tokens.
 
-    The last token of every pair is only predicted, never fed. ``rows`` and ``positions`` [A] point at the A positions whose next token is a target token
-    ("answer positions"), row by row; ``labels`` [A] are those tokens.
+    The last token of every pair is only predicted, never fed. ``rows`` and ``positions`` [A]
+    point at the A positions whose next token is a target token ("answer positions"), row by row;
+    ``labels`` [A] are those tokens.
     """
 
     input_ids: Tensor
