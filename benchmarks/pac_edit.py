@@ -3,6 +3,8 @@
 python benchmarks/pac_edit.py [--architecture llama3-8b --device cuda --dtype bfloat16]
 """
 
+from collections.abc import Sequence
+
 from common import (
     build,
     openfacts_requests,
@@ -15,13 +17,16 @@ from common import (
 )
 from dense_released import DenseReleased
 
+from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
 from kmebench.editors.full_c import FullC, FullCHparams
 from kmebench.editors.pac import PAC, PACHparams
 from kmebench.editors.pac_released import PACReleased, PACReleasedHparams
 from kmebench.models.editable import EditableModel
 
-FORMATS = ("{:.0%}", "{:.3f}", "{:.2f}", "{:.2f}")
+FORMATS = ("{:.0%}", "{:.3f}", "{:.0f}", "{:.2f}", "{:.2f}")
+HEADER = ["editor", "requests", "steps", "learnt", "s/edit", "tokens/s", "peak (GiB)"]
+HEADER += ["peak / weights"]
 
 
 def editors(rate: float, steps: int | None) -> dict[str, Editor]:
@@ -36,13 +41,41 @@ def editors(rate: float, steps: int | None) -> dict[str, Editor]:
     }
 
 
-def learnt(model: EditableModel, editor: Editor, requests) -> float:
+class TokenCount:
+    """Tokens fed to the model, padding included."""
+
+    def __init__(self, model: EditableModel) -> None:
+        self.tokens = 0
+        model.model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, _module, _inputs, keywords) -> None:
+        self.tokens += keywords["input_ids"].numel()
+
+
+def learnt(model: EditableModel, editor: Editor, requests: Sequence[EditRequest]) -> float:
     """Share of target tokens that the edited model says, teacher-forced."""
     model.apply(editor.edit(model, requests))
     batch = model.collate(model.encode([(r.filled_prompt, r.target_new) for r in requests]))
     share = (model.answer_logits(batch).argmax(-1) == batch.labels).float().mean()
     model.revert()
     return float(share)
+
+
+def measure(model: EditableModel, editor: Editor, size: int, repeats: int) -> tuple[str, ...]:
+    """Everything of one row but the editor's name."""
+    requests = openfacts_requests(size)
+    editor.steps = 0
+    share = learnt(model, editor, requests)
+    steps = editor.steps
+    count = TokenCount(model)
+    before = reset_peak(model)
+    spent = seconds(lambda: editor.edit(model, requests), repeats, warm_up=0)
+    # On a CPU, beyond the process as it was, with the weights.
+    peak = peak_memory(model) - before + weight_bytes(model)
+    speed = count.tokens / repeats / spent
+    numbers = (share, spent / size, speed, peak / 2**30, peak / weight_bytes(model))
+    texts = (f.format(x) for f, x in zip(FORMATS, numbers, strict=True))
+    return (str(size), str(steps), *texts)
 
 
 def main() -> None:
@@ -58,22 +91,9 @@ def main() -> None:
         if arguments.editors and name not in arguments.editors:
             continue
         for size in arguments.sizes:
-            requests = openfacts_requests(size)
-            editor.steps = 0
-            share = learnt(model, editor, requests)
-            steps = editor.steps
-            before = reset_peak(model)
-            spent = seconds(
-                lambda e=editor, r=requests: e.edit(model, r), arguments.repeats, warm_up=0
-            )
-            # On a CPU, beyond the process as it was, with the weights.
-            peak = peak_memory(model) - before + weight_bytes(model)
-            numbers = (share, spent / size, peak / 2**30, peak / weight_bytes(model))
-            texts = (f.format(x) for f, x in zip(FORMATS, numbers, strict=True))
-            rows.append([name, str(size), str(steps), *texts])
+            rows.append([name, *measure(model, editor, size, arguments.repeats)])
             print(" ".join(rows[-1]), flush=True)
-    header = ["editor", "requests", "steps", "learnt", "s/edit", "peak (GiB)", "peak / weights"]
-    print(table(header, rows))
+    print(table(HEADER, rows))
 
 
 if __name__ == "__main__":

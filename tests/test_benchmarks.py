@@ -1,0 +1,51 @@
+"""The benchmarks run: on a small random model, in seconds. Their figures mean nothing here."""
+
+import importlib
+import sys
+
+import pytest
+from transformers import GPTJConfig, LlamaConfig
+
+SMALL = {
+    "llama": lambda: LlamaConfig(
+        hidden_size=16,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    ),
+    "gptj": lambda: GPTJConfig(n_embd=16, n_inner=64, n_layer=2, n_head=2, rotary_dim=4),
+}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend("benchmarks")
+
+    def run(script: str, *arguments: str) -> None:
+        common = importlib.import_module("common")
+        monkeypatch.setattr(common, "ARCHITECTURES", SMALL)
+        monkeypatch.setattr(common, "bandwidth", lambda device: 1e10)
+        monkeypatch.setattr(sys, "argv", [script, "--device", "cpu", "--repeats", "1", *arguments])
+        importlib.import_module(script).main()
+
+    yield run
+    for name in ("common", "pac_step", "pac_edit", "dense_released"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_pac_step_prints_a_row_for_every_size(family, benchmark, capsys):
+    benchmark("pac_step", "--architecture", family, "--sizes", "1", "3", "--steps", "2")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["1", "3"]
+    assert "PAC step (ms)" in lines[0]
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_pac_edit_prints_a_row_for_every_editor_and_size(family, benchmark, capsys):
+    benchmark("pac_edit", "--architecture", family, "--sizes", "1", "2", "--steps", "2")
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    named = [line.split("|")[1].strip() for line in table[2:]]
+    editors = ["PAC", "PAC, released schedule", "PAC, released schedule, dense", "Full-C"]
+    assert named == [editor for editor in editors for _ in range(2)]
