@@ -3,7 +3,8 @@
 python benchmarks/pac_edit.py [--architecture llama3-8b --device cuda --dtype bfloat16]
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from common import (
     build,
@@ -41,15 +42,17 @@ def editors(rate: float, steps: int | None) -> dict[str, Editor]:
     }
 
 
-class TokenCount:
-    """Tokens fed to the model, padding included."""
+@contextmanager
+def counted_tokens(model: EditableModel) -> Iterator[list[int]]:
+    """Yield the sizes of all batches fed to the model in the block, in tokens with padding."""
+    sizes: list[int] = []
 
-    def __init__(self, model: EditableModel) -> None:
-        self.tokens = 0
-        model.model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
+    def count(_module, _inputs, keywords) -> None:
+        sizes.append(keywords["input_ids"].numel())
 
-    def _count(self, _module, _inputs, keywords) -> None:
-        self.tokens += keywords["input_ids"].numel()
+    handle = model.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    yield sizes
+    handle.remove()
 
 
 def learnt(model: EditableModel, editor: Editor, requests: Sequence[EditRequest]) -> float:
@@ -67,12 +70,12 @@ def measure(model: EditableModel, editor: Editor, size: int, repeats: int) -> tu
     editor.steps = 0
     share = learnt(model, editor, requests)
     steps = editor.steps
-    count = TokenCount(model)
     before = reset_peak(model)
-    spent = seconds(lambda: editor.edit(model, requests), repeats, warm_up=0)
+    with counted_tokens(model) as sizes:
+        spent = seconds(lambda: editor.edit(model, requests), repeats, warm_up=0)
     # On a CPU, beyond the process as it was, with the weights.
     peak = peak_memory(model) - before + weight_bytes(model)
-    speed = count.tokens / repeats / spent
+    speed = sum(sizes) / repeats / spent
     numbers = (share, spent / size, speed, peak / 2**30, peak / weight_bytes(model))
     texts = (f.format(x) for f, x in zip(FORMATS, numbers, strict=True))
     return (str(size), str(steps), *texts)
