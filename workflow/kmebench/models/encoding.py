@@ -36,7 +36,7 @@ class Encoded:
 class Batch:
     """R encoded pairs, padded on the right to T tokens.
 
-    The last token of every pair is only predicted, never fed. ``rows`` and ``positions`` [A]
+    The last token of a target is only predicted, never fed. ``rows`` and ``positions`` [A]
     point at the A positions whose next token is a target token ("answer positions"), row by row;
     ``labels`` [A] are those tokens.
     """
@@ -95,11 +95,11 @@ def _last_text_token(offsets: Sequence[tuple[int, int]]) -> int:
 
 def collate(encoded: Sequence[Encoded], pad_id: int, device: torch.device) -> Batch:
     """Pad R encoded pairs into one batch."""
-    length = max(len(e.ids) for e in encoded) - 1
-    input_ids = torch.full((len(encoded), length), pad_id, dtype=torch.long)
+    fed = [e.ids[:-1] if e.n_target else e.ids for e in encoded]
+    input_ids = torch.full((len(encoded), max(map(len, fed))), pad_id, dtype=torch.long)
     rows, positions, labels = [], [], []
     for row, item in enumerate(encoded):
-        input_ids[row, : len(item.ids) - 1] = torch.tensor(item.ids[:-1])
+        input_ids[row, : len(fed[row])] = torch.tensor(fed[row])
         first = len(item.ids) - item.n_target - 1
         rows += [row] * item.n_target
         positions += range(first, first + item.n_target)
