@@ -4,11 +4,26 @@ import itertools
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from kmebench.errors import ModelError
-from kmebench.models.encoding import PASS_TOKENS, collate, encode, length_sorted_chunks
+from kmebench.models.encoding import (
+    PASS_TOKENS,
+    SubjectText,
+    collate,
+    encode,
+    encode_subjects,
+    length_sorted_chunks,
+)
 from tests.conftest import FAMILIES, TEXTS
 
 PAIRS = [
@@ -151,3 +166,86 @@ def test_chunks_are_the_cheapest_cut_of_the_sorted_items(seed):
 
 def test_no_items_make_no_chunks():
     assert list(length_sorted_chunks([], 4)) == []
+
+
+SUBJECT_TEXTS = [
+    SubjectText("", "The capital of {} is", "France", "Paris"),
+    SubjectText("The Seine flows. ", "The capital of {} is", "France", "Rome"),
+    SubjectText("", "{} is a", "Mount Fuji", None),
+    SubjectText("In Japan, Japan. ", "Japan and {}, in Japan", "Japan", "Japan"),  # the slot counts
+    SubjectText("", "{}'s language is", "Italy", "Japanese"),
+    SubjectText("", "The Mount {}", "Fuji", "Japan"),  # the subject ends the prompt
+    SubjectText("{} {", "In {}, {} is", "Japan", "Rome"),  # braces elsewhere; the first slot
+]
+
+
+def last_token_by_spelling(tokenizer, item, text):
+    """Walk along the tokens' own spellings, not their offsets."""
+    head = text.prefix + text.prompt.partition("{}")[0]
+    pieces = tokenizer.convert_ids_to_tokens(item.ids)
+    if pieces[0] == "<s>":
+        before, pieces = 1, pieces[1:]
+    else:
+        before = 0
+    if isinstance(tokenizer.backend_tokenizer.model, models.BPE):  # one character for each byte
+        end = len((head + text.subject).encode())
+    else:  # a blank is put before the text
+        end = 1 + len(head + text.subject)
+    reached = 0
+    for index, piece in enumerate(pieces):
+        reached += len(piece)
+        if reached >= end:
+            return before + index
+    raise AssertionError("the subject lies behind the text")
+
+
+def test_the_subjects_last_token_is_the_one_that_spells_its_end(any_tokenizer):
+    encoded = encode_subjects(any_tokenizer, SUBJECT_TEXTS)
+    checked = 0
+    for text, item in zip(SUBJECT_TEXTS, encoded, strict=True):
+        if "<unk>" in any_tokenizer.convert_ids_to_tokens(item.ids):
+            continue  # its spelling is lost
+        assert item.subject_last == last_token_by_spelling(any_tokenizer, item, text)
+        checked += 1
+    assert checked >= 4
+
+
+def test_a_subject_that_ends_in_a_character_of_several_tokens_has_the_last_of_them():
+    tokenizer = byte_level(True)
+    text = SubjectText("Ünï ", "Of {} is", "Ünïcödé", "naïve")
+    item = encode_subjects(tokenizer, [text])[0]
+    assert item.subject_last == last_token_by_spelling(tokenizer, item, text)
+    assert tokenizer.decode(item.ids[: item.subject_last + 1]).endswith("Of Ünïcödé")
+
+
+def test_subjects_change_nothing_about_tokens_and_targets(any_tokenizer):
+    texts = [t for t in SUBJECT_TEXTS if t.target is not None]
+    pairs = [(t.prefix + t.prompt.replace("{}", t.subject, 1), t.target) for t in texts]
+    plain = encode(any_tokenizer, pairs)
+    found = encode_subjects(any_tokenizer, texts)
+    assert [(e.ids, e.n_target) for e in found] == [(e.ids, e.n_target) for e in plain]
+
+
+def test_without_a_target_nothing_is_target(any_tokenizer):
+    item = encode_subjects(any_tokenizer, [SubjectText("", "{} is a", "Japan", None)])[0]
+    assert item.n_target == 0
+    assert item.target_ids == ()
+    assert item.subject_last < len(item.ids) - 1
+
+
+def test_a_prompt_without_a_slot_is_named():
+    with pytest.raises(ModelError, match=r"'The capital is' has no \{\} for the subject 'France'"):
+        encode_subjects(byte_level(True), [SubjectText("", "The capital is", "France", "Rome")])
+
+
+def test_a_subject_that_the_tokenizer_drops_is_named():
+    tokenizer = byte_level(True)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    text = SubjectText("", "The capital of {} is", "\u200b", "Rome")
+    with pytest.raises(ModelError, match=r"end of the subject '\\u200b' in the prompt 'The cap"):
+        encode_subjects(tokenizer, [text])
+
+
+def test_a_subjects_text_longer_than_the_context_is_refused(make_model):
+    with pytest.raises(ModelError, match="more than the 64 of the model's context"):
+        make_model("llama").encode_subjects([SubjectText("", "{} is", "Japan", "Rome " * 70)])

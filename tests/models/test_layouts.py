@@ -31,6 +31,29 @@ def test_segments_are_the_keys_and_values_of_the_ffn(family, make_model):
     assert changed.tolist() == [5]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_adds_its_attention_and_its_ffn_to_the_residual_stream(family, make_model):
+    model = make_model(family)
+    seen = {}
+    layer = model.layers[1]
+    for name, module in {
+        "layer": layer,
+        "attention": model.attention[1],
+        "ffn": model.ffn[1].value.module,
+        "norm": model.norm,
+    }.items():
+        module.register_forward_hook(
+            lambda _m, inputs, output, name=name: seen.update({name: (inputs, output)})
+        )
+    last = model.model.base_model(input_ids=torch.randint(0, 50, (2, 5))).last_hidden_state
+    (before, *_), after = seen["layer"]
+    after = after[0] if isinstance(after, tuple) else after
+    parts = seen["attention"][1][0] + seen["ffn"][1]
+    torch.testing.assert_close(after, before + parts)
+    torch.testing.assert_close(last, seen["norm"][1], rtol=0, atol=0)
+    assert len(model.layers) == len(model.attention) == model.n_layers
+
+
 @pytest.mark.parametrize("config_class", [MistralConfig, Qwen2Config])
 def test_llama_like_families_share_a_layout(config_class):
     config = config_class(

@@ -17,7 +17,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kmebench.errors import ModelError
-from kmebench.models.encoding import Batch, Encoded, Pair, collate, encode
+from kmebench.models.encoding import (
+    Batch,
+    Encoded,
+    Pair,
+    SubjectText,
+    collate,
+    encode,
+    encode_subjects,
+)
 from kmebench.models.layouts import FFN, ffn_layers, layout_of
 from kmebench.weights.delta import WeightDelta
 from kmebench.weights.ledger import Ledger
@@ -34,7 +42,11 @@ class EditableModel:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.ffn: list[FFN] = ffn_layers(model, layout_of(model.config))
+        layout = layout_of(model.config)
+        self.ffn: list[FFN] = ffn_layers(model, layout)
+        self.layers: list[nn.Module] = list(model.get_submodule(layout.layers))
+        self.attention = [layer.get_submodule(layout.attention) for layer in self.layers]
+        self.norm = model.get_submodule(layout.norm)
         self._parameters = dict(model.named_parameters())
         self._ledger = Ledger(self._parameters)
 
@@ -111,14 +123,27 @@ class EditableModel:
             ModelError: a pair is longer than the context of the model, or has no token.
         """
         encoded = encode(self.tokenizer, pairs)
+        self._check_lengths([prompt for prompt, _ in pairs], encoded)
+        return encoded
+
+    def encode_subjects(self, texts: Sequence[SubjectText]) -> list[Encoded]:
+        """Encode filled prompts and find the last token of their subjects.
+
+        Raises:
+            ModelError: a text is longer than the context of the model, or has no such token.
+        """
+        encoded = encode_subjects(self.tokenizer, texts)
+        self._check_lengths([text.prefix + text.prompt for text in texts], encoded)
+        return encoded
+
+    def _check_lengths(self, prompts: Sequence[str], encoded: Sequence[Encoded]) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        for (prompt, _), item in zip(pairs, encoded, strict=True):
+        for prompt, item in zip(prompts, encoded, strict=True):
             if limit is not None and len(item.ids) > limit:
                 raise ModelError(
                     f"The prompt {prompt[:60]!r}... with its target has {len(item.ids)} tokens, "
                     f"more than the {limit} of the model's context."
                 )
-        return encoded
 
     @property
     def pad_id(self) -> int:
@@ -138,7 +163,11 @@ class EditableModel:
         states = self.model.base_model(input_ids=batch.input_ids, use_cache=False)
         hidden = states.last_hidden_state
         answers = hidden[batch.rows.to(hidden.device), batch.positions.to(hidden.device)]
-        logits = self.model.get_output_embeddings()(answers)
+        return self.head(answers)
+
+    def head(self, states: Tensor) -> Tensor:
+        """Return the logits of normed final states, [..., vocabulary], in float32 or float64."""
+        logits = self.model.get_output_embeddings()(states)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

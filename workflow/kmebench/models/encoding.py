@@ -9,27 +9,42 @@ attention mask is needed and positions are those of the unpadded text.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kmebench.data.records import SLOT
 from kmebench.errors import ModelError
 
 Pair = tuple[str, str]  # (prompt, target)
 
 
+class SubjectText(NamedTuple):
+    """The text ``prefix + prompt``, the slot of the prompt filled, and perhaps a target."""
+
+    prefix: str
+    prompt: str  # a template with one slot
+    subject: str
+    target: str | None
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of ``prompt + " " + target``; the last ``n_target`` of them are the target."""
+    """Token ids of ``prompt + " " + target``; the last ``n_target`` of them are the target.
+
+    ``subject_last`` is the index of the last token of the subject, where it was asked for.
+    """
 
     ids: tuple[int, ...]
     n_target: int
+    subject_last: int | None = None
 
     @property
     def target_ids(self) -> tuple[int, ...]:
         """Token ids of the target, with its leading blank."""
-        return self.ids[-self.n_target :]
+        return self.ids[len(self.ids) - self.n_target :]
 
 
 @dataclass(frozen=True)
@@ -66,31 +81,88 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[En
     Raises:
         ModelError: the tokenizer gives no offsets, or a target or its prompt has no token.
     """
-    if not pairs:
+    encoded = []
+    tokens = _tokens(tokenizer, [f"{prompt} {target}" for prompt, target in pairs])
+    for (prompt, target), (ids, offsets) in zip(pairs, tokens, strict=True):
+        encoded.append(Encoded(ids, _count_target(ids, offsets, prompt, target)))
+    return encoded
+
+
+def encode_subjects(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[SubjectText]
+) -> list[Encoded]:
+    """Encode filled prompts, with ``subject_last`` from the offsets of the slot.
+
+    The token that holds the last character of the subject counts, wherever else in the text the
+    subject may stand.
+
+    Raises:
+        ModelError: the tokenizer gives no offsets, a prompt has no slot, no token holds the end
+            of a subject, or a target or its prompt has no token; names prompt and subject.
+    """
+    filled = [_fill(text) for text in texts]
+    joined = [
+        prompt if text.target is None else f"{prompt} {text.target}"
+        for text, (prompt, _) in zip(texts, filled, strict=True)
+    ]
+    encoded = []
+    tokens = _tokens(tokenizer, joined)
+    for text, (prompt, end), (ids, offsets) in zip(texts, filled, tokens, strict=True):
+        n_target = 0 if text.target is None else _count_target(ids, offsets, prompt, text.target)
+        holders = [i for i, (first, last) in enumerate(offsets) if first < end <= last]
+        if not holders or holders[-1] >= len(ids) - n_target:
+            raise ModelError(
+                f"No token before the target holds the end of the subject {text.subject!r} in "
+                f"the prompt {text.prompt!r}."
+            )
+        # A character may be spelled by several tokens (bytes): the last one has seen them all.
+        encoded.append(Encoded(ids, n_target, holders[-1]))
+    return encoded
+
+
+def _fill(text: SubjectText) -> tuple[str, int]:
+    """Return prefix and filled prompt as one text, and where in it the subject ends."""
+    head, slot, tail = text.prompt.partition(SLOT)
+    if not slot:
+        raise ModelError(
+            f"The prompt {text.prompt!r} has no {SLOT} for the subject {text.subject!r}."
+        )
+    until_subject = text.prefix + head + text.subject
+    return until_subject + tail, len(until_subject)
+
+
+_Offsets = list[tuple[int, int]]
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> list[tuple[tuple[int, ...], _Offsets]]:
+    """Return ids and character spans of each text, up to its last token that is text."""
+    if not texts:
         return []
     if not tokenizer.is_fast:
         raise ModelError(
             f"The tokenizer {type(tokenizer).__name__} gives no character offsets; "
             "use a model folder with a fast tokenizer (tokenizer.json)."
         )
-    texts = [f"{prompt} {target}" for prompt, target in pairs]
-    encodings = tokenizer(texts, return_offsets_mapping=True)
-    encoded = []
-    for (prompt, target), ids, offsets in zip(
-        pairs, encodings["input_ids"], encodings["offset_mapping"], strict=True
-    ):
-        # Special tokens have the empty span (0, 0) and never count as target.
-        n_target = sum(end > len(prompt) for _, end in offsets)
-        trailing = len(ids) - _last_text_token(offsets) - 1
-        ids = ids[: len(ids) - trailing]  # a tokenizer that appends EOS would end the text
-        if n_target == 0 or n_target >= len(ids):
-            raise ModelError(f"No token to predict {target!r} from after the prompt {prompt!r}.")
-        encoded.append(Encoded(tuple(ids), n_target))
-    return encoded
+    encodings = tokenizer(list(texts), return_offsets_mapping=True)
+    tokens = []
+    for ids, offsets in zip(encodings["input_ids"], encodings["offset_mapping"], strict=True):
+        n = _last_text_token(offsets) + 1  # a tokenizer that appends EOS would end the text
+        tokens.append((tuple(ids[:n]), offsets[:n]))
+    return tokens
+
+
+def _count_target(ids: Sequence[int], offsets: _Offsets, prompt: str, target: str) -> int:
+    # Special tokens have the empty span (0, 0) and never count as target.
+    n_target = sum(end > len(prompt) for _, end in offsets)
+    if n_target == 0 or n_target >= len(ids):
+        raise ModelError(f"No token to predict {target!r} from after the prompt {prompt!r}.")
+    return n_target
 
 
 def _last_text_token(offsets: Sequence[tuple[int, int]]) -> int:
-    return max(index for index, (start, end) in enumerate(offsets) if end > start)
+    return max((index for index, (start, end) in enumerate(offsets) if end > start), default=-1)
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int, device: torch.device) -> Batch:

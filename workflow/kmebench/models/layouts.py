@@ -1,8 +1,8 @@
-"""Where a model family keeps its feed-forward network (FFN).
+"""Where a model family keeps its layers, its attention and its feed-forward network (FFN).
 
-A layout names, inside one decoder layer, the key projection W1 (its j-th segment is the key
-k_j, [D]) and the value projection W2 (its j-th segment is the value v_j, [D]); D is the
-hidden size, M the FFN width. A new family is one new entry of :data:`LAYOUTS`.
+A layout names, inside one decoder layer, the attention module, the key projection W1 (its j-th
+segment is the key k_j, [D]) and the value projection W2 (its j-th segment is the value v_j,
+[D]); D is the hidden size, M the FFN width. A new family is one new entry of :data:`LAYOUTS`.
 """
 
 from dataclasses import dataclass
@@ -19,17 +19,19 @@ class Layout:
     """Names of the parts of one model family, as dotted module paths."""
 
     layers: str
+    norm: str  # between the last layer and the head
+    attention: str  # this and the next two: inside a layer
     key_projection: str
     value_projection: str
 
 
-_LLAMA = Layout("model.layers", "mlp.up_proj", "mlp.down_proj")
+_LLAMA = Layout("model.layers", "model.norm", "self_attn", "mlp.up_proj", "mlp.down_proj")
 
 #: ``config.model_type`` -> layout. Gated families keep ``gate_proj`` untouched: the FFN
 #: activation is silu(gate) * up, so up_proj holds the keys and down_proj the values.
 LAYOUTS: dict[str, Layout] = {
-    "gptj": Layout("transformer.h", "mlp.fc_in", "mlp.fc_out"),
-    "gpt2": Layout("transformer.h", "mlp.c_fc", "mlp.c_proj"),
+    "gptj": Layout("transformer.h", "transformer.ln_f", "attn", "mlp.fc_in", "mlp.fc_out"),
+    "gpt2": Layout("transformer.h", "transformer.ln_f", "attn", "mlp.c_fc", "mlp.c_proj"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,

@@ -1,0 +1,91 @@
+"""Texts that stand before the prompt of an edit while its key and target are computed.
+
+An edit should hold whatever was said before it, so the editors of ROME's family average over the
+bare prompt and over prompts that follow texts of the *unedited* model (Meng et al. 2022, section
+3.1 and appendix E.5). An editor samples them before its first edit and keeps them as state.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kmebench.data.records import SLOT
+from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import Encoded, SubjectText
+
+#: Groups of templates that end in the slot of the prompt; the first group is the bare prompt.
+Contexts = tuple[tuple[str, ...], ...]
+
+#: (tokens to sample, number of texts) of each group.
+ROME_LENGTHS = ((5, 10), (10, 10))
+MEMIT_LENGTHS = ((10, 5),)
+
+#: Common words that texts begin with, in turn.
+STARTS = ("The", "Therefore", "Because", "I", "You")
+TOP_K = 5
+
+_STATE_KEY = "contexts"
+
+
+def sample_contexts(
+    model: EditableModel, lengths: Sequence[tuple[int, int]], seed: int
+) -> Contexts:
+    """Sample texts by top-k sampling, k = 5.
+
+    ``lengths`` gives (tokens, texts) of each group: every text is one of :data:`STARTS` and so
+    many sampled tokens. The generator is its own; the global one is left alone. Returns
+    ``(("{}",), ("The text. {}", ...), ...)``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    groups = [
+        tuple(f"{text}. {SLOT}" for text in _sample_texts(model, n_tokens, n_texts, generator))
+        for n_tokens, n_texts in lengths
+    ]
+    return ((SLOT,), *groups)
+
+
+@torch.no_grad()
+def _sample_texts(
+    model: EditableModel, n_tokens: int, n_texts: int, generator: torch.Generator
+) -> Iterator[str]:
+    starts = [STARTS[i % len(STARTS)] for i in range(n_texts)]
+    encoded = model.encode_subjects([SubjectText("", SLOT, start, None) for start in starts])
+    rows = [item.ids for item in encoded]
+    for _ in range(n_tokens):
+        # The padding stands for the token to predict; causal attention keeps it from being read.
+        batch = model.collate([Encoded((*row, model.pad_id), n_target=1) for row in rows])
+        best = model.answer_logits(batch).cpu().topk(TOP_K)
+        choice = best.values.softmax(dim=-1).multinomial(1, generator=generator)
+        sampled = best.indices.gather(1, choice).flatten().tolist()
+        rows = [(*row, token) for row, token in zip(rows, sampled, strict=True)]
+    for row in rows:
+        yield model.tokenizer.decode(
+            row, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def prefixes(contexts: Contexts) -> list[str]:
+    """Return the texts before the slots, group by group.
+
+    Templates are never formatted: sampled texts may hold braces of their own.
+    """
+    templates = [template for group in contexts for template in group]
+    if not templates or templates[0] != SLOT or not all(t.endswith(SLOT) for t in templates):
+        raise ValueError(f"contexts must begin with {SLOT!r} and all end in it: {templates!r}")
+    return [template.removesuffix(SLOT) for template in templates]
+
+
+def contexts_state(contexts: Contexts) -> dict[str, Tensor]:
+    """Pack contexts for ``Editor.state_dict``: JSON as UTF-8 bytes, uint8."""
+    text = json.dumps(contexts, ensure_ascii=False)
+    return {_STATE_KEY: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
+
+
+def contexts_from_state(state: Mapping[str, Tensor]) -> Contexts | None:
+    """Unpack :func:`contexts_state`; none from a state without contexts."""
+    if _STATE_KEY not in state:
+        return None
+    groups = json.loads(bytes(state[_STATE_KEY].tolist()))
+    return tuple(tuple(group) for group in groups)
