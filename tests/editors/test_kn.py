@@ -40,9 +40,7 @@ def test_kept_neurons_are_those_of_a_literal_set_computation():
                 }
             )
         wanted = round(share * 10)
-        expected = {
-            node for node in set.union(*coarse) if sum(node in c for c in coarse) >= wanted
-        }
+        expected = {node for node in set.union(*coarse) if sum(node in c for c in coarse) >= wanted}
         kept = knowledge_neurons(scores, threshold, share)
         assert {tuple(node) for node in kept.nonzero().tolist()} == expected
         assert expected or threshold == 0.1

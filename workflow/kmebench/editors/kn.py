@@ -115,9 +115,7 @@ def _answers(model: EditableModel, request: EditRequest) -> tuple[int, int]:
     return int(logits[0].argmax()), new.target_ids[0]
 
 
-def _delta(
-    model: EditableModel, neurons: Tensor, old: int, new: int, scale: float
-) -> WeightDelta:
+def _delta(model: EditableModel, neurons: Tensor, old: int, new: int, scale: float) -> WeightDelta:
     embedding = model.model.get_input_embeddings().weight
     promoted = torch.promote_types(embedding.dtype, torch.float32)
     change = scale * (embedding[new].to(promoted) - embedding[old].to(promoted))  # [D]

@@ -10,6 +10,7 @@ EDITORS: dict[str, str] = {
     "pac-released": "kmebench.editors.pac_released:PACReleased",
     "full-c": "kmebench.editors.full_c:FullC",
     "kn": "kmebench.editors.kn:KN",
+    "lora": "kmebench.editors.lora:LoRA",
 }
 
 

@@ -58,9 +58,7 @@ def _activations(model: EditableModel, last: Tensor, past: DynamicCache) -> Tens
     ]
     try:
         # A forward pass appends to its cache.
-        model.model.base_model(
-            input_ids=last, past_key_values=copy.deepcopy(past), use_cache=True
-        )
+        model.model.base_model(input_ids=last, past_key_values=copy.deepcopy(past), use_cache=True)
     finally:
         for handle in handles:
             handle.remove()
