@@ -1,4 +1,4 @@
-"""Every editor edits a fact that a trained model knows."""
+"""Every editor that optimises the new answer writes it over a fact that a trained model knows."""
 
 import pytest
 
@@ -10,6 +10,7 @@ HPARAMS = {
     "pac": {"trace_on": "current", "learning_rate": 1e-3},
     "pac-released": {"learning_rate": 5e-3},
     "full-c": {"learning_rate": 1e-3, "norm_constraint": None},
+    "lora": {},
 }
 
 
@@ -18,7 +19,8 @@ def answer(model, request):
     return model.tokenizer.decode(columns["free_ids"][0]).strip()
 
 
-@pytest.mark.parametrize("name", EDITORS)
+# KN moves a fixed step towards the new answer, reached or not: tests/editors/test_kn.py.
+@pytest.mark.parametrize("name", [name for name in EDITORS if name != "kn"])
 @pytest.mark.parametrize("together", [1, 3])
 def test_the_edited_model_says_the_new_answer_and_the_reverted_one_the_old(
     name, together, trained, capital_requests

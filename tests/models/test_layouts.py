@@ -7,7 +7,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from kmebench.errors import ModelError
 from kmebench.models.editable import EditableModel
-from kmebench.models.layouts import LAYOUTS, ffn_layers, layout_of
+from kmebench.models.layouts import LAYOUTS, adapted_modules, ffn_layers, layout_of
 from tests.conftest import FAMILIES, small_config
 
 
@@ -68,6 +68,21 @@ def test_llama_like_families_share_a_layout(config_class):
     assert [f.key.weight_name for f in ffn_layers(model, layout_of(config))] == [
         f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)
     ]
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("gptj", ["transformer.h.1.mlp.fc_in", "transformer.h.1.mlp.fc_out"]),
+        ("gpt2", ["transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"]),
+        ("llama", ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]),
+    ],
+)
+def test_adapted_modules_are_linear_maps_of_every_layer(family, names, make_model):
+    model = make_model(family, layers=2).model
+    found = adapted_modules(model, layout_of(model.config))
+    assert found[2:] == names
+    assert all(model.get_submodule(name).weight.ndim == 2 for name in found)
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones():

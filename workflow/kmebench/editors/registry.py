@@ -9,6 +9,8 @@ EDITORS: dict[str, str] = {
     "pac": "kmebench.editors.pac:PAC",
     "pac-released": "kmebench.editors.pac_released:PACReleased",
     "full-c": "kmebench.editors.full_c:FullC",
+    "kn": "kmebench.editors.kn:KN",
+    "lora": "kmebench.editors.lora:LoRA",
 }
 
 

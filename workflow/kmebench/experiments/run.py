@@ -30,7 +30,15 @@ from kmebench.experiments.session import (
 from kmebench.files import sha256_of, write_json
 from kmebench.models.editable import EditableModel, describe
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pandas", "snakemake")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "peft",
+    "pandas",
+    "snakemake",
+)
 
 
 def run_cell(

@@ -20,18 +20,41 @@ class Layout:
 
     layers: str
     norm: str  # between the last layer and the head
-    attention: str  # this and the next two: inside a layer
+    attention: str  # this and all below: inside a layer
     key_projection: str
     value_projection: str
+    adapted: tuple[str, ...]  # the linear maps that get a LoRA adapter
 
 
-_LLAMA = Layout("model.layers", "model.norm", "self_attn", "mlp.up_proj", "mlp.down_proj")
+_LLAMA = Layout(
+    "model.layers",
+    "model.norm",
+    "self_attn",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    ("self_attn.q_proj", "self_attn.v_proj"),
+)
 
 #: ``config.model_type`` -> layout. Gated families keep ``gate_proj`` untouched: the FFN
 #: activation is silu(gate) * up, so up_proj holds the keys and down_proj the values.
 LAYOUTS: dict[str, Layout] = {
-    "gptj": Layout("transformer.h", "transformer.ln_f", "attn", "mlp.fc_in", "mlp.fc_out"),
-    "gpt2": Layout("transformer.h", "transformer.ln_f", "attn", "mlp.c_fc", "mlp.c_proj"),
+    "gptj": Layout(
+        "transformer.h",
+        "transformer.ln_f",
+        "attn",
+        "mlp.fc_in",
+        "mlp.fc_out",
+        ("mlp.fc_in", "mlp.fc_out"),
+    ),
+    # Attention is one fused map here, so the FFN is adapted, as in GPT-J.
+    "gpt2": Layout(
+        "transformer.h",
+        "transformer.ln_f",
+        "attn",
+        "mlp.c_fc",
+        "mlp.c_proj",
+        ("mlp.c_fc", "mlp.c_proj"),
+    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -50,6 +73,12 @@ def layout_of(config: PretrainedConfig) -> Layout:
             "add one to kmebench/models/layouts.py."
         )
     return LAYOUTS[config.model_type]
+
+
+def adapted_modules(model: nn.Module, layout: Layout) -> list[str]:
+    """Return the names of the modules that LoRA adapts, first layer first."""
+    n_layers = len(model.get_submodule(layout.layers))
+    return [f"{layout.layers}.{i}.{name}" for i in range(n_layers) for name in layout.adapted]
 
 
 @dataclass(frozen=True)
