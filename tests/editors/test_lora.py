@@ -182,6 +182,15 @@ def test_an_edit_takes_one_number_from_the_global_generator(make_model, requests
     assert torch.equal(torch.get_rng_state(), expected)
 
 
+def test_training_is_seeded_on_every_device_by_the_sessions_generator(make_model, requests):
+    model, editor, seen = make_model("llama", torch.float32), lora(), []
+    editor._train = lambda *_: seen.append(torch.initial_seed())
+    torch.manual_seed(3)
+    editor.edit(model, requests)
+    torch.manual_seed(3)
+    assert seen == [int(torch.randint(2**62, ()))]
+
+
 def test_every_batch_has_an_adapter_of_its_own(make_model, requests):
     model, editor = make_model("llama", torch.float32), lora(dropout=0.1)
     torch.manual_seed(2)

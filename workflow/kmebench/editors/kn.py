@@ -107,7 +107,7 @@ def knowledge_neurons(attributions: Tensor, threshold: float, share: float) -> T
     ``share`` of the n prompts. Where no attribution is positive there is none.
     """
     coarse = attributions > threshold * attributions.amax(dim=(1, 2), keepdim=True)
-    # 0.7 * 10 is a little above 7.
+    # In floating point 0.55 * 20 is a little above 11.
     return coarse.sum(dim=0) >= math.ceil(share * len(attributions) - 1e-9)
 
 
