@@ -1,0 +1,149 @@
+"""Closed-form updates of W2 that the locate-and-edit editors make.
+
+W [D, M] maps keys k [M] to outputs [D]; B requests bring keys K [M, B] and residuals R [D, B], what
+is still missing at the output. Every update of low rank is returned as factors u [D, r], v [r, M]
+in float64, in which all solves are done. C is the second moment of keys.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kmebench.errors import EditError
+
+
+class Factors(NamedTuple):
+    """``u @ v``."""
+
+    u: Tensor  # [D, r]
+    v: Tensor  # [r, M]
+
+
+def moment_factor(moment: Tensor, weight: float, ridge: float = 0.0) -> Tensor:
+    """Return the lower Cholesky factor of weight·C + ridge·I, [M, M] float64.
+
+    Raises:
+        EditError: the matrix is not positive definite.
+    """
+    matrix = weight * moment.double()
+    matrix.diagonal().add_(ridge)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if info:
+        smallest = float(torch.linalg.eigvalsh(matrix)[0])
+        raise EditError(
+            f"The second moment is singular (smallest eigenvalue {smallest:.2g}): it was made "
+            "from too few tokens; raise moments.tokens."
+        )
+    return factor
+
+
+def rome_update(
+    value: Tensor, output: Tensor, key: Tensor, probe: Tensor, factor: Tensor | None
+) -> Factors:
+    """Return the rank-one Δ with (W + Δ) probe = value, where W probe = ``output`` (with bias).
+
+    Δ = (value − output) uᵀ / (probeᵀ u), u = C⁻¹ key normalised (Meng et al. 2022, eq. 2);
+    ``factor`` is that of C, none for C = I. R-ROME (Gupta et al. 2024) probes with the key itself.
+
+    Raises:
+        EditError: probe and u are orthogonal.
+    """
+    key, probe = key.double(), probe.double()
+    u = key if factor is None else torch.cholesky_solve(key[:, None], factor)[:, 0]
+    u = u / u.norm()
+    scale = probe @ u
+    if scale.abs() <= 1e-12 * probe.norm():
+        raise EditError("The key is orthogonal to the prompt's own: no rank-one update reaches it.")
+    return Factors(((value.double() - output.double()) / scale)[:, None], u[None])
+
+
+def memit_update(residual: Tensor, keys: Tensor, factor: Tensor) -> Factors:
+    """Return Δ = R (I + Kᵀ (λC)⁻¹ K)⁻¹ Kᵀ (λC)⁻¹ (Meng et al. 2023, eq. 14, by Woodbury).
+
+    It minimises ‖(W + Δ) K − (W K + R)‖² + tr(Δ λC Δᵀ). ``factor`` is that of λC.
+    """
+    return _weighted(residual, keys, factor, 1.0)
+
+
+def emmet_update(residual: Tensor, keys: Tensor, factor: Tensor, epsilon: float) -> Factors:
+    """Return Δ = R (Kᵀ C0⁻¹ K + ε I)⁻¹ Kᵀ C0⁻¹ (Gupta et al. 2024).
+
+    With ε = 0 it meets (W + Δ) K = W K + R. ``factor`` is that of C0.
+
+    Raises:
+        EditError: the keys are linearly dependent (with ε = 0).
+    """
+    return _weighted(residual, keys, factor, epsilon)
+
+
+def _weighted(residual: Tensor, keys: Tensor, factor: Tensor, ridge: float) -> Factors:
+    """R (Kᵀ A⁻¹ K + ridge I)⁻¹ Kᵀ A⁻¹, with A = factor factorᵀ."""
+    solved = torch.cholesky_solve(keys.double(), factor)  # A⁻¹ K, [M, B]
+    gram = keys.double().T @ solved
+    gram.diagonal().add_(ridge)
+    inner, info = torch.linalg.cholesky_ex(gram)
+    if info:
+        raise EditError(
+            "The keys of a batch are linearly dependent, so its equality constraints contradict "
+            "each other; set epsilon above 0."
+        )
+    return Factors(torch.cholesky_solve(residual.double().T, inner).T, solved.T)
+
+
+def null_space(moment: Tensor, threshold: float) -> Tensor:
+    """Return the eigenvectors of C with eigenvalues below ``threshold``, [M, n] float64."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    return vectors[:, values < threshold]
+
+
+def alphaedit_update(
+    residual: Tensor, keys: Tensor, earlier: Tensor, basis: Tensor, ridge: float
+) -> Factors:
+    """Return Δ = Xᵀ with [P (K Kᵀ + K_p K_pᵀ) + α I] X = P K Rᵀ (Fang et al. 2025, eq. 14).
+
+    P = ``basis`` ``basis``ᵀ projects on what no preserved key uses; ``earlier`` K_p [M, n] are the
+    keys of earlier edits; α = ``ridge``. With K̂ = [K, K_p] this is R Eᵀ (α I + K̂ᵀ P K̂)⁻¹ K̂ᵀ P,
+    E the first B columns of I: no solve of size M.
+    """
+    every = torch.cat([keys, earlier], dim=1).double()  # K̂
+    projected = basis @ (basis.T @ every)  # P K̂
+    gram = every.T @ projected
+    gram.diagonal().add_(ridge)
+    first = torch.eye(len(gram), keys.shape[1], dtype=gram.dtype, device=gram.device)
+    weights = torch.linalg.solve(gram, first)  # symmetric, so its rows are these columns
+    return Factors(residual.double(), weights.T @ projected.T)
+
+
+def spread(target: Tensor, current: Tensor, layers_left: int, *, root: bool = False) -> Tensor:
+    """Return the share of the residual, [D, B], that the first of ``layers_left`` layers takes.
+
+    Equal shares (MEMIT), or that of the square root (PMET, Li et al. 2024).
+    """
+    return (target - current) / (layers_left**0.5 if root else layers_left)
+
+
+def restrained(delta: Factors, largest: float, base: float) -> Factors:
+    """Restrain the singular values of a total Δ (PRUNE, Ma et al. 2025).
+
+    σ above ``largest``, the largest singular value of W0, becomes
+    log_base(σ) − log_base(largest) + largest; singular vectors stay.
+    """
+    q_u, r_u = torch.linalg.qr(delta.u.double())
+    q_v, r_v = torch.linalg.qr(delta.v.double().T)
+    left, sigma, right = torch.linalg.svd(r_u @ r_v.T)
+    above = torch.log(sigma.clamp(min=largest) / largest) / torch.log(sigma.new_tensor(base))
+    sigma = torch.where(sigma > largest, above + largest, sigma)
+    return Factors(q_u @ (left * sigma), right @ q_v.T)
+
+
+def largest_relative(delta: Tensor, weight: Tensor, share: float) -> Tensor:
+    """Zero all but the ``share`` of entries with the largest |Δ / (W + 1e-8)| (RECT, Gu 2024).
+
+    ``delta`` and ``weight`` are [D, M]; of equal entries the first count.
+    """
+    relative = (delta / (weight + 1e-8)).abs().flatten()
+    kept = relative.sort(descending=True, stable=True).indices[: round(share * len(relative))]
+    result = torch.zeros_like(delta).flatten()
+    result[kept] = delta.flatten()[kept]
+    return result.reshape(delta.shape)
