@@ -5,6 +5,7 @@
 #   models/{model}/                         Hugging Face folder    fetch_model, train_model
 #   original/{model}/{dataset}.parquet      the unedited model     predict_original
 #   trace/{model}/{dataset}/                impact scores, paths   cache_gradients, select_paths
+#   moments/{model}.safetensors             second moments         second_moments
 #   runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/   edit_batch, edit_consecutive,
 #                                                                  edit_breadth_first
 #   metrics/{experiment}.parquet            all protocols          score

@@ -90,6 +90,8 @@ def edit_inputs(mode):
             needed["paths"] = (
                 f"<results>/trace/{run.model}/{run.dataset}/paths/{selection}.safetensors"
             )
+        if grid.needs_moments(config, run):
+            needed["moments"] = f"<results>/moments/{run.model}.safetensors"
         return needed
 
     return inputs

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kmebench.editors.base import build_editor
 from kmebench.errors import ConfigError
 from kmebench.experiments import grid
 from kmebench.experiments.configuration import check_config, read_config
@@ -208,3 +209,18 @@ def test_every_key_of_the_schema_is_described():
     for name, spec in schema["properties"].items():
         assert spec.get("description"), name
         assert spec.get("additionalProperties", False) is not True
+
+
+def test_layers_of_the_moments_are_the_editors_defaults():
+    for name, layers in grid.MOMENT_LAYERS.items():
+        hparams = build_editor(name, {}, {}).hparams
+        assert layers == (hparams.layers if hasattr(hparams, "layers") else (hparams.layer,))
+
+
+def test_a_models_moments_cover_every_configured_method():
+    config = {
+        "methods": {"rome": {}, "memit": {"hparams": {"layers": [2, 3]}}, "pac": {}},
+        "models": {"small": {"hparams": {"rome": {"layer": 1}}}, "big": {}},
+    }
+    assert grid.moment_layers(config, "small") == [1, 2, 3]
+    assert grid.moment_layers(config, "big") == [2, 3, 5]

@@ -75,3 +75,27 @@ rule select_paths:
         "Selecting paths {wildcards.selection} of {wildcards.model} on {wildcards.dataset}"
     script:
         "../scripts/select_paths.py"
+
+
+rule second_moments:
+    "Average k kᵀ of the inputs of W2 over generic text, for all layers that editors may ask for."
+    input:
+        model="<results>/models/{model}",
+        code=code("second_moments"),
+    output:
+        moments="<results>/moments/{model}.safetensors",
+    log:
+        "<logs>/second_moments/{model}.log",
+    conda:
+        "../../envs/edit.yaml"
+    threads: config["threads"]
+    resources:
+        gpu=gpus,
+    params:
+        load=lambda w: load_params(w.model),
+        layers=lambda w: grid.moment_layers(config, w.model),
+        settings=config["moments"],
+    message:
+        "Second moments of {wildcards.model}"
+    script:
+        "../scripts/second_moments.py"

@@ -15,7 +15,7 @@ with script_log(snakemake):
         lambda: EditableModel.load(snakemake.input.model, **settings["load"]),
         read_requests(snakemake.input.requests),
         settings,
-        assets={"paths": snakemake.input.paths} if hasattr(snakemake.input, "paths") else {},
+        assets={k: v for k, v in snakemake.input.items() if k in ("paths", "moments")},
         original=snakemake.input.original,
         code=snakemake.input.code,
         output=dict(snakemake.output.items()),

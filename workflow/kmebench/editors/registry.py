@@ -9,6 +9,13 @@ EDITORS: dict[str, str] = {
     "pac": "kmebench.editors.pac:PAC",
     "pac-released": "kmebench.editors.pac_released:PACReleased",
     "full-c": "kmebench.editors.full_c:FullC",
+    "rome": "kmebench.editors.rome:ROME",
+    "r-rome": "kmebench.editors.r_rome:RROME",
+    "memit": "kmebench.editors.memit:MEMIT",
+    "pmet": "kmebench.editors.pmet:PMET",
+    "emmet": "kmebench.editors.emmet:EMMET",
+    "alphaedit": "kmebench.editors.alphaedit:AlphaEdit",
+    "rect": "kmebench.editors.rect:RECT",
     "kn": "kmebench.editors.kn:KN",
     "lora": "kmebench.editors.lora:LoRA",
 }

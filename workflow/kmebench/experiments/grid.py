@@ -28,6 +28,17 @@ PATH_SETTINGS: dict[str, Any] = {
     "negatives": 1,
 }
 
+#: Editors that read second moments, with the layers that they edit unless the config says others.
+MOMENT_LAYERS: dict[str, tuple[int, ...]] = {
+    "rome": (5,),
+    "r-rome": (5,),
+    "memit": (4, 5, 6, 7, 8),
+    "pmet": (4, 5, 6, 7, 8),
+    "emmet": (5,),
+    "alphaedit": (4, 5, 6, 7, 8),
+    "rect": (4, 5, 6, 7, 8),
+}
+
 
 @dataclass(frozen=True, order=True)
 class Run:
@@ -220,6 +231,25 @@ def needs_paths(config: Mapping[str, Any], run: Run) -> bool:
     """Whether a run reads cached paths: PAC that traces the original model."""
     traced = hparams_of(config, run).get("trace_on", "original") == "original"
     return is_pac(config, run.method) and traced
+
+
+def needs_moments(config: Mapping[str, Any], run: Run) -> bool:
+    """Whether a run reads second moments."""
+    return editor_of(config, run.method) in MOMENT_LAYERS and hparams_of(config, run).get(
+        "second_moment", True
+    )
+
+
+def moment_layers(config: Mapping[str, Any], model: str) -> list[int]:
+    """Return the layers of a model whose second moments any configured method may read."""
+    layers: set[int] = set()
+    for method in config["methods"]:
+        editor = editor_of(config, method)
+        if editor in MOMENT_LAYERS:
+            hparams = base_hparams(config, model, method)
+            given = hparams.get("layers", [hparams["layer"]] if "layer" in hparams else None)
+            layers |= set(MOMENT_LAYERS[editor] if given is None else given)
+    return sorted(layers)
 
 
 def selection_of(config: Mapping[str, Any], run: Run) -> str:

@@ -1,0 +1,34 @@
+"""EMMET (Gupta et al. 2024, "A unified framework for model editing").
+
+MEMIT with equality constraints: minimise tr(Δ C0 Δᵀ) subject to (W + Δ) K = W K + R, so
+Δ = R (Kᵀ C0⁻¹ K + ε I)⁻¹ Kᵀ C0⁻¹ with C0 = λC. ε = 0 is exact; the released code has 0.1, which
+together with a large λ damps strongly.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kmebench.editors.memit import MEMIT, MEMITHparams
+from kmebench.editors.updates import Factors, emmet_update
+from kmebench.models.editable import EditableModel
+
+
+@dataclass(frozen=True)
+class EMMETHparams(MEMITHparams):
+    """Hyper-parameters of EMMET."""
+
+    layers: tuple[int, ...] = (5,)
+    moment_weight: float = 100_000.0
+    epsilon: float = 0.1  # as released; 0 is exact
+
+
+class EMMET(MEMIT):
+    """Equality constraints instead of least squares."""
+
+    Hparams = EMMETHparams
+    name = "emmet"
+
+    def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
+        factor = self.factor(model, layer, self.hparams.moment_weight)
+        return emmet_update(residual, keys, factor, self.hparams.epsilon)

@@ -1,0 +1,94 @@
+"""MEMIT (Meng et al. 2023, "Mass-editing memory in a transformer").
+
+The targets z* of all requests stand at the output of the last edited layer. Layer by layer, each on
+the model with the layers before it edited, W2 learns the share of the residual that falls to it:
+Δ = R Kᵀ (λC + K Kᵀ)⁻¹.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.contexts import MEMIT_LENGTHS
+from kmebench.editors.keys import layer_outputs, subject_activations
+from kmebench.editors.locate import LocateAndEdit, check_layers, low_rank, naming
+from kmebench.editors.target_rows import Site
+from kmebench.editors.targets import TargetSettings, optimise_targets
+from kmebench.editors.updates import Factors, memit_update, spread
+from kmebench.models.editable import EditableModel
+from kmebench.weights.delta import Part, WeightDelta
+from kmebench.weights.draft import drafted
+
+
+@dataclass(frozen=True)
+class MEMITHparams:
+    """Hyper-parameters of MEMIT."""
+
+    layers: tuple[int, ...] = (4, 5, 6, 7, 8)  # from 0, in this order
+    steps: int = 25  # of the optimisation of z*
+    learning_rate: float = 0.5
+    kl_factor: float = 0.0625  # κ
+    weight_decay: float = 1e-3  # ω
+    clamp_factor: float = 4.0  # c
+    moment_weight: float = 15_000.0  # λ
+    micro_batch: int = 20  # requests in one forward pass, in all their contexts
+
+
+class MEMIT(LocateAndEdit):
+    """All requests of a batch together, spread over several layers."""
+
+    Hparams = MEMITHparams
+    lengths = MEMIT_LENGTHS
+    name = "memit"
+    site: Site = "layer"  # where the targets stand, in the last layer
+    root = False  # residuals are spread evenly, not by the square root
+
+    def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
+        """Edit ``requests`` together; see :meth:`Editor.edit`."""
+        layers, size = self.hparams.layers, self.hparams.micro_batch
+        check_layers(self.name, layers, model)
+        with self.stopwatch("optimise"):
+            targets = self._targets(model, requests)
+        with (
+            self.stopwatch("solve"),
+            drafted(model, [model.ffn[i].value.weight_name for i in layers]) as draft,
+        ):
+            for done, layer in enumerate(layers):
+                keys = subject_activations(model, requests, self.contexts(model), layer, size).keys
+                current = self._current(model, requests)
+                residual = spread(targets.T, current.T, len(layers) - done, root=self.root)
+                with naming(self.name, layer, requests):
+                    part = self._part(model, layer, residual, keys.T)
+                draft.add(model.ffn[layer].value.weight_name, part)
+        return draft.delta
+
+    def _targets(self, model: EditableModel, requests: Sequence[EditRequest]) -> Tensor:
+        """Return z*, [B, D]."""
+        settings = TargetSettings(
+            layer=self.hparams.layers[-1],
+            site=self.site,
+            steps=self.hparams.steps,
+            learning_rate=self.hparams.learning_rate,
+            kl_factor=self.hparams.kl_factor,
+            weight_decay=self.hparams.weight_decay,
+            clamp_factor=self.hparams.clamp_factor,
+            micro_batch=self.hparams.micro_batch,
+        )
+        targets = optimise_targets(model, requests, self.contexts(model), settings, self.name)
+        self.steps += int(targets.steps.max())
+        return targets.values
+
+    def _current(self, model: EditableModel, requests: Sequence[EditRequest]) -> Tensor:
+        """Return what now stands where the targets do, [B, D]."""
+        return layer_outputs(model, requests, self.hparams.layers[-1], self.hparams.micro_batch)
+
+    def _part(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Part:
+        """Return the change of a layer's W2 for residuals [D, B] and keys [M, B]."""
+        return low_rank(model.ffn[layer].value, self._solve(model, layer, residual, keys))
+
+    def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
+        """Return Δ for residuals [D, B] and keys [M, B]."""
+        factor = self.factor(model, layer, self.hparams.moment_weight)
+        return memit_update(residual, keys, factor)

@@ -1,0 +1,69 @@
+"""The file of second moments: C = E[k kᵀ] of W2's input, one [M, M] float32 per layer."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kmebench.errors import EditError, KMEBenchError
+from kmebench.files import atomic_path
+
+_FORMAT = "kmebench.moments.v1"
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """Read access to a file of second moments; a layer is read when it is asked for."""
+
+    path: Path
+    tokens: int
+    layers: tuple[int, ...]
+    text: Mapping[str, Any]  # where the text came from
+
+    @classmethod
+    def open(cls, path: str | Path) -> "SecondMoments":
+        """Open a file of :func:`write_moments`.
+
+        Raises:
+            KMEBenchError: the file is no such file.
+        """
+        with safe_open(str(path), framework="pt") as stream:
+            metadata = stream.metadata() or {}
+        if _FORMAT not in metadata:
+            raise KMEBenchError(
+                f"{path} is not a file of format {_FORMAT}; delete it and run the workflow again."
+            )
+        facts = json.loads(metadata[_FORMAT])
+        return cls(Path(path), facts["tokens"], tuple(facts["layers"]), facts["text"])
+
+    def of(self, layer: int) -> Tensor:
+        """Return C of one layer, [M, M] float32, on the CPU.
+
+        Raises:
+            EditError: the file does not hold this layer.
+        """
+        if layer not in self.layers:
+            raise EditError(
+                f"{self.path} holds no second moment of layer {layer}, only of "
+                f"{', '.join(map(str, self.layers))}; edit one of these, or make the file again "
+                f"with layer {layer} among its layers."
+            )
+        with safe_open(str(self.path), framework="pt") as stream:
+            return stream.get_tensor(str(layer))
+
+
+def write_moments(
+    path: str | Path, moments: Mapping[int, Tensor], tokens: int, text: Mapping[str, Any]
+) -> None:
+    """Write second moments by layer, with the number of tokens and the source of the text."""
+    facts = {"tokens": tokens, "layers": sorted(moments), "text": dict(text)}
+    # One entry: safetensors writes several in an order that changes from file to file.
+    metadata = {_FORMAT: json.dumps(facts, sort_keys=True)}
+    tensors = {str(layer): moment.cpu().contiguous() for layer, moment in moments.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
