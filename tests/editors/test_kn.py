@@ -8,6 +8,7 @@ import torch
 from kmebench.editors.base import build_editor
 from kmebench.editors.contexts import contexts_from_state
 from kmebench.editors.kn import knowledge_neurons
+from kmebench.errors import ConfigError
 from kmebench.evaluation.predict import Settings
 from kmebench.experiments.session import Checkpoints, run_batches, run_consecutive
 from kmebench.tracing.attribution import attribute
@@ -48,11 +49,17 @@ def test_kept_neurons_are_those_of_a_literal_set_computation():
 
 
 def test_a_share_of_the_prompts_is_counted_without_rounding():
-    scores = torch.tensor([1.0] * 11 + [-1.0] * 9).reshape(20, 1, 1).repeat(1, 1, 2)
+    scores = torch.tensor([1.0] * 7 + [-1.0] * 18).reshape(25, 1, 1).repeat(1, 1, 2)
     scores[:, 0, 1] = 2.0
-    assert 0.55 * 20 > 11
-    assert knowledge_neurons(scores, 0.4, 0.55).tolist() == [[True, True]]
-    assert knowledge_neurons(scores, 0.4, 0.56).tolist() == [[False, True]]
+    assert 0.28 * 25 > 7
+    assert knowledge_neurons(scores, 0.4, 0.28).tolist() == [[True, True]]
+    assert knowledge_neurons(scores, 0.4, 0.29).tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("hparams", [{"steps": 1}, {"prompts": 0}])
+def test_one_point_of_an_integral_and_no_prompt_are_refused(hparams):
+    with pytest.raises(ConfigError, match=r"kn: steps \d and prompts \d are too few"):
+        kn(**hparams)
 
 
 def test_where_no_attribution_is_positive_no_neuron_is_kept():

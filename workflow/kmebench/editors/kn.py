@@ -28,6 +28,7 @@ from kmebench.editors.contexts import (
     prefixes,
     sample_contexts,
 )
+from kmebench.errors import ConfigError
 from kmebench.models.editable import EditableModel
 from kmebench.tracing.attribution import attribute
 from kmebench.weights.delta import Columns, Part, Rows, WeightDelta
@@ -57,6 +58,11 @@ class KN(Editor):
 
     def __init__(self, hparams, assets) -> None:
         super().__init__(hparams, assets)
+        if hparams.steps < 2 or hparams.prompts < 1:
+            raise ConfigError(
+                f"kn: steps {hparams.steps} and prompts {hparams.prompts} are too few; one point "
+                "is no integral (steps must be 2 or more), and prompts counts the bare one."
+            )
         self._contexts: Contexts | None = None
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
@@ -107,7 +113,7 @@ def knowledge_neurons(attributions: Tensor, threshold: float, share: float) -> T
     ``share`` of the n prompts. Where no attribution is positive there is none.
     """
     coarse = attributions > threshold * attributions.amax(dim=(1, 2), keepdim=True)
-    # In floating point 0.55 * 20 is a little above 11.
+    # In floating point 0.28 * 25 is a little above 7.
     return coarse.sum(dim=0) >= math.ceil(share * len(attributions) - 1e-9)
 
 
