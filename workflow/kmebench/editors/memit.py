@@ -17,9 +17,9 @@ from kmebench.editors.locate import LocateAndEdit, check_layers, low_rank, namin
 from kmebench.editors.target_rows import Site
 from kmebench.editors.targets import TargetSettings, optimise_targets
 from kmebench.editors.updates import Factors, memit_update, spread
+from kmebench.models.draft import drafted
 from kmebench.models.editable import EditableModel
 from kmebench.weights.delta import Part, WeightDelta
-from kmebench.weights.draft import drafted
 
 
 @dataclass(frozen=True)

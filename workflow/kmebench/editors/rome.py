@@ -14,9 +14,9 @@ from kmebench.editors.keys import Activations, subject_activations
 from kmebench.editors.locate import LocateAndEdit, check_layers, low_rank, naming
 from kmebench.editors.targets import TargetSettings, optimise_targets
 from kmebench.editors.updates import rome_update
+from kmebench.models.draft import drafted
 from kmebench.models.editable import EditableModel
 from kmebench.weights.delta import LowRank, WeightDelta
-from kmebench.weights.draft import drafted
 
 
 @dataclass(frozen=True)
