@@ -16,7 +16,7 @@ from tests.conftest import FAMILIES
 
 LAYERS = (0, 1)
 SHORT = {"steps": 3, "learning_rate": 0.2, "clamp_factor": 1.0}
-NAMES = ("rome", "r-rome", "memit", "pmet", "emmet", "alphaedit", "rect")
+NAMES = ("rome", "r-rome", "memit", "pmet", "emmet", "alphaedit", "prune", "rect")
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def solver(name, moments, earlier):
         earlier.setdefault(layer, []).append(keys)
         return torch.linalg.solve(left, projector @ keys @ residual.T).T
 
-    return {"pmet": memit}.get(name) or locals()[name]
+    return {"pmet": memit, "prune": memit}.get(name) or locals()[name]
 
 
 CHOICES = {
@@ -152,6 +152,7 @@ CHOICES = {
     "pmet": {"moment_weight": 20.0},
     "emmet": {"moment_weight": 20.0, "epsilon": 0.05},
     "rect": {"moment_weight": 20.0, "share": 0.4},
+    "prune": {"moment_weight": 20.0},
     "alphaedit": {"threshold": 0.8, "ridge": 0.5},
 }
 
@@ -197,6 +198,34 @@ def test_consecutive_edits_equal_the_literal_ones(name, make_model, requests, mo
     ):
         assert torch.equal(again.u, first.u)
         assert torch.equal(again.v, first.v)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prune_restrains_the_sum_of_all_edits_at_the_end(family, make_model, requests, moments):
+    """Edits are MEMIT's; then singular values of each total above W0's largest shrink."""
+    model, dense = make_model(family), make_model(family)
+    choices = {"layers": LAYERS, "clamp_factor": 9.0, "learning_rate": 5.0, "moment_weight": 0.1}
+    editor = editor_of("prune", moments, base=3.0, **choices)
+    plain = editor_of("memit", moments, **choices)
+    for request in requests:
+        model.apply(editor.edit(model, [request]))
+        dense.apply(plain.edit(dense, [request]))
+    last = editor.finish(model)
+    model.apply(last)
+    edited = {layer: dense_w2(dense, layer).clone() for layer in LAYERS}
+    dense.revert()
+    n_above = 0
+    for layer in LAYERS:
+        original = dense_w2(dense, layer)
+        left, sigma, right = torch.linalg.svd(edited[layer] - original, full_matrices=False)
+        largest = torch.linalg.svdvals(original)[0]
+        n_above += int((sigma > largest).sum())
+        shrunk = (sigma / largest).log() / math.log(3.0) + largest
+        sigma = torch.where(sigma > largest, shrunk, sigma)
+        torch.testing.assert_close(
+            dense_w2(model, layer), original + left @ sigma.diag() @ right, rtol=1e-8, atol=1e-9
+        )
+    assert n_above
 
 
 def test_alphaedits_memory_survives_a_round_trip(make_model, requests, moments):

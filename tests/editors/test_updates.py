@@ -14,7 +14,7 @@ from kmebench.editors.updates import (
     memit_update,
     moment_factor,
     null_space,
-    restrained,
+    restraint,
     rome_update,
     spread,
 )
@@ -115,15 +115,18 @@ def test_alphaedit_solves_its_equation_and_spares_the_preserved_directions(given
 
 def test_prune_restrains_singular_values_and_keeps_the_vectors():
     torch.manual_seed(0)
-    u, v = 3 * torch.randn(D, 4, dtype=torch.float64), torch.randn(4, M, dtype=torch.float64)
-    left, sigma, right = torch.linalg.svd(u @ v, full_matrices=False)
+    delta = 3 * torch.randn(D, 4, dtype=torch.float64) @ torch.randn(4, M, dtype=torch.float64)
+    left, sigma, right = torch.linalg.svd(delta, full_matrices=False)
     largest = float(sigma[1] * 0.9)  # two of four are above
     expected = [
         s if s <= largest else math.log(s, 1.2) - math.log(largest, 1.2) + largest
         for s in sigma.tolist()
     ]
-    new = restrained(Factors(u, v), largest, 1.2)
-    close(new.u @ new.v, left @ torch.diag(torch.tensor(expected, dtype=torch.float64)) @ right)
+    u, v = restraint(delta, largest, 1.2)
+    assert u.shape == (D, 2)
+    wanted = left @ torch.diag(torch.tensor(expected, dtype=torch.float64)) @ right
+    close(delta + u @ v, wanted)
+    assert restraint(delta, float(sigma[0] * 1.1), 1.2).u.shape == (D, 0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])

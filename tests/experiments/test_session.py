@@ -70,6 +70,45 @@ def test_every_batch_starts_from_the_original_model_and_from_no_memory(make_mode
     assert len(alone) == len(second)
 
 
+class Finishing(Counting):
+    """Adds a large change to a weight that no edit touches, at the end of a run."""
+
+    change = torch.linspace(-1, 1, 16 * 24).reshape(16, 24)
+
+    def finish(self, model):
+        return WeightDelta({model.ffn[1].value.weight_name: Dense(self.change)})
+
+
+def test_what_an_editor_adds_at_the_end_is_evaluated_and_taken_back_before_the_run_goes_on(
+    make_model, requests, tmp_path
+):
+    model = make_model("gptj", torch.float32)
+    name = model.ffn[1].value.weight_name
+    original = model.parameter(name).clone()
+    finished = consecutive(model, Finishing(), requests, tmp_path / "a")
+    plain = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "b")
+    differs = {
+        moment: comparable(frame).compare(
+            comparable(plain.predictions[plain.predictions["moment"] == moment])
+        )
+        for moment, frame in finished.predictions.groupby("moment")
+    }
+    assert differs["write"].empty  # after edits 2 and 3 too: what edit 1 ended with is gone
+    assert not differs["checkpoint"].empty
+    assert not differs["final"].empty
+    assert torch.equal(
+        finished.delta[name].dense(original.shape), original + Finishing.change - original
+    )
+    assert name not in plain.delta
+    assert "finish" in finished.times[-1]["seconds"]
+    assert torch.equal(model.parameter(name), original)
+
+    torch.manual_seed(0)
+    batches = run_batches(model, Finishing(), requests[:1], 1, SETTINGS)
+    first = finished.predictions[finished.predictions["moment"] == "checkpoint"]
+    assert batches.predictions["ids"].tolist() == first["ids"].tolist()
+
+
 def test_a_batch_is_evaluated_with_its_own_edits_only(trained, capital_requests):
     editor = build_editor("pac", PAC, {})
     both = run_batches(trained, editor, capital_requests[:4], 2, SETTINGS).predictions

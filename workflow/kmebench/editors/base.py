@@ -64,6 +64,13 @@ class Editor(ABC):
             EditError: a request cannot be edited; names editor and case_id.
         """
 
+    def finish(self, model: EditableModel) -> WeightDelta:
+        """Return what is still to be added when a run ends here (nothing, for most).
+
+        ``model`` carries all edits of the run; called before every evaluation of a run's end.
+        """
+        return WeightDelta({})
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return what the editor remembers between calls (nothing, for most)."""
         return {}

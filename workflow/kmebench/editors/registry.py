@@ -15,6 +15,7 @@ EDITORS: dict[str, str] = {
     "pmet": "kmebench.editors.pmet:PMET",
     "emmet": "kmebench.editors.emmet:EMMET",
     "alphaedit": "kmebench.editors.alphaedit:AlphaEdit",
+    "prune": "kmebench.editors.prune:PRUNE",
     "rect": "kmebench.editors.rect:RECT",
     "kn": "kmebench.editors.kn:KN",
     "lora": "kmebench.editors.lora:LoRA",

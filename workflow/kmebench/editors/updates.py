@@ -5,6 +5,7 @@ is still missing at the output. Every update of low rank is returned as factors 
 in float64, in which all solves are done. C is the second moment of keys.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -123,18 +124,19 @@ def spread(target: Tensor, current: Tensor, layers_left: int, *, root: bool = Fa
     return (target - current) / (layers_left**0.5 if root else layers_left)
 
 
-def restrained(delta: Factors, largest: float, base: float) -> Factors:
-    """Restrain the singular values of a total Δ (PRUNE, Ma et al. 2025).
+def restraint(delta: Tensor, largest: float, base: float) -> Factors:
+    """Return what takes a run's total Δ [D, M] to its restrained form (PRUNE, Ma et al. 2025).
 
-    σ above ``largest``, the largest singular value of W0, becomes
-    log_base(σ) − log_base(largest) + largest; singular vectors stay.
+    Singular values σ above ``largest``, the largest one of W0, become
+    log_base(σ) − log_base(largest) + largest; singular vectors stay. Δ' − Δ = U₊ (Σ'Σ⁻¹ − I) U₊ᵀ Δ,
+    with U₊ the left singular vectors of those σ: eigenvectors of Δ Δᵀ.
     """
-    q_u, r_u = torch.linalg.qr(delta.u.double())
-    q_v, r_v = torch.linalg.qr(delta.v.double().T)
-    left, sigma, right = torch.linalg.svd(r_u @ r_v.T)
-    above = torch.log(sigma.clamp(min=largest) / largest) / torch.log(sigma.new_tensor(base))
-    sigma = torch.where(sigma > largest, above + largest, sigma)
-    return Factors(q_u @ (left * sigma), right @ q_v.T)
+    delta = delta.double()
+    squares, vectors = torch.linalg.eigh(delta @ delta.T)
+    above = squares > largest**2
+    sigma, left = squares[above].sqrt(), vectors[:, above]
+    wanted = torch.log(sigma / largest) / math.log(base) + largest
+    return Factors(left * (wanted / sigma - 1.0), left.T @ delta)
 
 
 def largest_relative(delta: Tensor, weight: Tensor, share: float) -> Tensor:

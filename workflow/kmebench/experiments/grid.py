@@ -36,6 +36,7 @@ MOMENT_LAYERS: dict[str, tuple[int, ...]] = {
     "pmet": (4, 5, 6, 7, 8),
     "emmet": (5,),
     "alphaedit": (4, 5, 6, 7, 8),
+    "prune": (4, 5, 6, 7, 8),
     "rect": (4, 5, 6, 7, 8),
 }
 

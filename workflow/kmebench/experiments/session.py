@@ -13,6 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,12 @@ def run_batches(
     for number, start in enumerate(track(starts, "batches edited", len(starts))):
         batch = requests[start : start + batch_size]
         _edit(model, editor, batch, outcome)
-        frames.append(
-            _predictions(model, batch, start, settings, "final", len(batch), number, decode=True)
-        )
+        with _finished(model, editor, outcome):
+            frames.append(
+                _predictions(
+                    model, batch, start, settings, "final", len(batch), number, decode=True
+                )
+            )
         model.revert()
         # An independent run starts without memory of the batch before.
         editor.load_state_dict({})
@@ -89,12 +93,16 @@ def run_consecutive(
         frames.append(_predictions(model, [request], done, settings, "write", done + 1))
         done += 1
         if done in milestones(len(requests)):
-            frames.append(_predictions(model, requests[:done], 0, settings, "checkpoint", done))
+            with _finished(model, editor):
+                frames.append(_predictions(model, requests[:done], 0, settings, "checkpoint", done))
         if done % checkpoints.every == 0 and done < len(requests):
             checkpoints.save(model, editor, done, frames, outcome)
-    frames.append(_predictions(model, requests, 0, settings, "final", len(requests), decode=True))
+    with _finished(model, editor, outcome):
+        frames.append(
+            _predictions(model, requests, 0, settings, "final", len(requests), decode=True)
+        )
+        outcome.delta = model.edits.total()
     outcome.predictions = pd.concat(frames, ignore_index=True)
-    outcome.delta = model.edits.total()
     return outcome
 
 
@@ -104,10 +112,11 @@ def run_breadth_first(
     """Edit all requests in one call, without rollback."""
     outcome = Outcome(pd.DataFrame())
     _edit(model, editor, requests, outcome)
-    outcome.predictions = _predictions(
-        model, requests, 0, settings, "final", len(requests), decode=True
-    )
-    outcome.delta = model.edits.total()
+    with _finished(model, editor, outcome):
+        outcome.predictions = _predictions(
+            model, requests, 0, settings, "final", len(requests), decode=True
+        )
+        outcome.delta = model.edits.total()
     return outcome
 
 
@@ -144,6 +153,30 @@ def _edit(
         {"requests": len(batch), "steps": editor.steps, "seconds": editor.stopwatch.seconds}
     )
     outcome.norms.append(delta.norms())
+
+
+@contextmanager
+def _finished(
+    model: EditableModel, editor: Editor, outcome: Outcome | None = None
+) -> Iterator[None]:
+    """Carry what the editor adds at the end of a run while the block runs.
+
+    With ``outcome`` the run does end, and the time is noted in the last call of the editor.
+    """
+    stopwatch = Stopwatch()
+    with stopwatch("finish"):
+        last = editor.finish(model)
+    if not last:
+        yield
+        return
+    before = {name: masters.clone() for name, masters in model.edits.state().items()}
+    with stopwatch("finish"):
+        model.apply(last)
+    if outcome is not None:
+        outcome.times[-1]["seconds"] |= stopwatch.seconds
+    yield
+    model.revert()  # the end may touch weights that no edit did
+    model.edits.load_state(before)
 
 
 def _predictions(

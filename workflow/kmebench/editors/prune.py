@@ -1,0 +1,43 @@
+"""PRUNE (Ma et al. 2025, "Perturbation-restrained sequential model editing").
+
+MEMIT, and at the end of a run the singular values of each weight's total change are restrained
+where they exceed the largest one of the original weight.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kmebench.editors.locate import low_rank
+from kmebench.editors.memit import MEMIT, MEMITHparams
+from kmebench.editors.updates import restraint
+from kmebench.models.editable import EditableModel
+from kmebench.weights.delta import WeightDelta
+
+
+@dataclass(frozen=True)
+class PRUNEHparams(MEMITHparams):
+    """Hyper-parameters of PRUNE."""
+
+    base: float = 1.2  # of the logarithm that replaces large singular values
+
+
+class PRUNE(MEMIT):
+    """MEMIT with a restrained sum."""
+
+    Hparams = PRUNEHparams
+    name = "prune"
+
+    def finish(self, model: EditableModel) -> WeightDelta:
+        """Return what restrains the sum of all edits; see :meth:`Editor.finish`."""
+        total = model.edits.total()
+        parts = {}
+        for layer in self.hparams.layers:
+            value = model.ffn[layer].value
+            original = model.edits.original(value.weight_name).double()
+            largest = float(torch.linalg.matrix_norm(original, ord=2))
+            delta = total[value.weight_name].dense(original.shape)
+            delta = delta if value.axis == 1 else delta.T  # [D, M]
+            factors = restraint(delta, largest, self.hparams.base)
+            parts[value.weight_name] = low_rank(value, factors)
+        return WeightDelta(parts)
