@@ -92,6 +92,11 @@ def edit_inputs(mode):
             )
         if grid.needs_moments(config, run):
             needed["moments"] = f"<results>/moments/{run.model}.safetensors"
+        target = grid.target_of(config, run)
+        if target:
+            needed["targets"] = (
+                f"<results>/targets/{run.model}/{run.dataset}/{target}.safetensors"
+            )
         return needed
 
     return inputs

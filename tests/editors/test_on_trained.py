@@ -5,7 +5,7 @@ import pytest
 from kmebench.editors.base import build_editor
 from kmebench.editors.registry import EDITORS
 from kmebench.evaluation.predict import Settings, predict, prompts_of
-from kmebench.experiments.grid import MOMENT_LAYERS
+from kmebench.experiments.grid import LOCATE_AND_EDIT
 
 HPARAMS = {
     "pac": {"trace_on": "current", "learning_rate": 1e-3},
@@ -23,7 +23,7 @@ def answer(model, request):
 # KN moves a fixed step towards the new answer, reached or not: tests/editors/test_kn.py. Those that
 # write at the subject's last token cannot reach this model's answers, which are read from the
 # subject in its first layer already: tests/editors/test_locate_and_edit.py.
-@pytest.mark.parametrize("name", [n for n in EDITORS if n != "kn" and n not in MOMENT_LAYERS])
+@pytest.mark.parametrize("name", [n for n in EDITORS if n != "kn" and n not in LOCATE_AND_EDIT])
 @pytest.mark.parametrize("together", [1, 3])
 def test_the_edited_model_says_the_new_answer_and_the_reverted_one_the_old(
     name, together, trained, capital_requests

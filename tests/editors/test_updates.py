@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from kmebench.editors.updates import (
-    Factors,
     alphaedit_update,
     emmet_update,
     largest_relative,

@@ -212,10 +212,38 @@ def test_every_key_of_the_schema_is_described():
         assert spec.get("additionalProperties", False) is not True
 
 
-def test_layers_of_the_moments_are_the_editors_defaults():
-    for name, layers in grid.MOMENT_LAYERS.items():
-        hparams = build_editor(name, {}, {}).hparams
-        assert layers == (hparams.layers if hasattr(hparams, "layers") else (hparams.layer,))
+def test_the_grid_knows_the_defaults_of_locate_and_edit():
+    for name, defaults in grid.LOCATE_AND_EDIT.items():
+        hparams = vars(build_editor(name, {}, {}).hparams)
+        assert defaults == {key: hparams[key] for key in defaults}
+        assert ("layers" in defaults) == hasattr(build_editor(name, {}, {}), "site")
+
+
+def test_batches_share_targets_where_layer_and_loss_agree():
+    methods = {name: {} for name in grid.LOCATE_AND_EDIT} | {"pac": {}}
+    config = {"methods": methods, "models": {"m": {"hparams": {"rect": {"learning_rate": 0.1}}}}}
+
+    def target(method, mode="batch", variant="default"):
+        return grid.target_of(config, grid.Run("m", "d", mode, method, variant, 0))
+
+    memit = target("memit")
+    assert memit == (
+        "site=layer,layer=8,steps=25,learning_rate=0.5,kl_factor=0.0625,weight_decay=0.001,"
+        "clamp_factor=4.0"
+    )
+    assert grid.parse_variant(memit)["layer"] == 8
+    assert target("alphaedit") == target("prune") == target("memit", variant="base=2") == memit
+    others = {
+        memit,
+        target("pmet"),
+        target("emmet"),
+        target("rect"),
+        target("memit", variant="steps=3"),
+    }
+    assert len(others) == 5
+    assert grid.parse_variant(target("pmet"))["site"] == build_editor("pmet", {}, {}).site
+    assert not any(target(m, mode) for m in methods for mode in ("consecutive", "breadth_first"))
+    assert not any(map(target, ("rome", "r-rome", "pac")))
 
 
 def test_a_models_moments_cover_every_configured_method():

@@ -99,3 +99,29 @@ rule second_moments:
         "Second moments of {wildcards.model}"
     script:
         "../scripts/second_moments.py"
+
+
+rule optimise_targets:
+    "Optimise what MEMIT's family wants the last edited layer to say, for every request."
+    input:
+        model="<results>/models/{model}",
+        requests="<results>/data/{dataset}.jsonl",
+        code=code("optimise_targets"),
+    output:
+        targets="<results>/targets/{model}/{dataset}/{target}.safetensors",
+    log:
+        "<logs>/optimise_targets/{model}.{dataset}.{target}.log",
+    wildcard_constraints:
+        target=r"site=[\w+]+,layer=\d+,[^/]+",
+    conda:
+        "../../envs/edit.yaml"
+    threads: config["threads"]
+    resources:
+        gpu=gpus,
+    params:
+        load=lambda w: load_params(w.model),
+        settings=lambda w: grid.parse_variant(w.target),
+    message:
+        "Targets of {wildcards.dataset} for {wildcards.model} ({wildcards.target})"
+    script:
+        "../scripts/optimise_targets.py"

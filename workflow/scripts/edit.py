@@ -15,7 +15,7 @@ with script_log(snakemake):
         lambda: EditableModel.load(snakemake.input.model, **settings["load"]),
         read_requests(snakemake.input.requests),
         settings,
-        assets={k: v for k, v in snakemake.input.items() if k in ("paths", "moments")},
+        assets={k: v for k, v in snakemake.input.items() if k in ("paths", "moments", "targets")},
         original=snakemake.input.original,
         code=snakemake.input.code,
         output=dict(snakemake.output.items()),

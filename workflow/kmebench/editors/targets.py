@@ -23,6 +23,7 @@ from kmebench.editors.contexts import Contexts, prefixes
 from kmebench.editors.keys import module_outputs
 from kmebench.editors.target_rows import Site, TargetRows
 from kmebench.errors import EditError
+from kmebench.logs import track
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import SubjectText, length_sorted_chunks
 
@@ -83,7 +84,8 @@ def optimise_targets(
     losses = start.new_full((settings.steps, len(requests)), torch.nan)
     steps = torch.zeros(len(requests), dtype=torch.long)
     widths = [max(len(e.ids) - e.subject_last for e in group) for group in encoded]
-    for chunk in length_sorted_chunks(widths, settings.micro_batch):
+    chunks = list(length_sorted_chunks(widths, settings.micro_batch))
+    for chunk in track(chunks, "batches of targets", len(chunks)) if len(chunks) > 1 else chunks:
         rows = TargetRows.of(model, [encoded[i] for i in chunk], settings.layer, settings.site)
         run = _Run(settings, start[:, chunk], [requests[i] for i in chunk], editor)
         losses[:, chunk] = run.optimise(rows)

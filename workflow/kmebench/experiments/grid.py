@@ -28,16 +28,25 @@ PATH_SETTINGS: dict[str, Any] = {
     "negatives": 1,
 }
 
-#: Editors that read second moments, with the layers that they edit unless the config says others.
-MOMENT_LAYERS: dict[str, tuple[int, ...]] = {
-    "rome": (5,),
-    "r-rome": (5,),
-    "memit": (4, 5, 6, 7, 8),
-    "pmet": (4, 5, 6, 7, 8),
-    "emmet": (5,),
-    "alphaedit": (4, 5, 6, 7, 8),
-    "prune": (4, 5, 6, 7, 8),
-    "rect": (4, 5, 6, 7, 8),
+_MEMIT: dict[str, Any] = {
+    "layers": (4, 5, 6, 7, 8),
+    "steps": 25,
+    "learning_rate": 0.5,
+    "kl_factor": 0.0625,
+    "weight_decay": 1e-3,
+    "clamp_factor": 4.0,
+}
+#: Editors that read second moments, with the defaults of what decides which: the layers that they
+#: edit and, for MEMIT's family, the loss that makes its targets.
+LOCATE_AND_EDIT: dict[str, dict[str, Any]] = {
+    "rome": {"layer": 5},
+    "r-rome": {"layer": 5},
+    "memit": _MEMIT,
+    "pmet": _MEMIT | {"steps": 20, "weight_decay": 0.5, "clamp_factor": 1.0},
+    "emmet": _MEMIT | {"layers": (5,)},
+    "alphaedit": _MEMIT,
+    "prune": _MEMIT,
+    "rect": _MEMIT,
 }
 
 
@@ -236,7 +245,7 @@ def needs_paths(config: Mapping[str, Any], run: Run) -> bool:
 
 def needs_moments(config: Mapping[str, Any], run: Run) -> bool:
     """Whether a run reads second moments."""
-    return editor_of(config, run.method) in MOMENT_LAYERS and hparams_of(config, run).get(
+    return editor_of(config, run.method) in LOCATE_AND_EDIT and hparams_of(config, run).get(
         "second_moment", True
     )
 
@@ -246,11 +255,26 @@ def moment_layers(config: Mapping[str, Any], model: str) -> list[int]:
     layers: set[int] = set()
     for method in config["methods"]:
         editor = editor_of(config, method)
-        if editor in MOMENT_LAYERS:
-            hparams = base_hparams(config, model, method)
-            given = hparams.get("layers", [hparams["layer"]] if "layer" in hparams else None)
-            layers |= set(MOMENT_LAYERS[editor] if given is None else given)
+        if editor in LOCATE_AND_EDIT:
+            hparams = LOCATE_AND_EDIT[editor] | base_hparams(config, model, method)
+            layers |= {hparams["layer"]} if "layer" in hparams else set(hparams["layers"])
     return sorted(layers)
+
+
+def target_of(config: Mapping[str, Any], run: Run) -> str | None:
+    """Name the target file of a run, e.g. ``site=layer,layer=8,steps=25,learning_rate=0.5,...``.
+
+    None for runs that optimise their targets themselves: on a model with earlier edits they are
+    others, so only batch mode, which edits the original model, shares them. The name can be read
+    by :func:`parse_variant`.
+    """
+    editor = editor_of(config, run.method)
+    if run.mode != "batch" or "steps" not in LOCATE_AND_EDIT.get(editor, {}):
+        return None
+    hparams = LOCATE_AND_EDIT[editor] | hparams_of(config, run)
+    site = "attention+value" if editor == "pmet" else "layer"
+    settings = {key: hparams[key] for key in _MEMIT if key != "layers"}
+    return _spell({"site": site, "layer": hparams["layers"][-1]} | settings)
 
 
 def selection_of(config: Mapping[str, Any], run: Run) -> str:

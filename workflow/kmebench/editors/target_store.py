@@ -1,0 +1,84 @@
+"""Targets as a cached stage: z* of every request on the unedited model, shared by MEMIT's family.
+
+In batch mode every batch is edited from the original model, and the targets of its requests do not
+depend on each other. So they are optimised once for all editors and batch sizes with the same layer
+and loss.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.contexts import MEMIT_LENGTHS, sample_contexts
+from kmebench.editors.targets import TargetSettings, optimise_targets
+from kmebench.errors import KMEBenchError
+from kmebench.files import atomic_path
+from kmebench.models.editable import EditableModel
+
+_FORMAT = "kmebench.targets.v1"
+
+
+def cache_targets(
+    path: str | Path,
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    settings: Mapping[str, Any],
+) -> None:
+    """Optimise the targets of all requests together and write them.
+
+    ``settings``: fields of :class:`TargetSettings`.
+
+    Raises:
+        EditError: a target becomes NaN or infinite.
+    """
+    start = time.perf_counter()
+    contexts = sample_contexts(model, MEMIT_LENGTHS, seed=0)
+    targets = optimise_targets(model, requests, contexts, TargetSettings(**settings), "targets")
+    seconds = (time.perf_counter() - start) / len(requests)
+    facts = {"case_ids": [r.case_id for r in requests], "seconds_per_request": seconds}
+    tensors = {"values": targets.values.cpu(), "steps": targets.steps}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={_FORMAT: json.dumps(facts)})
+
+
+@dataclass(frozen=True)
+class StoredTargets:
+    """The targets of some requests, in the order asked for."""
+
+    values: Tensor  # [B, D] float32
+    steps: Tensor  # [B]
+    seconds: float  # spent on all B
+
+
+def stored_targets(path: str | Path, case_ids: Sequence[str]) -> StoredTargets:
+    """Read the targets of ``case_ids``.
+
+    Raises:
+        KMEBenchError: the file is no target file, or a request is not in it.
+    """
+    with safe_open(str(path), framework="pt") as stream:
+        metadata = stream.metadata() or {}
+        if _FORMAT not in metadata:
+            raise KMEBenchError(
+                f"{path} is not a file of format {_FORMAT}; delete it and run the workflow again."
+            )
+        facts = json.loads(metadata[_FORMAT])
+        rows = {case_id: row for row, case_id in enumerate(facts["case_ids"])}
+        missing = [case_id for case_id in case_ids if case_id not in rows]
+        if missing:
+            raise KMEBenchError(
+                f"{path} holds no target for request {missing[0]!r}; it was made from other data: "
+                "delete it and run the workflow again."
+            )
+        chosen = torch.tensor([rows[case_id] for case_id in case_ids])
+        values, steps = stream.get_tensor("values")[chosen], stream.get_tensor("steps")[chosen]
+    return StoredTargets(values, steps, facts["seconds_per_request"] * len(case_ids))

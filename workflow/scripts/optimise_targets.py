@@ -1,0 +1,18 @@
+"""Targets of MEMIT's family for all requests on the unedited model (kmebench.editors.targets)."""
+
+import torch
+
+from kmebench.data.records import read_requests
+from kmebench.editors.target_store import cache_targets
+from kmebench.logs import script_log
+from kmebench.models.editable import EditableModel, seed_everything
+
+with script_log(snakemake):
+    torch.set_num_threads(snakemake.threads)
+    seed_everything(0)
+    cache_targets(
+        snakemake.output.targets,
+        EditableModel.load(snakemake.input.model, **snakemake.params.load),
+        read_requests(snakemake.input.requests),
+        snakemake.params.settings,
+    )
