@@ -114,6 +114,7 @@ def edit_params(mode):
             "seed": run.seed,
             "batch_size": config["batch_size"],
             "checkpoint_every": config["checkpoint_every"],
+            "on_failed_edit": config["on_failed_edit"],
             "load": load_params(run.model),
             "evaluation": config["evaluation"],
         }

@@ -46,7 +46,7 @@ def files(tmp_path):
         row |= {"case_id": "0", "position": 0, "kind": kind, "prompt": "p", "target": "t"}
         row |= {"target_ids": [1, 2], "ids": [1, 4]}
     write_frame(pd.DataFrame(rows), ORIGINAL, tmp_path / "original.parquet")
-    spent = {"seconds_per_edit": 1.5, "steps_per_call": 3.0}
+    spent = {"seconds_per_edit": 1.5, "steps_per_call": 3.0, "failed_edits": 0}
     (tmp_path / "timing.json").write_text(json.dumps(spent))
     return tmp_path
 

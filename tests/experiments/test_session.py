@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kmebench.editors.base import Editor, build_editor
-from kmebench.errors import EditError
+from kmebench.errors import EditError, ModelError
 from kmebench.evaluation.predict import Settings
 from kmebench.experiments.session import (
     Checkpoints,
@@ -68,6 +68,45 @@ def test_every_batch_starts_from_the_original_model_and_from_no_memory(make_mode
     assert second["moment"].unique().tolist() == ["final"]
     assert second["position"].unique().tolist() == [2]
     assert len(alone) == len(second)
+
+
+class Unable(Counting):
+    """Cannot edit Japan."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def edit(self, model, requests):
+        delta = super().edit(model, requests)
+        if requests[0].subject != "Japan":
+            return delta
+        if self.how == "nan":
+            return WeightDelta({k: Dense(v.values * torch.nan) for k, v in delta.items()})
+        raise self.how("the solve is singular")
+
+
+@pytest.mark.parametrize("how", [EditError, ModelError, "nan"])
+def test_an_edit_that_cannot_be_made_stops_the_run_or_is_left_out(
+    how, make_model, requests, tmp_path
+):
+    with pytest.raises(EditError, match="singular" if how is EditError else "request 'b'"):
+        consecutive(make_model("gptj", torch.float32), Unable(how), requests, tmp_path / "a")
+
+    model, editor = make_model("gptj", torch.float32), Unable(how)
+    torch.manual_seed(0)
+    saved = checkpoints(tmp_path / "b")
+    outcome = run_consecutive(model, editor, requests, SETTINGS, saved, skip_failed=True)
+    assert [f["case_ids"] for f in outcome.failed] == [["b"]]
+    assert editor.calls == 2  # its memory is as if it had not been asked
+    assert [bool(norms) for norms in outcome.norms] == [True, False, True]
+    final = outcome.predictions[outcome.predictions["moment"] == "final"]
+    assert final["position"].unique().tolist() == [0, 1, 2]
+    assert saved.restore(make_model("gptj", torch.float32), Unable(how))[2].failed == outcome.failed
+
+    batches = run_batches(model, Unable(how), requests, 1, SETTINGS, skip_failed=True)
+    assert [f["case_ids"] for f in batches.failed] == [["b"]]
+    assert batches.predictions["position"].unique().tolist() == [0, 1, 2]
 
 
 class Finishing(Counting):

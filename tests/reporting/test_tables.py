@@ -41,6 +41,7 @@ def metric(method, name, value, *, model="gpt-j", dataset="zsre", moment="final"
         "high": value + 0.1,
         "n": 20,
         "seconds_per_edit": 1.25,
+        "failed_edits": 0,
     }
     return row | other
 
@@ -100,6 +101,15 @@ def test_markdown_shows_interval_paper_best_and_write():
     assert "| 100.0 | 1.25   |" in markdown
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines[:8]}) == 1  # aligned
+
+
+def test_failed_edits_are_counted_in_the_caption():
+    assert "failed" not in to_markdown(TABLE, LAYOUT)
+    failed = METRICS.assign(failed_edits=(METRICS["method"] == "pac") * 3)
+    table = wide_table(failed, PAPER, LAYOUT)
+    for text in (to_markdown(table, LAYOUT), to_latex(table, LAYOUT)):
+        assert "Edits that failed: GPT-J " in text
+        assert "PAC, ZsRE: 3." in text
 
 
 def test_the_variants_of_a_sweep_are_rows_without_the_papers_number():

@@ -72,7 +72,10 @@ class Editor(ABC):
         return WeightDelta({})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what the editor remembers between calls (nothing, for most)."""
+        """Return what the editor remembers between calls (nothing, for most).
+
+        Later edits replace these tensors; they never change them in place.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027

@@ -13,8 +13,8 @@ from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS, check_columns
 
 #: Columns that name a run.
 RUN = ["model", "dataset", "mode", "method", "variant", "seed"]
-#: What a run took, as its timing.json says.
-SPENT = ["seconds_per_edit", "steps_per_call"]
+#: What a run took, and how many of its edits could not be made, as its timing.json says.
+SPENT = ["seconds_per_edit", "steps_per_call", "failed_edits"]
 
 
 def read_predictions(path: str | Path, *, original: bool = False) -> pd.DataFrame:
@@ -55,8 +55,7 @@ def score_experiment(
     """Score every run and every unedited model of an experiment.
 
     Returns experiment, the columns of :data:`RUN`, protocol, moment, metric, value, low, high,
-    n, seconds_per_edit and steps_per_call (NaN for the unedited model, whose method is
-    ``original``).
+    n and the columns of :data:`SPENT` (NaN for the unedited model, whose method is ``original``).
     """
     parts = []
     mode = runs[0]["mode"]

@@ -53,7 +53,8 @@ def run_cell(
 ) -> None:
     """Edit, predict and write ``output`` (predictions, timing, run; delta unless in batches).
 
-    ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, evaluation.
+    ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, on_failed_edit,
+    evaluation.
     ``code`` names the source files the outcome depends on: a checkpoint made with others, or
     with other settings or requests, is not resumed.
     """
@@ -84,11 +85,12 @@ def _session(
     checkpoints: Checkpoints,
 ) -> Outcome:
     evaluation = Settings(**settings["evaluation"])
+    skip = {"skip_failed": settings["on_failed_edit"] == "skip"}
     if settings["mode"] == "batch":
-        return run_batches(model, editor, requests, settings["batch_size"], evaluation)
+        return run_batches(model, editor, requests, settings["batch_size"], evaluation, **skip)
     if settings["mode"] == "breadth_first":
-        return run_breadth_first(model, editor, requests, evaluation)
-    return run_consecutive(model, editor, requests, evaluation, checkpoints)
+        return run_breadth_first(model, editor, requests, evaluation, **skip)
+    return run_consecutive(model, editor, requests, evaluation, checkpoints, **skip)
 
 
 def timing(
@@ -107,6 +109,8 @@ def timing(
         "median_seconds_per_edit": float(pd.Series(per_edit).median()),
         "seconds": seconds,
         "steps_per_call": sum(call["steps"] for call in outcome.times) / len(outcome.times),
+        "failed_edits": sum(len(failure["case_ids"]) for failure in outcome.failed),
+        "failures": outcome.failed,
         "model_load_seconds": load_seconds,
         "peak_memory_bytes": peak_memory(),
         "threads": torch.get_num_threads(),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor, Stopwatch
-from kmebench.errors import EditError, KMEBenchError
+from kmebench.errors import EditError, KMEBenchError, ModelError
 from kmebench.evaluation.frames import predicted_frame
 from kmebench.evaluation.predict import Settings, prompts_of
 from kmebench.files import write_json
@@ -43,12 +43,14 @@ class Outcome:
     ``predictions``: one row per prompt and moment, "after" columns only. ``times``: one entry
     per call of the editor: requests, seconds by name, steps. ``delta``: everything that was
     changed (None for batches, which are rolled back). ``norms``: Frobenius
-    norm of every touched parameter, for each call of the editor.
+    norm of every touched parameter, for each call of the editor. ``failed``: case_ids and error of
+    each call that was skipped; its requests are asked of the model without it.
     """
 
     predictions: pd.DataFrame
     times: list[dict[str, Any]] = field(default_factory=list)
     norms: list[dict[str, float]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
     delta: WeightDelta | None = None
 
 
@@ -58,13 +60,15 @@ def run_batches(
     requests: Sequence[EditRequest],
     batch_size: int,
     settings: Settings,
+    *,
+    skip_failed: bool = False,
 ) -> Outcome:
     """Edit batch after batch, each from the original model."""
     frames, outcome = [], Outcome(pd.DataFrame())
     starts = range(0, len(requests), batch_size)
     for number, start in enumerate(track(starts, "batches edited", len(starts))):
         batch = requests[start : start + batch_size]
-        _edit(model, editor, batch, outcome)
+        _edit(model, editor, batch, outcome, skip_failed)
         with _finished(model, editor, outcome):
             frames.append(
                 _predictions(
@@ -84,12 +88,14 @@ def run_consecutive(
     requests: Sequence[EditRequest],
     settings: Settings,
     checkpoints: "Checkpoints",
+    *,
+    skip_failed: bool = False,
 ) -> Outcome:
     """Edit one request after another, resuming from the newest checkpoint."""
     done, frames, outcome = checkpoints.restore(model, editor)
     remaining = requests[done:]
     for request in track(remaining, "requests edited", len(remaining)):
-        _edit(model, editor, [request], outcome)
+        _edit(model, editor, [request], outcome, skip_failed)
         frames.append(_predictions(model, [request], done, settings, "write", done + 1))
         done += 1
         if done in milestones(len(requests)):
@@ -107,11 +113,16 @@ def run_consecutive(
 
 
 def run_breadth_first(
-    model: EditableModel, editor: Editor, requests: Sequence[EditRequest], settings: Settings
+    model: EditableModel,
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    settings: Settings,
+    *,
+    skip_failed: bool = False,
 ) -> Outcome:
     """Edit all requests in one call, without rollback."""
     outcome = Outcome(pd.DataFrame())
-    _edit(model, editor, requests, outcome)
+    _edit(model, editor, requests, outcome, skip_failed)
     with _finished(model, editor, outcome):
         outcome.predictions = _predictions(
             model, requests, 0, settings, "final", len(requests), decode=True
@@ -131,28 +142,49 @@ def milestones(n: int) -> set[int]:
 
 
 def _edit(
-    model: EditableModel, editor: Editor, batch: Sequence[EditRequest], outcome: Outcome
+    model: EditableModel,
+    editor: Editor,
+    batch: Sequence[EditRequest],
+    outcome: Outcome,
+    skip_failed: bool,
 ) -> None:
-    """Edit, apply, and note how long it took."""
+    """Edit, apply, and note how long it took; a failed edit changes neither model nor editor."""
     editor.stopwatch, editor.steps = Stopwatch(), 0
+    memory = editor.state_dict()
     try:
-        delta = editor.edit(model, batch)
-    except torch.OutOfMemoryError as error:
-        raise EditError(
-            f"Out of memory while editing request {batch[0].case_id!r} (batch of {len(batch)}): "
-            "lower micro_batch or batch_size, or choose a smaller dtype."
-        ) from error
-    if not delta.is_finite():
-        raise EditError(
-            f"The edit of request {batch[0].case_id!r} (batch of {len(batch)}) holds NaN or "
-            "infinite values; lower the learning rate."
-        )
+        delta = _checked_delta(model, editor, batch)
+    except EditError as error:
+        if not skip_failed:
+            raise
+        logger.warning("skipped: %s", error)
+        editor.load_state_dict(memory)
+        outcome.failed.append({"case_ids": [r.case_id for r in batch], "error": str(error)})
+        delta = WeightDelta({})
     with editor.stopwatch("apply"):
         model.apply(delta)
     outcome.times.append(
         {"requests": len(batch), "steps": editor.steps, "seconds": editor.stopwatch.seconds}
     )
     outcome.norms.append(delta.norms())
+
+
+def _checked_delta(
+    model: EditableModel, editor: Editor, batch: Sequence[EditRequest]
+) -> WeightDelta:
+    """Call the editor; every failure of an edit names its requests."""
+    who = f"request {batch[0].case_id!r} (batch of {len(batch)})"
+    try:
+        delta = editor.edit(model, batch)
+    except torch.OutOfMemoryError as error:
+        raise EditError(
+            f"Out of memory while editing {who}: lower micro_batch or batch_size, or choose a "
+            "smaller dtype."
+        ) from error
+    except ModelError as error:  # a text that the model cannot be given
+        raise EditError(f"Cannot edit {who}: {error}") from error
+    if not delta.is_finite():
+        raise EditError(f"The edit of {who} holds NaN or infinite values; lower the learning rate.")
+    return delta
 
 
 @contextmanager
@@ -224,7 +256,8 @@ class Checkpoints:
         save_file(_packed(editor.state_dict()), partial / "editor.safetensors")
         save_file({"torch": torch.get_rng_state()}, partial / "random.safetensors")
         pd.concat(frames, ignore_index=True).to_parquet(partial / "predictions.parquet")
-        record = {"times": outcome.times, "norms": outcome.norms, "identity": self.identity}
+        kept = {"times": outcome.times, "norms": outcome.norms, "failed": outcome.failed}
+        record = kept | {"identity": self.identity}
         write_json(partial / "record.json", record)
         older = list(self._complete())
         partial.rename(target)
@@ -256,7 +289,11 @@ class Checkpoints:
                 "the run afresh."
             ) from error
         logger.info("resumed after %d edits", done)
-        return done, [frame], Outcome(pd.DataFrame(), record["times"], record["norms"])
+        return (
+            done,
+            [frame],
+            Outcome(pd.DataFrame(), record["times"], record["norms"], record["failed"]),
+        )
 
     def clear(self) -> None:
         """Remove all checkpoints (the run is complete)."""

@@ -37,8 +37,8 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
 
     Columns: for every metric of the paper its value, ``_low``, ``_high``, ``_paper`` and
     ``_difference`` (ours − paper); ``write_efficacy`` (consecutive: right after each edit);
-    n, seconds_per_edit, protocol, mode, variant, seed. Missing runs are rows of NaN. The paper's
-    numbers stand beside the variant ``default`` only.
+    n, seconds_per_edit, failed_edits, protocol, mode, variant, seed. Missing runs are rows of NaN.
+    The paper's numbers stand beside the variant ``default`` only.
     """
     chosen = metrics[(metrics["protocol"] == layout.protocol) & (metrics["mode"] == layout.mode)]
     if chosen.empty:
@@ -81,6 +81,7 @@ def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]
     row["write_efficacy"] = 100 * written.loc["efficacy", "value"] if has_write else float("nan")
     row["n"] = int(final["n"].max()) if len(final) else 0
     row["seconds_per_edit"] = final["seconds_per_edit"].max()
+    row["failed_edits"] = final["failed_edits"].max()
     return row
 
 
@@ -111,7 +112,18 @@ def caption(table: pd.DataFrame, layout: Layout) -> str:
         text += "; evaluated on the final model, Write: efficacy right after each edit"
     if table[[f"{m}_paper" for m in METRICS]].notna().any(axis=None):
         text += "; in brackets the paper's number"
-    return text + "."
+    return f"{text}.{_failures(table, layout)}"
+
+
+def _failures(table: pd.DataFrame, layout: Layout) -> str:
+    """Say which edits could not be made; their prompts were asked all the same."""
+    rows = table[table["failed_edits"] > 0]
+    counts = [
+        f"{layout.models[row['model']]['label']}, {layout.editors[row['editor']]['label']}, "
+        f"{layout.datasets[row['dataset']]['label']}: {int(row['failed_edits'])}"
+        for _, row in rows.iterrows()
+    ]
+    return f" Edits that failed: {'; '.join(counts)}." if counts else ""
 
 
 def _number(value: float, digits: int = 1) -> str:
