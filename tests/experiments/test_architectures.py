@@ -8,12 +8,15 @@ import torch
 from transformers import GPTJConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
+from kmebench.editors import registry
 from kmebench.evaluation.frames import original_frame, write_frame
 from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.schema import ORIGINAL
 from kmebench.evaluation.score import score_experiment
 from kmebench.experiments.run import run_cell
 from kmebench.models.editable import EditableModel
+from kmebench.moments.stage import second_moments
+from kmebench.moments.texts import TextSettings
 from kmebench.tracing.cache import GradientCache, cache_gradients, select_groups, write_paths
 from kmebench.weights.delta import WeightDelta
 
@@ -44,11 +47,26 @@ ARCHITECTURES = {
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     ),
 }
+BOTH_LAYERS = {"layers": [0, 1], "steps": 2}
 EDITORS = {
     "pac": {"steps": 3},
     "pac-released": {"epochs": 2, "paths": 3},
     "full-c": {"steps": 2, "learning_rate": 1e-3},
+    "rome": {"layer": 1, "steps": 2},
+    "r-rome": {"layer": 1, "steps": 2},
+    "memit": BOTH_LAYERS,
+    "pmet": BOTH_LAYERS,
+    "emmet": {"layers": [1], "steps": 2},
+    "alphaedit": BOTH_LAYERS | {"threshold": 1e-3},
+    "prune": BOTH_LAYERS,
+    "rect": BOTH_LAYERS,
+    "kn": {"steps": 2, "prompts": 2},
+    "lora": {"steps": 2},
 }
+
+
+def test_every_editor_is_among_them():
+    assert set(EDITORS) == set(registry.EDITORS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -72,9 +90,12 @@ def test_a_paper_architecture_passes_through_every_stage(
     cache = GradientCache.open(tmp_path / "gradients.safetensors")
     selection = {"score": "l2", "group": 1, "selection": "disjoint", "paths": 15, "negatives": 1}
     write_paths(tmp_path / "paths.safetensors", select_groups(cache, **selection), cache, selection)
+    text = TextSettings(tokens=2048, length=64, batch_size=32)
+    second_moments(tmp_path / "moments.safetensors", model, [0, 1], text)
     runs, files = [], []
     for editor, hparams in EDITORS.items():
-        for mode in ("batch", "consecutive", "breadth_first"):
+        every = ("batch", "consecutive", "breadth_first")
+        for mode in every if editor in ("pac", "pac-released", "full-c") else ("consecutive",):
             output = {
                 name: str(tmp_path / editor / mode / file)
                 for name, file in (
@@ -97,7 +118,9 @@ def test_a_paper_architecture_passes_through_every_stage(
                     "on_failed_edit": "error",
                     "evaluation": {"batch_size": 8, "wild_max_tokens": 4},
                 },
-                assets={"paths": str(tmp_path / "paths.safetensors")},
+                assets={
+                    name: str(tmp_path / f"{name}.safetensors") for name in ("paths", "moments")
+                },
                 original=str(tmp_path / "original.parquet"),
                 code=[__file__],
                 output=output,

@@ -18,12 +18,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
-    # mkstemp makes private files; results are shared like any file of the user.
     umask = os.umask(0)
     os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
     try:
         yield temporary
+        # mkstemp and safetensors make private files; results are shared like any of the user's.
+        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
