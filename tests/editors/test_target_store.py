@@ -56,3 +56,7 @@ def test_requests_that_are_not_there_and_other_files_are_refused(targets, tmp_pa
     write_moments(tmp_path / "other", {0: torch.eye(2)}, 1, {})
     with pytest.raises(KMEBenchError, match=r"other is not a file of format kmebench.targets.v1"):
         stored_targets(tmp_path / "other", ["a"])
+
+
+def test_the_file_can_be_read_by_others_like_any_result(targets):
+    assert targets.stat().st_mode & 0o044 == 0o044
