@@ -71,6 +71,12 @@ def openfacts_requests(count: int) -> list[EditRequest]:
     return found
 
 
+def said(model: EditableModel, requests: Sequence[EditRequest]) -> float:
+    """Share of target tokens that the model says, teacher-forced."""
+    batch = model.collate(model.encode([(r.filled_prompt, r.target_new) for r in requests]))
+    return float((model.answer_logits(batch).argmax(-1) == batch.labels).float().mean())
+
+
 def seconds(action: Callable[[], object], repeats: int, warm_up: int = 1) -> float:
     """Median wall time of ``action``."""
     times = []

@@ -3,7 +3,7 @@
 python benchmarks/pac_edit.py [--architecture llama3-8b --device cuda --dtype bfloat16]
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from common import (
@@ -12,13 +12,13 @@ from common import (
     parser,
     peak_memory,
     reset_peak,
+    said,
     seconds,
     table,
     weight_bytes,
 )
 from dense_released import DenseReleased
 
-from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
 from kmebench.editors.full_c import FullC, FullCHparams
 from kmebench.editors.pac import PAC, PACHparams
@@ -60,21 +60,13 @@ def counted_tokens(model: EditableModel) -> Iterator[list[int]]:
     handle.remove()
 
 
-def learnt(model: EditableModel, editor: Editor, requests: Sequence[EditRequest]) -> float:
-    """Share of target tokens that the edited model says, teacher-forced."""
-    model.apply(editor.edit(model, requests))
-    batch = model.collate(model.encode([(r.filled_prompt, r.target_new) for r in requests]))
-    share = (model.answer_logits(batch).argmax(-1) == batch.labels).float().mean()
-    model.revert()
-    return float(share)
-
-
 def measure(model: EditableModel, editor: Editor, size: int, repeats: int) -> tuple[str, ...]:
     """Everything of one row but the editor's name."""
     requests = openfacts_requests(size)
     editor.steps = 0
-    share = learnt(model, editor, requests)
-    steps = editor.steps
+    model.apply(editor.edit(model, requests))
+    share, steps = said(model, requests), editor.steps
+    model.revert()
     before = reset_peak(model)
     with counted_tokens(model) as sizes:
         spent = seconds(lambda: editor.edit(model, requests), repeats, warm_up=0)

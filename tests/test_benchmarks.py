@@ -2,9 +2,14 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from transformers import GPTJConfig, LlamaConfig
+
+from kmebench.editors.base import build_editor
+from kmebench.experiments.grid import LOCATE_AND_EDIT
 
 SMALL = {
     "llama": lambda: LlamaConfig(
@@ -30,7 +35,7 @@ def benchmark(monkeypatch):
         importlib.import_module(script).main()
 
     yield run
-    for name in ("common", "pac_step", "pac_edit", "dense_released"):
+    for name in ("common", "pac_step", "pac_edit", "dense_released", "editors"):
         sys.modules.pop(name, None)
 
 
@@ -49,3 +54,21 @@ def test_pac_edit_prints_a_row_for_every_editor_and_size(family, benchmark, caps
     named = [line.split("|")[1].strip() for line in table[2:]]
     editors = ["PAC", "PAC, released schedule", "PAC, released schedule, dense", "Full-C"]
     assert named == [editor for editor in editors for _ in range(2)]
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_editors_prints_a_row_for_every_configured_method(family, benchmark, capsys, tmp_path):
+    config = yaml.safe_load(Path("config.yaml").read_text())
+    for name, method in config["methods"].items():
+        editor = build_editor(method.get("editor", name), {}, {})
+        fields = vars(editor.hparams)
+        few = {"steps": 2, "epochs": 1, "layer": 1, "clamp_factor": 1.0}
+        hparams = {key: value for key, value in few.items() if key in fields}
+        hparams |= {"layers": [1]} if name in LOCATE_AND_EDIT and "layers" in fields else {}
+        method["hparams"] = method.get("hparams", {}) | hparams
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    arguments = ("--architecture", family, "--sizes", "1", "2")
+    benchmark("editors", *arguments, "--config", str(tmp_path / "config.yaml"))
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    named = [line.split("|")[1].strip() for line in table[2:]]
+    assert named == [method for method in config["methods"] for _ in range(2)]

@@ -1,0 +1,121 @@
+"""Seconds per edit and peak memory of every editor, with the model's configured hyper-parameters.
+
+python benchmarks/editors.py [--architecture llama3-8b --device cuda --dtype bfloat16]
+
+Second moments are read from the results of the workflow; a model of random weights has a made-up C.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    build,
+    openfacts_requests,
+    parser,
+    peak_memory,
+    reset_peak,
+    said,
+    seconds,
+    table,
+    weight_bytes,
+)
+
+from kmebench.editors.base import Editor, build_editor
+from kmebench.experiments.configuration import read_config
+from kmebench.experiments.grid import LOCATE_AND_EDIT, base_hparams, editor_of
+from kmebench.models.editable import EditableModel
+from kmebench.moments.store import write_moments
+
+HEADER = ["method", "requests", "steps", "learnt", "s/edit", "peak (GiB)", "peak / weights"]
+FORMATS = ("{:.0f}", "{:.0f}", "{:.0%}", "{:.2f}", "{:.2f}", "{:.2f}")
+
+
+def hparams_of(config: Mapping[str, Any], model: str, method: str) -> dict[str, Any]:
+    """What is configured; PAC traces in its own time here, instead of reading a cached stage."""
+    known = config if model in config["models"] else config | {"models": {model: {}}}
+    traced = {"trace_on": "current"} if editor_of(config, method) == "pac" else {}
+    return base_hparams(known, model, method) | traced
+
+
+def made_up_moments(path: Path, model: EditableModel, hparams: Sequence[Mapping]) -> None:
+    """Write a diagonal C, half of it unused, for every layer that an editor asks for."""
+    layers = {layer for h in hparams for layer in h.get("layers", [h.get("layer")])}
+    diagonal = torch.tensor([1.0, 1e-3]).repeat(model.ffn_width // 2)
+    write_moments(path, {layer: diagonal.diag() for layer in layers}, 0, {"source": "made up"})
+
+
+def measure(model: EditableModel, editor: Editor, size: int, repeats: int) -> list[str]:
+    """Everything of one row but the method's name.
+
+    A first edit, which is applied, makes what is made once in a run: contexts, factors of C.
+    """
+    first, *requests = openfacts_requests(1 + size * repeats)
+    model.apply(editor.edit(model, [first]))
+    batches = [requests[i * size : (i + 1) * size] for i in range(repeats)]
+    waiting = iter(batches)
+    editor.steps = 0
+    before = reset_peak(model)
+
+    def edit() -> None:
+        model.apply(editor.edit(model, next(waiting)))
+
+    spent = seconds(edit, repeats, warm_up=0)
+    # On a CPU, beyond the process as it was, with the weights.
+    peak = peak_memory(model) - before + weight_bytes(model)
+    share = said(model, batches[-1])
+    model.revert()
+    editor.load_state_dict({})
+    numbers = (
+        size,
+        editor.steps / repeats,
+        share,
+        spent / size,
+        peak / 2**30,
+        peak / weight_bytes(model),
+    )
+    return [f.format(x) for f, x in zip(FORMATS, numbers, strict=True)]
+
+
+def rows(arguments: argparse.Namespace, moments: Path) -> list[list[str]]:
+    model, config = build(arguments), read_config(arguments.config)
+    name = arguments.architecture or arguments.model.name
+    hparams = {
+        method: hparams_of(config, name, method)
+        for method in arguments.methods or config["methods"]
+    }
+    editors = {method: editor_of(config, method) for method in hparams}
+    if arguments.architecture:
+        known = [
+            LOCATE_AND_EDIT[e] | hparams[m] for m, e in editors.items() if e in LOCATE_AND_EDIT
+        ]
+        made_up_moments(moments, model, known)
+    found = []
+    for method, editor in editors.items():
+        built = build_editor(editor, hparams[method], {"moments": moments})
+        for size in arguments.sizes:
+            found.append([method, *measure(model, built, size, arguments.repeats)])
+            print(" ".join(found[-1]), flush=True)
+    return found
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--sizes", type=int, nargs="+", default=[1, 20])
+    options.add_argument("--config", type=Path, default=Path("config.yaml"))
+    options.add_argument("--methods", nargs="+", help="some of the rows (default: all)")
+    options.set_defaults(repeats=3)
+    arguments = options.parse_args()
+    if not arguments.architecture:
+        moments = Path(f"results/moments/{arguments.model.name}.safetensors")
+        print(table(HEADER, rows(arguments, moments)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(table(HEADER, rows(arguments, Path(folder, "moments.safetensors"))))
+
+
+if __name__ == "__main__":
+    main()
