@@ -18,7 +18,8 @@ def test_all_tables_are_there_and_printed(finished):
         for kind in ("csv", "md", "tex"):
             assert (finished.folder / f"results/tables/{table}.{kind}").stat().st_size
     table = pd.read_csv(finished.folder / "results/tables/table2.csv")
-    assert table.groupby("editor").size().to_dict() == {"full-c": 2, "original": 2, "pac": 2}
+    editors = ["lora", "original", "pac", "prune", "rome"]
+    assert table.groupby("editor").size().to_dict() == dict.fromkeys(editors, 2)
     assert table["n"].unique().tolist() == [4]
     assert table.loc[table["editor"] != "original", "score"].between(0, 100).all()
 
@@ -58,15 +59,32 @@ def edit(checkout, path):
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        # Full-C runs: 2 data sets in two pipelines, one breadth first; all tables follow.
+        # Full-C runs: 2 data sets in batches, one breadth first; both tables follow.
         (
             "editors/full_c.py",
+            {"edit_batch": 2, "edit_breadth_first": 1, "score": 2, "table": 2},
+        ),
+        # MEMIT and PMET in batches, PRUNE consecutively.
+        ("editors/memit.py", {"edit_batch": 4, "edit_consecutive": 2, "score": 2, "table": 2}),
+        # ROME optimises its own targets.
+        (
+            "editors/targets.py",
             {
-                "edit_batch": 2,
-                "edit_consecutive": 2,
-                "edit_breadth_first": 1,
-                "score": 3,
-                "table": 3,
+                "optimise_targets": 4,
+                "edit_batch": 4,
+                "edit_consecutive": 4,
+                "score": 2,
+                "table": 2,
+            },
+        ),
+        (
+            "moments/texts.py",
+            {
+                "second_moments": 1,
+                "edit_batch": 4,
+                "edit_consecutive": 4,
+                "score": 2,
+                "table": 2,
             },
         ),
         # PAC: one more consecutive run in the ablation, scored there too.
