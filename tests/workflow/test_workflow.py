@@ -9,6 +9,9 @@ import time
 
 import pandas as pd
 import pytest
+import torch
+
+from kmebench.weights.delta import WeightDelta
 
 RUN = "results/runs/tiny-gptj/openfacts-zsre/consecutive/pac/default/seed0"
 
@@ -267,3 +270,42 @@ def test_bad_data_end_in_one_sentence_and_leave_nothing(copy_of_finished):
     )
     assert "results/data/raw/mine.json is not valid JSON at line 1, column 26" in output
     assert not (copy_of_finished.folder / "results/data/mine.jsonl").exists()
+
+
+TOY = """
+from dataclasses import dataclass
+
+import torch
+
+from kmebench.editors.base import Editor
+from kmebench.weights.delta import Columns, WeightDelta
+
+
+@dataclass(frozen=True)
+class ToyHparams:
+    size: float = 1.0
+
+
+class Toy(Editor):
+    Hparams = ToyHparams
+
+    def edit(self, model, requests):
+        value = model.ffn[0].value
+        change = torch.full((1, value.weight.shape[0]), self.hparams.size)
+        return WeightDelta({value.weight_name: Columns(torch.tensor([3]), change)})
+"""
+
+
+def test_an_editor_of_ones_own_needs_a_class_and_three_lines_of_config(finished, tmp_path):
+    (tmp_path / "toys.py").write_text(TOY)
+    overlay = finished.overlay(
+        "toy",
+        methods={"toy": {"editor": "toys:Toy", "hparams": {"size": 0.5}}},
+        experiments={"table2": {"methods": ["toy"], "datasets": ["openfacts-zsre"]}},
+    )
+    configs = ("config/ci.yaml", overlay)
+    run = RUN.replace("/pac/", "/toy/")
+    finished.run(f"{run}/delta.safetensors", configs=configs, PYTHONPATH=str(tmp_path))
+    (part,) = WeightDelta.load(finished.folder / run / "delta.safetensors").values()
+    assert part.index.tolist() == [3]
+    torch.testing.assert_close(part.values, torch.full_like(part.values, 4 * 0.5))
