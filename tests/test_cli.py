@@ -8,6 +8,8 @@ from kmebench.cli import main
 from kmebench.editors.base import build_editor
 from kmebench.models.editable import EditableModel
 from kmebench.models.sources import save_model
+from kmebench.moments.store import write_moments
+from kmebench.weights.delta import WeightDelta
 
 FACT = ["--subject", "France", "--prompt", "The capital of {} is", "--target", "Rome"]
 
@@ -65,6 +67,17 @@ def test_edit_equals_the_editor(folder, tmp_path, capital_requests):
         torch.testing.assert_close(saved[name], parameter.detach(), rtol=0, atol=1e-6)
 
 
+def test_edit_reads_second_moments_from_a_file(folder, tmp_path, capsys):
+    moments, delta = tmp_path / "moments.safetensors", tmp_path / "delta.safetensors"
+    width = EditableModel.load(folder, device="cpu").ffn_width
+    write_moments(moments, {1: torch.eye(width)}, 1, {})
+    options = ["--method", "rome", "--set", "layer=1", "--set", "steps=2"]
+    options += ["--moments", str(moments), "--save-delta", str(delta)]
+    assert main(["edit", "--model", str(folder), *FACT, *options]) == 0
+    assert "rome: 2 steps" in capsys.readouterr().out
+    assert len(WeightDelta.load(delta)) == 1
+
+
 def test_trace_shows_every_layer_and_draws(folder, tmp_path, capsys):
     plot = tmp_path / "layers.png"
     assert main(["trace", "--model", str(folder), *FACT, "--plot", str(plot)]) == 0
@@ -78,6 +91,7 @@ def test_trace_shows_every_layer_and_draws(folder, tmp_path, capsys):
     [
         (["--model", "smollm", *FACT], "did you mean 'smollm2-135m'"),
         (["--model", "MODEL", *FACT, "--method", "pca"], "did you mean 'pac'"),
+        (["--model", "MODEL", *FACT, "--method", "memit"], "file by --moments"),
         (["--model", "MODEL", *FACT, "--set", "steps"], "not of the form NAME=VALUE"),
         (["--model", "MODEL", *FACT, "--set", "stepz=3"], "no hyper-parameter 'stepz'"),
         (["--model", "MODEL", *FACT[:2], "--prompt", "It is", *FACT[4:]], "holds no {}"),

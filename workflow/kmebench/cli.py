@@ -24,7 +24,12 @@ from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.registry import EDITORS
 from kmebench.errors import ConfigError, KMEBenchError, ModelError
 from kmebench.experiments.configuration import read_config
-from kmebench.experiments.grid import base_hparams, check_name, parse_variant
+from kmebench.experiments.grid import (
+    LOCATE_AND_EDIT,
+    base_hparams,
+    check_name,
+    parse_variant,
+)
 from kmebench.models.editable import EditableModel, seed_everything
 from kmebench.models.sources import save_model
 from kmebench.tracing.impact import trace
@@ -62,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=VALUE",
         help="set a hyper-parameter; may be repeated",
+    )
+    edit.add_argument(
+        "--moments",
+        type=Path,
+        metavar="FILE",
+        help="second moments, for ROME, MEMIT and their family (default: the workflow's)",
     )
     edit.add_argument(
         "--neighbour",
@@ -196,28 +207,19 @@ def _model(arguments: argparse.Namespace) -> tuple[EditableModel, dict[str, Any]
         check_name(arguments.model, config.get("models", {}), "models", "--model")
         dtype = dtype or config["models"][arguments.model].get("dtype")
         folder = Path("results/models") / arguments.model
-        if not folder.is_dir():
-            _make(folder)
+        _make(folder)
     return EditableModel.load(folder, dtype=dtype or "float32", device=arguments.device), config
 
 
-def _make(folder: Path) -> None:
-    """Let the workflow make a model."""
-    console.print(f"making {folder} (once)")
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--cores",
-        "2",
-        "--quiet",
-        "all",
-        "--",
-        str(folder),
-    ]
+def _make(path: Path) -> None:
+    """Let the workflow make what is not there yet."""
+    if path.exists():
+        return
+    console.print(f"making {path} (once)")
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--quiet", "all", "--", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ModelError(f"{folder} could not be made:\n{done.stdout}{done.stderr}")
+        raise ModelError(f"{path} could not be made:\n{done.stdout}{done.stderr}")
 
 
 def _editor(arguments: argparse.Namespace, config: dict[str, Any]) -> Editor:
@@ -235,7 +237,22 @@ def _editor(arguments: argparse.Namespace, config: dict[str, Any]) -> Editor:
         hparams |= parse_variant(item)
     if name == "pac":
         hparams |= {"trace_on": "current"}  # there is no cached trace of this request
-    return build_editor(name, hparams, {})
+    moments = name in LOCATE_AND_EDIT and hparams.get("second_moment", True)
+    return build_editor(name, hparams, {"moments": _moments(arguments, config)} if moments else {})
+
+
+def _moments(arguments: argparse.Namespace, config: dict[str, Any]) -> Path:
+    """Return the file of second moments; the workflow makes it for models of the config."""
+    if arguments.moments:
+        return arguments.moments
+    if arguments.model not in config.get("models", {}):
+        raise ConfigError(
+            f"The editor of {arguments.method!r} needs second moments of {arguments.model}: name "
+            "their file by --moments, or take a model of the config, for which it is made."
+        )
+    path = Path("results/moments") / f"{arguments.model}.safetensors"
+    _make(path)
+    return path
 
 
 def _neighbours(request: EditRequest, count: int = 5) -> list[str]:
