@@ -18,6 +18,7 @@ rule edit_batch:
     threads: config["threads"]
     resources:
         gpu=gpus,
+        models=1,
     params:
         run=edit_params("batch"),
     message:

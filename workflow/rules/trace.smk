@@ -24,6 +24,7 @@ rule predict_original:
     threads: config["threads"]
     resources:
         gpu=gpus,
+        models=1,
     params:
         load=lambda w: load_params(w.model),
         evaluation=config["evaluation"],
@@ -48,6 +49,7 @@ rule cache_gradients:
     threads: config["threads"]
     resources:
         gpu=gpus,
+        models=1,
     params:
         load=lambda w: load_params(w.model),
     message:
@@ -91,6 +93,7 @@ rule second_moments:
     threads: config["threads"]
     resources:
         gpu=gpus,
+        models=1,
     params:
         load=lambda w: load_params(w.model),
         layers=lambda w: grid.moment_layers(config, w.model),
@@ -118,6 +121,7 @@ rule optimise_targets:
     threads: config["threads"]
     resources:
         gpu=gpus,
+        models=1,
     params:
         load=lambda w: load_params(w.model),
         settings=lambda w: grid.parse_variant(w.target),
