@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("Snakefile", "config.yaml", "config", "workflow", "profiles", "resources", "envs")
@@ -71,18 +72,31 @@ class Checkout:
         return jobs
 
 
+def copied(source: Path, target: Path) -> Checkout:
+    """Copy a checkout with its results; time stamps are kept."""
+    checkout = Checkout.__new__(Checkout)
+    checkout.folder = Path(shutil.copytree(source, target, dirs_exist_ok=True))
+    return checkout
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Checkout:
-    """A checkout in which config/ci.yaml has run to the end."""
-    checkout = Checkout(tmp_path_factory.mktemp("finished"))
-    checkout.run()
-    return checkout
+    """A checkout in which config/ci.yaml has run to the end.
+
+    It is made once for all processes of pytest-xdist; each has a copy of its own.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "results/complete").is_file():
+            shutil.rmtree(shared, ignore_errors=True)
+            shared.mkdir()
+            Checkout(shared).run()
+            (shared / "results/complete").touch()
+    return copied(shared, tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
 def copy_of_finished(finished, tmp_path):
-    """A fresh copy of the finished checkout, with time stamps kept."""
-    shutil.copytree(finished.folder, tmp_path / "copy", dirs_exist_ok=True)
-    checkout = Checkout.__new__(Checkout)
-    checkout.folder = tmp_path / "copy"
-    return checkout
+    """A fresh copy of the finished checkout."""
+    return copied(finished.folder, tmp_path / "copy")
