@@ -5,11 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kmebench.cli import main
-from kmebench.editors.base import build_editor
+from kmebench.editors.base import Editor, build_editor
 from kmebench.models.editable import EditableModel
 from kmebench.models.sources import save_model
 from kmebench.moments.store import write_moments
-from kmebench.weights.delta import WeightDelta
+from kmebench.weights.delta import Dense, WeightDelta
 
 FACT = ["--subject", "France", "--prompt", "The capital of {} is", "--target", "Rome"]
 
@@ -76,6 +76,34 @@ def test_edit_reads_second_moments_from_a_file(folder, tmp_path, capsys):
     assert main(["edit", "--model", str(folder), *FACT, *options]) == 0
     assert "rome: 2 steps" in capsys.readouterr().out
     assert len(WeightDelta.load(delta)) == 1
+
+
+class Ending(Editor):
+    """Changes one weight when it edits and another when the run ends."""
+
+    def edit(self, model, requests):
+        return self._ones(model, 0)
+
+    def finish(self, model):
+        return self._ones(model, 1)
+
+    def _ones(self, model, layer):
+        name = model.ffn[layer].value.weight_name
+        return WeightDelta({name: Dense(torch.ones(model.parameter(name).shape))})
+
+
+def test_edit_ends_as_a_run_does(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("kmebench.cli._editor", lambda *_: Ending(None, {}))
+    delta, out = tmp_path / "delta.safetensors", tmp_path / "edited"
+    saved = ["--save-delta", str(delta), "--out", str(out)]
+    assert main(["edit", "--model", str(folder), *FACT, *saved]) == 0
+    names = [f.value.weight_name for f in EditableModel.load(folder, device="cpu").ffn[:2]]
+    assert set(WeightDelta.load(delta)) == set(names)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, out)
+    )
+    for name in names:
+        torch.testing.assert_close(after[name], before[name] + 1)
 
 
 def test_trace_shows_every_layer_and_draws(folder, tmp_path, capsys):

@@ -228,6 +228,10 @@ def test_prune_restrains_the_sum_of_all_edits_at_the_end(family, make_model, req
     assert n_above
 
 
+def test_prune_has_nothing_to_restrain_where_no_edit_could_be_made(make_model, moments):
+    assert not editor_of("prune", moments, layers=LAYERS).finish(make_model("llama"))
+
+
 def test_alphaedits_memory_survives_a_round_trip(make_model, requests, moments):
     model = make_model("gptj")
     editor = editor_of("alphaedit", moments, layers=LAYERS, **CHOICES["alphaedit"])

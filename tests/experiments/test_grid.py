@@ -232,6 +232,7 @@ def test_batches_share_targets_where_layer_and_loss_agree():
         "clamp_factor=4.0"
     )
     assert grid.parse_variant(memit)["layer"] == 8
+    assert target("memit", variant="clamp_factor=4") == memit
     assert target("alphaedit") == target("prune") == target("memit", variant="base=2") == memit
     others = {
         memit,

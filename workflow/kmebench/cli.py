@@ -141,8 +141,11 @@ def edit_command(arguments: argparse.Namespace) -> None:
     seed_everything(config.get("seed", 0))
     start = time.perf_counter()
     delta = editor.edit(model, [request])
-    seconds = time.perf_counter() - start
     model.apply(delta)
+    last = editor.finish(model)  # the run ends with this edit
+    seconds = time.perf_counter() - start
+    model.apply(last)
+    delta += last
     console.print(f"{arguments.method}: {editor.steps} steps, {seconds:.1f} s\n")
     console.print(_next_tokens(prompts[0], likely, _top(model, prompts[0])))
     console.print(_changes(prompts, said, [_says(model, p) for p in prompts]))

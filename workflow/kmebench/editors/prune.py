@@ -34,6 +34,8 @@ class PRUNE(MEMIT):
         parts = {}
         for layer in self.hparams.layers:
             value = model.ffn[layer].value
+            if value.weight_name not in total:  # no edit could be made
+                continue
             original = model.edits.original(value.weight_name).double()
             largest = float(torch.linalg.matrix_norm(original, ord=2))
             delta = total[value.weight_name].dense(original.shape)

@@ -5,7 +5,6 @@ depend on each other. So they are optimised once for all editors and batch sizes
 and loss.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS, sample_contexts
 from kmebench.editors.targets import TargetSettings, optimise_targets
 from kmebench.errors import KMEBenchError
-from kmebench.files import atomic_path
 from kmebench.models.editable import EditableModel
+from kmebench.tensor_files import read_facts, write_tensors
 
 _FORMAT = "kmebench.targets.v1"
 
@@ -45,9 +43,7 @@ def cache_targets(
     targets = optimise_targets(model, requests, contexts, TargetSettings(**settings), "targets")
     seconds = (time.perf_counter() - start) / len(requests)
     facts = {"case_ids": [r.case_id for r in requests], "seconds_per_request": seconds}
-    tensors = {"values": targets.values.cpu(), "steps": targets.steps}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={_FORMAT: json.dumps(facts)})
+    write_tensors(path, {"values": targets.values, "steps": targets.steps}, _FORMAT, facts)
 
 
 @dataclass(frozen=True)
@@ -65,20 +61,15 @@ def stored_targets(path: str | Path, case_ids: Sequence[str]) -> StoredTargets:
     Raises:
         KMEBenchError: the file is no target file, or a request is not in it.
     """
+    facts = read_facts(path, _FORMAT)
+    rows = {case_id: row for row, case_id in enumerate(facts["case_ids"])}
+    missing = [case_id for case_id in case_ids if case_id not in rows]
+    if missing:
+        raise KMEBenchError(
+            f"{path} holds no target for request {missing[0]!r}; it was made from other data: "
+            "delete it and run the workflow again."
+        )
+    chosen = torch.tensor([rows[case_id] for case_id in case_ids])
     with safe_open(str(path), framework="pt") as stream:
-        metadata = stream.metadata() or {}
-        if _FORMAT not in metadata:
-            raise KMEBenchError(
-                f"{path} is not a file of format {_FORMAT}; delete it and run the workflow again."
-            )
-        facts = json.loads(metadata[_FORMAT])
-        rows = {case_id: row for row, case_id in enumerate(facts["case_ids"])}
-        missing = [case_id for case_id in case_ids if case_id not in rows]
-        if missing:
-            raise KMEBenchError(
-                f"{path} holds no target for request {missing[0]!r}; it was made from other data: "
-                "delete it and run the workflow again."
-            )
-        chosen = torch.tensor([rows[case_id] for case_id in case_ids])
         values, steps = stream.get_tensor("values")[chosen], stream.get_tensor("steps")[chosen]
     return StoredTargets(values, steps, facts["seconds_per_request"] * len(case_ids))

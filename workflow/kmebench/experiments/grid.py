@@ -273,7 +273,8 @@ def target_of(config: Mapping[str, Any], run: Run) -> str | None:
         return None
     hparams = LOCATE_AND_EDIT[editor] | hparams_of(config, run)
     site = "attention+value" if editor == "pmet" else "layer"
-    settings = {key: hparams[key] for key in _MEMIT if key != "layers"}
+    # A value spelled 4 or "1e-3" in YAML names the same file as 4.0 or 0.001.
+    settings = {key: type(_MEMIT[key])(hparams[key]) for key in _MEMIT if key != "layers"}
     return _spell({"site": site, "layer": hparams["layers"][-1]} | settings)
 
 

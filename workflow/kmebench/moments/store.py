@@ -1,17 +1,15 @@
 """The file of second moments: C = E[k kᵀ] of W2's input, one [M, M] float32 per layer."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from kmebench.errors import EditError, KMEBenchError
-from kmebench.files import atomic_path
+from kmebench.errors import EditError
+from kmebench.tensor_files import read_facts, write_tensors
 
 _FORMAT = "kmebench.moments.v1"
 
@@ -32,13 +30,7 @@ class SecondMoments:
         Raises:
             KMEBenchError: the file is no such file.
         """
-        with safe_open(str(path), framework="pt") as stream:
-            metadata = stream.metadata() or {}
-        if _FORMAT not in metadata:
-            raise KMEBenchError(
-                f"{path} is not a file of format {_FORMAT}; delete it and run the workflow again."
-            )
-        facts = json.loads(metadata[_FORMAT])
+        facts = read_facts(path, _FORMAT)
         return cls(Path(path), facts["tokens"], tuple(facts["layers"]), facts["text"])
 
     def of(self, layer: int) -> Tensor:
@@ -62,8 +54,5 @@ def write_moments(
 ) -> None:
     """Write second moments by layer, with the number of tokens and the source of the text."""
     facts = {"tokens": tokens, "layers": sorted(moments), "text": dict(text)}
-    # One entry: safetensors writes several in an order that changes from file to file.
-    metadata = {_FORMAT: json.dumps(facts, sort_keys=True)}
-    tensors = {str(layer): moment.cpu().contiguous() for layer, moment in moments.items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    tensors = {str(layer): moment for layer, moment in moments.items()}
+    write_tensors(path, tensors, _FORMAT, facts)
