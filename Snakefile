@@ -11,6 +11,7 @@
 #   metrics/{experiment}.parquet            all protocols          score
 #   tables/{table}.csv, .md, .tex           the paper's tables     table
 #   comparisons/{comparison}.csv, .md       pairs of runs          compare
+#   figures/{figure}.pdf, .png, .csv        the paper's figures    node_importance, figure
 #   tuning/{experiment}.yaml                chosen values          tune
 
 from pathlib import Path
@@ -45,6 +46,7 @@ rule all:
     input:
         rules.metrics.input,
         rules.tables.input,
+        rules.figures.input,
 
 
 onstart:

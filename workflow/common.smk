@@ -23,7 +23,8 @@ TRAINED = [
 ]
 FETCHED = [m for m in config["models"] if m not in TRAINED]
 
-
+#: What a path file is called (grid.selection_of).
+SELECTION = r"\w+,[\w=]+,\w+,paths=\d+,negatives=\d+"
 OPENFACTS = "resources/openfacts"
 
 
@@ -209,6 +210,58 @@ def table_params(wildcards):
         "models": chosen("models"),
         "datasets": chosen("datasets"),
         "methods": chosen("methods"),
+    }
+
+
+def figure_runs(figure):
+    """The runs that a figure shows, each with the value of the swept parameter."""
+    spec = config["figures"][figure]
+    parameter = spec.get("parameter")
+    runs = []
+    for run, values in grid.swept_runs(config, spec["experiment"]):
+        known = {"seed": run.seed} | values
+        runs.append((run, known[parameter] if parameter else grid.DEFAULT))
+    # The nodes of a data set are the same whichever run asks for them.
+    if spec["kind"] == "nodes":
+        runs = [(run, value) for run, value in runs if grid.needs_paths(config, run)]
+    return runs
+
+
+def figure_files(wildcards):
+    """The files that a figure is drawn from, in the order of its runs where it needs each."""
+    spec = config["figures"][wildcards.figure]
+    if spec["kind"] == "paper":
+        return [f"<results>/tables/{table}.csv" for table in spec["tables"]]
+    if spec["kind"] in ("sweep", "edits"):
+        return [f"<results>/metrics/{spec['experiment']}.parquet"]
+    runs = [run for run, _ in figure_runs(wildcards.figure)]
+    if spec["kind"] == "nodes":
+        return [
+            f"<results>/trace/{run.model}/{run.dataset}/nodes/"
+            f"{grid.selection_of(config, run)}.parquet"
+            for run in runs
+        ]
+    name = {"time": "timing.json", "norms": "run.json"}[spec["kind"]]
+    return [f"<results>/{run.folder()}/{name}" for run in runs]
+
+
+def figure_params(wildcards):
+    """What a figure shows."""
+    spec = config["figures"][wildcards.figure]
+    runs = [] if spec["kind"] == "paper" else figure_runs(wildcards.figure)
+    return {
+        **spec,
+        "tables": [config["tables"][name]["title"] for name in spec.get("tables", [])],
+        "protocol": spec.get("protocol", "token"),
+        "runs": [asdict(run) | {"value": value} for run, value in runs],
+        "labels": {
+            section: {name: labels(section, name)["label"] for name in names}
+            for section, names in (
+                ("models", config["models"]),
+                ("datasets", grid.datasets(config)),
+                ("methods", config["methods"]),
+            )
+        },
     }
 
 

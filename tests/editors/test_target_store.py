@@ -26,7 +26,9 @@ def targets(make_model, requests, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["memit", "emmet", "alphaedit", "rect", "prune"])
-def test_editors_write_the_same_with_cached_targets(name, targets, make_model, requests, tmp_path):
+def test_editors_write_the_same_with_cached_targets(
+    name, targets, make_model, requests, tmp_path, monkeypatch
+):
     torch.manual_seed(1)
     keys = torch.randn(60, 24)
     write_moments(tmp_path / "moments", {1: keys.T @ keys / 60}, 60, {"source": "self"})
@@ -37,7 +39,10 @@ def test_editors_write_the_same_with_cached_targets(name, targets, make_model, r
     fresh = build_editor(name, hparams, assets)
     cached = build_editor(name, hparams, assets | {"targets": targets})
     some = [requests[2], requests[0]]
-    (expected,), (found,) = (list(e.edit(model, some).values()) for e in (fresh, cached))
+    (expected,) = fresh.edit(model, some).values()
+    with monkeypatch.context() as patch:
+        patch.delattr("kmebench.editors.memit.optimise_targets")  # nothing is optimised again
+        (found,) = cached.edit(model, some).values()
     shape = model.ffn[1].value.weight.shape
     torch.testing.assert_close(found.dense(shape), expected.dense(shape), rtol=1e-9, atol=1e-12)
     assert cached.steps == fresh.steps

@@ -11,7 +11,7 @@ import yaml
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.frames import write_frame
 from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS
-from kmebench.evaluation.score import score_experiment
+from kmebench.evaluation.score import behind_best, score_experiment
 
 RUN = {
     "model": "m",
@@ -76,6 +76,45 @@ def test_retention_and_write_time_stand_apart(files):
     assert value(table, moment="write", **at) == 1.0
     assert value(table, method="original", protocol="token", metric="efficacy") == 0.5
     assert table[table["method"] == "pac"]["seconds_per_edit"].unique().tolist() == [1.5]
+
+
+def test_checkpoints_are_scored_each_by_itself(files):
+    frame = pd.concat(
+        [
+            predictions("checkpoint", 1, [[1, 2]]),
+            predictions("checkpoint", 3, [[1, 9], [1, 2], [8, 9]]),
+            predictions("final", 4, [[1, 2]] * 4),
+        ]
+    )
+    write_frame(frame, PREDICTIONS, files / "run.parquet")
+    table = score(files)
+    at = {"method": "pac", "protocol": "token", "metric": "efficacy"}
+    assert value(table, moment="checkpoint", edits_done=1, **at) == 1.0
+    assert value(table, moment="checkpoint", edits_done=3, **at) == 0.5
+    assert value(table, moment="final", edits_done=4, **at) == 1.0
+
+
+def test_every_run_is_compared_with_the_best_on_the_same_requests(files):
+    good = predictions("final", 3, [[1, 2], [1, 2], [1, 9]])
+    poor = predictions("final", 3, [[8, 2], [1, 2], [8, 9]])
+    table = behind_best(
+        [(RUN | {"method": "poor"}, poor), (RUN | {"method": "good"}, good)],
+        {"resamples": 200, "seed": 0},
+    )
+    table = table[(table["protocol"] == "token") & (table["metric"] == "efficacy")]
+    table = table.set_index("method")
+    assert table.loc["good", ["behind", "behind_low", "behind_high"]].tolist() == [0, 0, 0]
+    assert table.loc["poor", "behind"] == pytest.approx((0.5 + 0 + 0.5) / 3)
+    assert table.loc["poor", "behind_low"] == 0.0  # a sample of the second request alone
+    assert table.loc["poor", "behind_high"] == 0.5
+
+
+def test_other_models_and_data_sets_are_no_rivals(files):
+    good, poor = (predictions("final", 1, [ids]) for ids in ([1, 2], [8, 9]))
+    for key in ("model", "dataset"):
+        finals = [(RUN | {key: "other"}, good), (RUN, poor)]
+        table = behind_best(finals, {"resamples": 5, "seed": 0})
+        assert (table["behind"].dropna() == 0).all()
 
 
 def test_protocols_that_were_not_run_give_no_numbers(files):

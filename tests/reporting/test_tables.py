@@ -42,6 +42,8 @@ def metric(method, name, value, *, model="gpt-j", dataset="zsre", moment="final"
         "n": 20,
         "seconds_per_edit": 1.25,
         "failed_edits": 0,
+        "behind_low": 0.0,
+        "behind_high": 0.0,
     }
     return row | other
 
@@ -101,6 +103,18 @@ def test_markdown_shows_interval_paper_best_and_write():
     assert "| 100.0 | 1.25   |" in markdown
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines[:8]}) == 1  # aligned
+
+
+def test_what_cannot_be_told_from_the_best_is_marked():
+    assert "≈" not in to_markdown(TABLE, LAYOUT)
+    near = metric("full-c", "score", 0.5, behind_low=-0.1, behind_high=0.3)
+    far = metric("full-c", "locality", 0.1, behind_low=0.1, behind_high=0.5)
+    table = wide_table(pd.concat([METRICS, pd.DataFrame([near, far])]), PAPER, LAYOUT)
+    markdown = to_markdown(table, LAYOUT)
+    assert "50.0≈ [40.0, 60.0]" in markdown
+    assert "10.0 [0.0, 20.0]" in markdown
+    assert markdown.count("≈") == 2  # the caption explains it
+    assert r"$50.0^{\approx}_{[40.0,\,60.0]}$" in to_latex(table, LAYOUT)
 
 
 def test_failed_edits_are_counted_in_the_caption():

@@ -278,6 +278,7 @@ from dataclasses import dataclass
 import torch
 
 from kmebench.editors.base import Editor
+from kmebench.errors import EditError
 from kmebench.weights.delta import Columns, WeightDelta
 
 
@@ -288,8 +289,12 @@ class ToyHparams:
 
 class Toy(Editor):
     Hparams = ToyHparams
+    calls = 0
 
     def edit(self, model, requests):
+        self.calls += 1
+        if self.calls == 2:
+            raise EditError("not this one")
         value = model.ffn[0].value
         change = torch.full((1, value.weight.shape[0]), self.hparams.size)
         return WeightDelta({value.weight_name: Columns(torch.tensor([3]), change)})
@@ -302,10 +307,21 @@ def test_an_editor_of_ones_own_needs_a_class_and_three_lines_of_config(finished,
         "toy",
         methods={"toy": {"editor": "toys:Toy", "hparams": {"size": 0.5}}},
         experiments={"table2": {"methods": ["toy"], "datasets": ["openfacts-zsre"]}},
+        on_failed_edit="skip",
     )
     configs = ("config/ci.yaml", overlay)
     run = RUN.replace("/pac/", "/toy/")
     finished.run(f"{run}/delta.safetensors", configs=configs, PYTHONPATH=str(tmp_path))
     (part,) = WeightDelta.load(finished.folder / run / "delta.safetensors").values()
     assert part.index.tolist() == [3]
-    torch.testing.assert_close(part.values, torch.full_like(part.values, 4 * 0.5))
+    torch.testing.assert_close(part.values, torch.full_like(part.values, 3 * 0.5))
+    timing = json.loads((finished.folder / run / "timing.json").read_text())
+    assert timing["failed_edits"] == len(timing["failures"]) == 1
+    stopped = finished.overlay("stopped", on_failed_edit="error")
+    output = finished.run(
+        f"{run}/delta.safetensors",
+        configs=(*configs, stopped),
+        check=False,
+        PYTHONPATH=str(tmp_path),
+    )
+    assert "not this one" in output

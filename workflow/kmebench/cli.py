@@ -173,10 +173,10 @@ def trace_command(arguments: argparse.Namespace) -> None:
         f"impact ({arguments.score}) on “{request.target_new}”."
     )
     if arguments.plot:
-        from kmebench.reporting.figures import draw_layers  # imports matplotlib: only if wanted
+        from kmebench.reporting.figures import draw_layers, save  # imports matplotlib: if wanted
 
         title = f"{request.filled_prompt} → {request.target_new}"
-        draw_layers(shares.sum(dim=2).numpy(), title, arguments.plot)
+        save(draw_layers(shares.sum(dim=2).numpy(), title), arguments.plot)
         console.print(f"plot: {arguments.plot}")
 
 

@@ -88,6 +88,57 @@ rule compare:
         "../scripts/compare.py"
 
 
+rule node_importance:
+    "Average the impact of every node of the critical paths over the requests."
+    input:
+        paths="<results>/trace/{model}/{dataset}/paths/{selection}.safetensors",
+        code=code("node_importance"),
+    output:
+        nodes="<results>/trace/{model}/{dataset}/nodes/{selection}.parquet",
+    log:
+        "<logs>/node_importance/{model}.{dataset}.{selection}.log",
+    wildcard_constraints:
+        selection=SELECTION,
+    localrule: True
+    conda:
+        "../../envs/report.yaml"
+    params:
+        statistics=config["statistics"],
+    message:
+        "Importance of the nodes of {wildcards.selection} in {wildcards.model} on {wildcards.dataset}"
+    script:
+        "../scripts/node_importance.py"
+
+
+rule figure:
+    "Draw one figure, with the numbers behind it."
+    input:
+        files=figure_files,
+        code=code("figure"),
+    output:
+        pdf="<results>/figures/{figure}.pdf",
+        png=report(
+            "<results>/figures/{figure}.png",
+            caption="../report/figure.rst",
+            category="Figures",
+            labels={"figure": "{figure}"},
+        ),
+        csv="<results>/figures/{figure}.csv",
+    log:
+        "<logs>/figure/{figure}.log",
+    wildcard_constraints:
+        figure=one_of(config["figures"]),
+    localrule: True
+    conda:
+        "../../envs/report.yaml"
+    params:
+        figure=figure_params,
+    message:
+        "Drawing {wildcards.figure}"
+    script:
+        "../scripts/figure.py"
+
+
 rule tune:
     "Choose hyper-parameters from a sweep on development splits."
     input:
@@ -123,6 +174,13 @@ rule metrics:
         expand(
             "<results>/metrics/{experiment}.parquet", experiment=config["experiments"]
         ),
+    localrule: True
+
+
+rule figures:
+    "All figures."
+    input:
+        expand("<results>/figures/{figure}.pdf", figure=config["figures"]),
     localrule: True
 
 

@@ -68,7 +68,7 @@ rule select_paths:
     log:
         "<logs>/select_paths/{model}.{dataset}.{selection}.log",
     wildcard_constraints:
-        selection=r"\w+,[\w=]+,\w+,paths=\d+,negatives=\d+",
+        selection=SELECTION,
     conda:
         "../../envs/edit.yaml"
     params:

@@ -1,14 +1,23 @@
 """All metrics of one experiment as one tidy table."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from kmebench.evaluation.metrics import PROTOCOLS, as_edited, request_values, summarise
+from kmebench.evaluation.metrics import (
+    PROTOCOLS,
+    SCORED,
+    as_edited,
+    paired_difference,
+    request_values,
+    summarise,
+)
 from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS, check_columns
 
 #: Columns that name a run.
@@ -27,19 +36,35 @@ def read_predictions(path: str | Path, *, original: bool = False) -> pd.DataFram
     return pd.read_parquet(path)
 
 
-def score_run(frame: pd.DataFrame, statistics: Mapping[str, int]) -> pd.DataFrame:
-    """Score the final predictions by every protocol, and what was written by ``token``.
+#: Moments that are scored, each with its protocols: free generation is made at the end alone.
+MOMENTS = {
+    "final": PROTOCOLS,
+    "write": ("token", "exact"),
+    "checkpoint": ("token", "exact"),
+}
 
-    Returns protocol, moment, metric, value, low, high, n.
+
+def moments_of(frame: pd.DataFrame) -> Iterator[tuple[str, int, pd.DataFrame]]:
+    """Split predictions into (moment, edits done, rows); what was written belongs together."""
+    for moment in MOMENTS:
+        rows = frame[frame["moment"] == moment]
+        if moment == "checkpoint":
+            for done, at in rows.groupby("edits_done"):
+                yield moment, int(done), at
+        elif len(rows):
+            yield moment, int(rows["edits_done"].max()), rows
+
+
+def score_run(frame: pd.DataFrame, statistics: Mapping[str, int]) -> pd.DataFrame:
+    """Score the predictions of every moment by its protocols.
+
+    Returns protocol, moment, edits_done, metric, value, low, high, n.
     """
     parts = []
-    for moment, protocols in (("final", PROTOCOLS), ("write", ("token", "exact"))):
-        rows = frame[frame["moment"] == moment]
-        if rows.empty:
-            continue
-        for protocol in protocols:
+    for moment, done, rows in moments_of(frame):
+        for protocol in MOMENTS[moment]:
             summary = summarise(request_values(rows, protocol), **statistics)
-            parts.append(summary.assign(protocol=protocol, moment=moment))
+            parts.append(summary.assign(protocol=protocol, moment=moment, edits_done=done))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -54,21 +79,68 @@ def score_experiment(
 ) -> pd.DataFrame:
     """Score every run and every unedited model of an experiment.
 
-    Returns experiment, the columns of :data:`RUN`, protocol, moment, metric, value, low, high,
-    n and the columns of :data:`SPENT` (NaN for the unedited model, whose method is ``original``).
+    Returns experiment, the columns of :data:`RUN`, protocol, moment, edits_done, metric, value,
+    low, high, n, the columns of :data:`SPENT` (NaN for the unedited model, whose method is
+    ``original``) and those of :func:`behind_best`.
     """
-    parts = []
+    parts, finals = [], []
     mode = runs[0]["mode"]
     for spec, path in zip(originals, original_files, strict=True):
-        frame = as_edited(read_predictions(path, original=True)).assign(moment="final")
-        scored = score_run(frame, statistics)
+        frame = as_edited(read_predictions(path, original=True))
+        scored = score_run(frame.assign(moment="final", edits_done=0), statistics)
         name = {**spec, "mode": mode, "method": "original", "variant": "default", "seed": 0}
         spent = dict.fromkeys(SPENT, float("nan"))
         parts.append(scored.assign(**name, **spent))
     for spec, path, timing in zip(runs, predictions, timings, strict=True):
         record = json.loads(Path(timing).read_text(encoding="utf-8"))
-        scored = score_run(read_predictions(path), statistics)
+        frame = read_predictions(path)
+        scored = score_run(frame, statistics)
         parts.append(scored.assign(**spec, **{name: record[name] for name in SPENT}))
+        finals.append((spec, frame[frame["moment"] == "final"]))
     table = pd.concat(parts, ignore_index=True).assign(experiment=experiment)
-    order = ["experiment", *RUN, "protocol", "moment", "metric", "value", "low", "high", "n"]
-    return table[[*order, *SPENT]]
+    order = ["experiment", *RUN, "protocol", "moment", "edits_done", "metric"]
+    order += ["value", "low", "high", "n", *SPENT]
+    keys = [*RUN, "protocol", "moment", "metric"]
+    return table[order].merge(behind_best(finals, statistics), "left", keys, validate="m:1")
+
+
+def behind_best(
+    finals: Sequence[tuple[Mapping[str, Any], pd.DataFrame]], statistics: Mapping[str, int]
+) -> pd.DataFrame:
+    """Compare every run with the best run of its model and data set, on the same requests.
+
+    ``finals``: runs with their final predictions. Returns the columns of :data:`RUN`, protocol,
+    moment, metric, and ``behind``, ``behind_low``, ``behind_high``: the best run's value minus
+    this one's with its 95% paired bootstrap interval; 0 for the best.
+    """
+    columns = [*RUN, "protocol", "moment", "metric", "behind", "behind_low", "behind_high"]
+    cells: dict[tuple, list] = {}
+    for spec, frame in finals:
+        cells.setdefault((spec["model"], spec["dataset"]), []).append((spec, frame))
+    rows = []
+    for runs, protocol in product(cells.values(), PROTOCOLS):
+        values = [request_values(frame, protocol) for _, frame in runs]
+        for metric in SCORED:
+            behind = _behind(values, metric, statistics)
+            rows += [
+                (*(spec[k] for k in RUN), protocol, "final", metric, *numbers)
+                for (spec, _), numbers in zip(runs, behind, strict=True)
+            ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _behind(
+    values: Sequence[pd.DataFrame], metric: str, statistics: Mapping[str, int]
+) -> list[tuple[float, float, float]]:
+    """Difference of the best to each, with its interval; NaN where nothing was predicted."""
+    parts = ["efficacy", "generality", "locality"] if metric == "score" else [metric]
+    means = [float(v[parts].mean(axis=1).mean()) for v in values]
+    if np.isnan(means).all():
+        return [(float("nan"),) * 3] * len(values)
+    best = int(np.nanargmax(means))
+    return [
+        (0.0, 0.0, 0.0)
+        if index == best
+        else paired_difference(values[best], other, metric, **statistics)[:3]
+        for index, other in enumerate(values)
+    ]

@@ -43,6 +43,27 @@ def check_config(config: dict[str, Any], schema: str | Path) -> None:
     for name, table in config["tables"].items():
         where = f"tables.{name}.experiment"
         grid.check_name(table["experiment"], config["experiments"], "experiments", where)
+    for name, figure in config["figures"].items():
+        _check_figure(config, f"figures.{name}", figure)
+
+
+def _check_figure(config: dict[str, Any], where: str, figure: dict[str, Any]) -> None:
+    """Refuse a figure of something that is not there, or that would show nothing."""
+    for table in figure.get("tables", []):
+        grid.check_name(table, config["tables"], "tables", f"{where}.tables")
+    if "experiment" not in figure:
+        return
+    names = config["experiments"]
+    grid.check_name(figure["experiment"], names, "experiments", f"{where}.experiment")
+    experiment = names[figure["experiment"]]
+    if figure["kind"] == "sweep":
+        swept = ["seed", *experiment.get("sweep", {})]
+        grid.check_name(figure["parameter"], swept, "the sweep", f"{where}.parameter")
+    if figure["kind"] == "edits" and experiment["mode"] != "consecutive":
+        raise ConfigError(
+            f"{where} shows metrics along consecutive edits, but the experiment "
+            f"{figure['experiment']!r} edits in mode {experiment['mode']!r}."
+        )
 
 
 def _sentence(error: ValidationError) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import random
 import resource
 import subprocess
 import sys
@@ -90,7 +91,16 @@ def _session(
         return run_batches(model, editor, requests, settings["batch_size"], evaluation, **skip)
     if settings["mode"] == "breadth_first":
         return run_breadth_first(model, editor, requests, evaluation, **skip)
-    return run_consecutive(model, editor, requests, evaluation, checkpoints, **skip)
+    ordered = in_order(requests, settings["seed"])
+    return run_consecutive(model, editor, ordered, evaluation, checkpoints, **skip)
+
+
+def in_order(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
+    """Order consecutive edits: as the data set has them for seed 0, else shuffled by the seed."""
+    ordered = list(requests)
+    if seed:
+        random.Random(seed).shuffle(ordered)
+    return ordered
 
 
 def timing(

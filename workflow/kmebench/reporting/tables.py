@@ -36,9 +36,10 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
     """Lay metrics out, one row per model, editor, variant, seed and data set, in percent.
 
     Columns: for every metric of the paper its value, ``_low``, ``_high``, ``_paper`` and
-    ``_difference`` (ours − paper); ``write_efficacy`` (consecutive: right after each edit);
-    n, seconds_per_edit, failed_edits, protocol, mode, variant, seed. Missing runs are rows of NaN.
-    The paper's numbers stand beside the variant ``default`` only.
+    ``_difference`` (ours − paper), and ``_tied``: not the best, but not distinguishable from the
+    best (the 95% paired interval of the difference holds zero); ``write_efficacy`` (consecutive:
+    right after each edit); n, seconds_per_edit, failed_edits, protocol, mode, variant, seed.
+    Missing runs are rows of NaN. The paper's numbers stand beside the variant ``default`` only.
     """
     chosen = metrics[(metrics["protocol"] == layout.protocol) & (metrics["mode"] == layout.mode)]
     if chosen.empty:
@@ -75,6 +76,9 @@ def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]
         found = final.loc[metric] if metric in final.index else None
         for name, column in (("", "value"), ("_low", "low"), ("_high", "high")):
             row[metric + name] = float("nan") if found is None else 100 * found[column]
+        row[f"{metric}_tied"] = found is not None and bool(
+            found["behind_low"] <= 0 < found["behind_high"]
+        )
         row[f"{metric}_paper"] = published.get(metric, float("nan"))
         row[f"{metric}_difference"] = row[metric] - row[f"{metric}_paper"]
     has_write = "efficacy" in written.index
@@ -110,6 +114,8 @@ def caption(table: pd.DataFrame, layout: Layout) -> str:
     )
     if layout.mode == "consecutive":
         text += "; evaluated on the final model, Write: efficacy right after each edit"
+    if table[[f"{m}_tied" for m in METRICS]].any(axis=None):
+        text += "; bold: the best, ≈: not distinguishable from it (paired interval holds zero)"
     if table[[f"{m}_paper" for m in METRICS]].notna().any(axis=None):
         text += "; in brackets the paper's number"
     return f"{text}.{_failures(table, layout)}"
@@ -172,6 +178,7 @@ def _markdown_cell(row: pd.Series, metric: str, best: bool) -> str:
     if pd.isna(row[metric]):
         return MISSING
     value = f"**{_number(row[metric])}**" if best else _number(row[metric])
+    value += "≈" * bool(row[f"{metric}_tied"] and not best)
     text = f"{value} [{_number(row[f'{metric}_low'])}, {_number(row[f'{metric}_high'])}]"
     published = row[f"{metric}_paper"]
     return text if pd.isna(published) else f"{text} (paper {published:.2f})"
@@ -199,6 +206,7 @@ _LATEX = {
     "}": r"\}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "≈": r"$\approx$",
 }
 
 
@@ -246,6 +254,7 @@ def _latex_cell(row: pd.Series, metric: str, best: bool) -> str:
         return "--"
     value = _number(row[metric])
     value = rf"\mathbf{{{value}}}" if best else value
+    value += r"^{\approx}" * bool(row[f"{metric}_tied"] and not best)
     low, high = _number(row[f"{metric}_low"]), _number(row[f"{metric}_high"])
     text = rf"${value}_{{[{low},\,{high}]}}$"
     published = row[f"{metric}_paper"]

@@ -1,0 +1,188 @@
+"""Figures and the tables behind them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import save_file
+
+from kmebench.reporting import figure_tables, figures
+
+LABELS = {
+    "models": {"m": "Model"},
+    "datasets": {"d": "Data"},
+    "methods": {"full-c": "Full-C", "pac": "PAC"},
+}
+RUN = {
+    "model": "m",
+    "dataset": "d",
+    "mode": "consecutive",
+    "method": "pac",
+    "variant": "default",
+    "seed": 0,
+}
+
+
+def metric(name="efficacy", value=0.5, **other):
+    row = RUN | {"protocol": "token", "moment": "final", "edits_done": 10, "metric": name}
+    return row | {"value": value, "low": value - 0.1, "high": value + 0.1} | other
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_times_are_seconds_per_request_of_every_call(tmp_path):
+    calls = [
+        {"requests": 1, "seconds": {"trace": 0.5, "optimise": 1.0}},
+        {"requests": 2, "seconds": {"optimise": 3.0}},
+    ]
+    file = write(tmp_path / "timing.json", {"calls": calls})
+    table = figure_tables.times([file], [RUN], LABELS)
+    assert table["seconds"].tolist() == [1.5, 1.5]
+    assert set(table["editor"]) == {"PAC"}
+
+
+def test_norms_of_one_layer_are_added_as_squares(tmp_path):
+    norms = [{"model.layers.3.up.weight": 3.0, "model.layers.3.down.weight": 4.0}, {}]
+    file = write(tmp_path / "run.json", {"delta_norms": norms})
+    table = figure_tables.norms([file], [RUN], LABELS)
+    assert table[["layer", "norm"]].to_numpy().tolist() == [[3, 5.0]]
+
+
+def test_a_sweep_takes_the_final_values_of_its_own_runs():
+    metrics = pd.DataFrame(
+        [
+            metric(value=0.4, variant="paths=5"),
+            metric(value=0.9, variant="paths=5", moment="write"),
+            metric(value=0.8, variant="paths=5", protocol="exact"),
+            metric(value=0.1, method="original"),
+            metric(value=0.6),
+        ]
+    )
+    runs = [RUN | {"variant": "paths=5", "value": 5}, RUN | {"value": 15}]
+    table = figure_tables.swept(metrics, runs, LABELS, "token")
+    assert table["value"].tolist() == [5, 15]
+    assert table["mean"].tolist() == pytest.approx([40, 60])
+    assert table["high"].tolist() == pytest.approx([50, 70])
+    assert table["metric"].tolist() == ["Efficacy"] * 2
+
+
+def test_survival_joins_checkpoints_and_the_end_in_the_order_of_the_methods():
+    metrics = pd.DataFrame(
+        [
+            metric(edits_done=1, moment="checkpoint"),
+            metric(edits_done=1, moment="write"),
+            metric(),
+            metric(method="full-c"),
+            metric(method="original"),
+        ]
+    )
+    table = figure_tables.survival(metrics, LABELS, "token")
+    assert table["editor"].tolist() == ["Full-C", "PAC", "PAC"]
+    assert table["edits_done"].tolist() == [10, 1, 10]
+
+
+def test_only_cells_with_two_numbers_are_compared_with_the_paper():
+    row = {"model": "m", "dataset": "d", "editor": "pac"}
+    for name, ours, paper in (
+        ("efficacy", 90.0, 88.0),
+        ("generality", 50.0, np.nan),
+        ("locality", np.nan, 3.0),
+        ("score", 60.0, 61.0),
+    ):
+        row |= {name: ours, f"{name}_low": ours, f"{name}_high": ours, f"{name}_paper": paper}
+    wide = pd.DataFrame([row, row | {"editor": "original"}])
+    table = figure_tables.against_paper({"Table 2": wide}, LABELS)
+    assert table[["metric", "mean", "paper"]].to_numpy().tolist() == [
+        ["Efficacy", 90.0, 88.0],
+        ["Score", 60.0, 61.0],
+    ]
+
+
+def test_importance_is_a_share_within_each_request(tmp_path):
+    scores = np.random.default_rng(0).random((20, 3, 2, 4)).astype(np.float32)
+    scores[0] *= 1000  # a loud request counts as much as any other
+    save_file({"positive_scores": scores}, tmp_path / "paths.safetensors")
+    table = figure_tables.importance(tmp_path / "paths.safetensors", resamples=500, seed=0)
+    assert table["importance"].sum() == pytest.approx(100)
+    shares = scores / scores.sum(axis=(1, 2, 3), keepdims=True)
+    wanted = table[(table["layer"] == 2) & (table["matrix"] == "value") & (table["rank"] == 4)]
+    values = 100 * shares[:, 2, 1, 3].astype(np.float64)
+    assert wanted["importance"].item() == pytest.approx(values.mean(), rel=1e-5)
+    error = values.std() / len(values) ** 0.5
+    assert wanted["high"].item() - wanted["low"].item() == pytest.approx(2 * 1.96 * error, rel=0.15)
+
+
+def series(**columns):
+    return pd.DataFrame(columns).assign(mean=50.0, low=40.0, high=60.0)
+
+
+def lines(figure, panel=0):
+    return figure.axes[panel].get_lines()
+
+
+def test_a_sweep_has_a_line_for_every_metric_with_the_values_in_order():
+    table = pd.concat(
+        [
+            series(metric=list(figures.PERCENT)).assign(model="M", dataset="D", value=v)
+            for v in (20, 5, 15)
+        ]
+    )
+    figure = figures.sweep(table, "paths")
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["5", "15", "20"]
+    assert len(axes.containers) == 4
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == list(figures.PERCENT)
+
+
+def test_every_editor_can_be_told_apart_without_colour():
+    table = pd.concat(
+        [
+            series(edits_done=[1, 3, 10]).assign(model="M", dataset="D", metric=m, editor=f"E{k}")
+            for k in range(12)
+            for m in ("Efficacy", "Locality")
+        ]
+    )
+    figure = figures.along_edits(table)
+    assert len(figure.axes) == 2
+    drawn = [c.lines[0] for c in figure.axes[0].containers]
+    assert len({line.get_marker() for line in drawn}) == 12
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 12
+
+
+def test_time_is_drawn_as_mean_with_its_interval():
+    seconds = [1.0, 2.0, 3.0, 10.0]
+    table = pd.DataFrame({"model": "M", "dataset": "D", "editor": "PAC", "seconds": seconds})
+    figure = figures.time_per_edit(table)
+    assert figure.axes[0].get_xscale() == "log"
+    points = np.concatenate([line.get_xdata() for line in figure.axes[0].get_lines()])
+    assert 4.0 in points
+    assert points.min() < 4.0 < points.max()
+
+
+def test_norms_are_a_map_of_editors_and_layers():
+    table = pd.DataFrame(
+        {"model": "M", "dataset": "D", "editor": ["A", "A", "B"], "layer": [0, 0, 2]}
+    ).assign(norm=[1.0, 3.0, 8.0])
+    figure = figures.weight_norms(table)
+    grid = figure.axes[0].collections[0].get_array().reshape(2, 3)
+    assert grid.filled(0).tolist() == [[2.0, 0, 0], [0, 0, 8.0]]
+
+
+def test_the_same_figure_is_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        figures.save(
+            figures.draw_layers(np.ones((3, 2)), "shares"),
+            tmp_path / f"{name}.pdf",
+            tmp_path / f"{name}.png",
+        )
+    for kind in ("pdf", "png"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+
+def test_a_table_without_rows_is_said_so():
+    with pytest.raises(figures.KMEBenchError, match="nothing to draw"):
+        figures.paper_scatter(figure_tables.against_paper({}, LABELS))

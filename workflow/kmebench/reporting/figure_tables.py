@@ -1,0 +1,145 @@
+"""The tables behind the figures, from the files of finished runs. Imports no torch.
+
+Runs are mappings with the columns of a run (model, dataset, mode, method, variant, seed) and with
+``value``, the value a sweep gives it; ``labels`` maps section -> name -> what readers see.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file
+
+from kmebench.evaluation.metrics import SCORED
+
+Runs = Sequence[Mapping[str, Any]]
+Labels = Mapping[str, Mapping[str, str]]
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+def times(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
+    """Seconds per request of every call of the editors, from timing.json files."""
+    rows = []
+    for path, run in zip(files, runs, strict=True):
+        for call in _json(path)["calls"]:
+            seconds = sum(call["seconds"].values()) / call["requests"]
+            rows.append(_named(run, labels) | {"seconds": seconds})
+    return pd.DataFrame(rows)
+
+
+def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
+    """Frobenius norm of every edit in every layer, from run.json files."""
+    rows = []
+    for path, run in zip(files, runs, strict=True):
+        for call in _json(path)["delta_norms"]:
+            squares: dict[int, float] = {}
+            for name, norm in call.items():
+                layer = int(LAYER.search(name)[1])
+                squares[layer] = squares.get(layer, 0.0) + norm**2
+            named = _named(run, labels)
+            rows += [named | {"layer": k, "norm": v**0.5} for k, v in sorted(squares.items())]
+    return pd.DataFrame(rows)
+
+
+def swept(metrics: pd.DataFrame, runs: Runs, labels: Labels, protocol: str) -> pd.DataFrame:
+    """Final metrics of every run of a sweep, in percent, with the value that it was given."""
+    final = metrics[(metrics["moment"] == "final") & (metrics["protocol"] == protocol)]
+    keys = ["model", "dataset", "mode", "method", "variant", "seed"]
+    joined = pd.DataFrame(list(runs)).merge(_percent(final), on=keys, validate="1:m")
+    columns = ["model", "dataset", "editor", "value", "metric", "mean", "low", "high"]
+    return _labelled(joined, labels)[columns]
+
+
+def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFrame:
+    """Metrics of all requests so far after 1, 3, 10, ... and all consecutive edits, in percent."""
+    kept = metrics["moment"].isin(["checkpoint", "final"]) & metrics["metric"].isin(SCORED)
+    kept &= metrics["protocol"] == protocol
+    edited = metrics[kept & (metrics["method"] != "original")]
+    order = edited["method"].map({name: k for k, name in enumerate(labels["methods"])})
+    ordered = edited.assign(order=order).sort_values("order", kind="stable")
+    table = _labelled(_percent(ordered), labels)
+    return table[["model", "dataset", "editor", "edits_done", "metric", "mean", "low", "high"]]
+
+
+def against_paper(tables: Mapping[str, pd.DataFrame], labels: Labels) -> pd.DataFrame:
+    """Our numbers beside the paper's, where both exist; ``tables``: title -> wide table."""
+    rows = []
+    for title, wide in tables.items():
+        for row in wide[wide["editor"] != "original"].to_dict("records"):
+            named = _named(row | {"method": row["editor"]}, labels) | {"table": title}
+            for metric in SCORED:
+                numbers = {
+                    "mean": row[metric],
+                    "low": row[f"{metric}_low"],
+                    "high": row[f"{metric}_high"],
+                    "paper": row[f"{metric}_paper"],
+                }
+                if not np.isnan([numbers["mean"], numbers["paper"]]).any():
+                    rows.append(named | {"metric": metric.capitalize()} | numbers)
+    columns = ["table", "model", "dataset", "editor", "metric", "mean", "low", "high", "paper"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def importance(path: str | Path, *, resamples: int, seed: int) -> pd.DataFrame:
+    """Share of every node in the impact of T+, in percent, from a path file.
+
+    Shares are taken within each request, then averaged over requests, with 95% bootstrap
+    intervals. Returns layer, matrix (key | value), rank (1 is the best), importance, low, high.
+    """
+    scores = np.abs(load_file(path)["positive_scores"].astype(np.float64))  # [G, L, 2, N]
+    shares = 100 * scores / scores.sum(axis=(1, 2, 3), keepdims=True)
+    flat = shares.reshape(len(shares), -1)
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), resamples)
+    low, high = np.percentile(weights @ flat / len(flat), [2.5, 97.5], axis=0)
+    layer, matrix, rank = (index.ravel() for index in np.indices(shares.shape[1:]))
+    return pd.DataFrame(
+        {
+            "layer": layer,
+            "matrix": np.array(["key", "value"])[matrix],
+            "rank": rank + 1,
+            "importance": flat.mean(axis=0),
+            "low": low,
+            "high": high,
+        }
+    )
+
+
+def nodes(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
+    """Importance of the nodes of T+ for every model and data set, from files of its rule."""
+    parts = [
+        pd.read_parquet(path).assign(**_named(run, labels))
+        for path, run in zip(files, runs, strict=True)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _json(path: str | Path) -> dict[str, Any]:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _named(run: Mapping[str, Any], labels: Labels) -> dict[str, str]:
+    return {
+        "model": labels["models"][run["model"]],
+        "dataset": labels["datasets"][run["dataset"]],
+        "editor": labels["methods"][run["method"]],
+    }
+
+
+def _labelled(table: pd.DataFrame, labels: Labels) -> pd.DataFrame:
+    return table.assign(
+        model=table["model"].map(labels["models"]),
+        dataset=table["dataset"].map(labels["datasets"]),
+        editor=table["method"].map(labels["methods"]),
+        metric=table["metric"].str.capitalize(),
+    )
+
+
+def _percent(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Rename ``value`` to ``mean``; the value of a sweep has that name too."""
+    percent = 100 * metrics[["value", "low", "high"]].rename(columns={"value": "mean"})
+    return metrics.drop(columns=["value", "low", "high"]).join(percent)
