@@ -129,7 +129,7 @@ def sweep(table: pd.DataFrame, parameter: str) -> Figure:
 
 
 def along_edits(table: pd.DataFrame) -> Figure:
-    """All requests so far against the number of consecutive edits: do editors survive?
+    """All requests so far against the number of consecutive edits made.
 
     Columns: model, dataset, editor, edits_done, metric, mean, low, high (percent).
     """
