@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kmebench.editors.registry import editor_target
-from kmebench.experiments import grid
+from kmebench.experiments import claims, grid
 from kmebench.experiments.configuration import check_config
 from kmebench.experiments.dependencies import source_closure
 
@@ -26,6 +26,7 @@ FETCHED = [m for m in config["models"] if m not in TRAINED]
 #: What a path file is called (grid.selection_of).
 SELECTION = r"\w+,[\w=]+,\w+,paths=\d+,negatives=\d+"
 OPENFACTS = "resources/openfacts"
+CLAIMS = "resources/paper/findings.yaml"
 
 
 def openfacts_tables():
@@ -265,9 +266,49 @@ def figure_params(wildcards):
     }
 
 
+def finding_cells():
+    """Where each claim of the paper can be tested, with the run folder (or path file) by role."""
+    cells = []
+    for claim in claims.read_claims(CLAIMS):
+        for model, dataset, sides in claims.cells_of(config, claim):
+            if claim.test["kind"] == "layers":
+                selection = grid.selection_of(config, sides["pac"])
+                files = {"pac": f"trace/{model}/{dataset}/paths/{selection}.safetensors"}
+            else:
+                files = {role: run.folder() for role, run in sides.items()}
+            cells.append(
+                {
+                    "claim": claim.id,
+                    "model": labels("models", model)["label"],
+                    "dataset": labels("datasets", dataset)["label"],
+                    "sides": files,
+                }
+            )
+    return cells
+
+
+def finding_files(name):
+    """An input function: the files called ``name`` in the folders that claims are tested on."""
+
+    def files(wildcards):
+        paths = {side for cell in finding_cells() for side in cell["sides"].values()}
+        return sorted(
+            f"<results>/{path}/{name}" if path.startswith("runs/") else f"<results>/{path}"
+            for path in paths
+            if path.startswith("runs/") or name == "predictions.parquet"
+        )
+
+    return files
+
+
+def results_folder():
+    """Where results go: ``results``, unless the config moves it (pathvars)."""
+    return workflow.pathvars.get("results")
+
+
 def print_tables():
     """Show the finished tables on the terminal."""
-    results = Path(workflow.pathvars.get("results"))
+    results = Path(results_folder())
     made = [results / "tables" / f"{name}.md" for name in config["tables"]]
     made += [results / "comparisons" / f"{name}.md" for name in config["comparisons"]]
     for path in made:

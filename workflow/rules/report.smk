@@ -88,6 +88,35 @@ rule compare:
         "../scripts/compare.py"
 
 
+rule findings:
+    "Test the paper's claims on the runs that can."
+    input:
+        claims=CLAIMS,
+        predictions=finding_files("predictions.parquet"),
+        timing=finding_files("timing.json"),
+        code=code("findings"),
+    output:
+        csv="<results>/tables/findings.csv",
+        md=report(
+            "<results>/tables/findings.md",
+            caption="../report/table.rst",
+            category="Tables",
+            labels={"table": "findings"},
+        ),
+    log:
+        "<logs>/findings/findings.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        results=lambda w: results_folder(),
+        cells=lambda w: finding_cells(),
+        statistics=config["statistics"],
+    message:
+        "Testing what the paper claims"
+    script:
+        "../scripts/findings.py"
+
+
 rule node_importance:
     "Average the impact of every node of the critical paths over the requests."
     input:
@@ -187,7 +216,7 @@ rule figures:
 rule tables:
     "All tables and comparisons."
     input:
-        expand("<results>/tables/{table}.md", table=config["tables"]),
+        expand("<results>/tables/{table}.md", table=[*config["tables"], "findings"]),
         expand(
             "<results>/comparisons/{comparison}.md", comparison=config["comparisons"]
         ),

@@ -25,6 +25,8 @@ import pandas as pd
 from kmebench.errors import KMEBenchError
 
 METRICS = ("efficacy", "generality", "locality", "portability")
+#: What Score is the mean of.
+PARTS = ("efficacy", "generality", "locality")
 #: What the paper reports.
 SCORED = ("efficacy", "generality", "locality", "score")
 KINDS = {
@@ -187,17 +189,20 @@ def paired_difference(
         KMEBenchError: the two hold different requests.
     """
     if metric == "score":
-        a, b = (
-            x.assign(score=x[["efficacy", "generality", "locality"]].mean(axis=1)) for x in (a, b)
-        )
+        a, b = (x.assign(score=x[list(PARTS)].mean(axis=1)) for x in (a, b))
     joined = a.merge(b, on="case_id", suffixes=("_a", "_b"), validate="1:1")
     if not len(a) == len(b) == len(joined):
         raise KMEBenchError("Editors can be compared in pairs only on the same requests.")
     difference = (joined[f"{metric}_a"] - joined[f"{metric}_b"]).dropna().to_numpy()
+    return (*bootstrap(difference, resamples=resamples, seed=seed), len(difference))
+
+
+def bootstrap(values: np.ndarray, *, resamples: int, seed: int) -> tuple[float, float, float]:
+    """Return the mean of ``values`` [n] with its 95% percentile bootstrap interval."""
     generator = np.random.default_rng(seed)
-    picks = generator.integers(len(difference), size=(resamples, len(difference)))
-    low, high = np.percentile(difference[picks].mean(axis=1), [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high), len(difference)
+    picks = generator.integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
 
 
 def cohorts(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:

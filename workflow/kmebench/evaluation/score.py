@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from kmebench.evaluation.metrics import (
+    PARTS,
     PROTOCOLS,
     SCORED,
     as_edited,
@@ -133,7 +134,7 @@ def _behind(
     values: Sequence[pd.DataFrame], metric: str, statistics: Mapping[str, int]
 ) -> list[tuple[float, float, float]]:
     """Difference of the best to each, with its interval; NaN where nothing was predicted."""
-    parts = ["efficacy", "generality", "locality"] if metric == "score" else [metric]
+    parts = list(PARTS) if metric == "score" else [metric]
     means = [float(v[parts].mean(axis=1).mean()) for v in values]
     if np.isnan(means).all():
         return [(float("nan"),) * 3] * len(values)

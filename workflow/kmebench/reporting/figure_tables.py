@@ -90,8 +90,7 @@ def importance(path: str | Path, *, resamples: int, seed: int) -> pd.DataFrame:
     Shares are taken within each request, then averaged over requests, with 95% bootstrap
     intervals. Returns layer, matrix (key | value), rank (1 is the best), importance, low, high.
     """
-    scores = np.abs(load_file(path)["positive_scores"].astype(np.float64))  # [G, L, 2, N]
-    shares = 100 * scores / scores.sum(axis=(1, 2, 3), keepdims=True)
+    shares = _node_shares(path)
     flat = shares.reshape(len(shares), -1)
     generator = np.random.default_rng(seed)
     weights = generator.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), resamples)
@@ -107,6 +106,17 @@ def importance(path: str | Path, *, resamples: int, seed: int) -> pd.DataFrame:
             "high": high,
         }
     )
+
+
+def layer_shares(path: str | Path) -> np.ndarray:
+    """Share of every layer in the impact of T+, in percent, [G, L], from a path file."""
+    return _node_shares(path).sum(axis=(2, 3))
+
+
+def _node_shares(path: str | Path) -> np.ndarray:
+    """Share of every node within its group of requests, [G, L, 2, N]; signs do not count."""
+    scores = np.abs(load_file(path)["positive_scores"].astype(np.float64))
+    return 100 * scores / scores.sum(axis=(1, 2, 3), keepdims=True)
 
 
 def nodes(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:

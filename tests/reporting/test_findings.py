@@ -1,0 +1,163 @@
+"""The paper's claims, judged on runs."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from kmebench.errors import DataError
+from kmebench.evaluation.frames import write_frame
+from kmebench.evaluation.schema import PREDICTIONS
+from kmebench.experiments.claims import Claim, read_claims, cells_of
+from kmebench.experiments.configuration import check_config, read_config
+from kmebench.reporting.findings import Runs, findings, findings_markdown, judge
+
+CLAIMS = Path("resources/paper/findings.yaml")
+N = 40
+
+
+def write_run(folder, right, seconds=1.0):
+    """A run whose ``right[kind]`` of the first requests are answered as wanted."""
+    rows = []
+    for i in range(N):
+        for kind in ("edit", "paraphrase", "locality"):
+            row = dict.fromkeys(PREDICTIONS.names)
+            row |= {"case_id": str(i), "position": i, "kind": kind, "prompt": "p", "target": "t"}
+            row |= {"moment": "final", "edits_done": N, "batch": 0, "target_ids": [1]}
+            row |= {"before_ids": [1], "after_ids": [1 if i < right[kind] else 2]}
+            rows.append(row)
+    folder.mkdir(parents=True)
+    write_frame(pd.DataFrame(rows), PREDICTIONS, folder / "predictions.parquet")
+    calls = [{"requests": 1, "seconds": {"optimise": seconds + 0.01 * (i % 3)}} for i in range(N)]
+    (folder / "timing.json").write_text(json.dumps({"calls": calls}))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    write_run(tmp_path / "good", {"edit": 40, "paraphrase": 30, "locality": 30}, seconds=2.0)
+    write_run(tmp_path / "fair", {"edit": 38, "paraphrase": 29, "locality": 29}, seconds=1.0)
+    write_run(tmp_path / "poor", {"edit": 1, "paraphrase": 0, "locality": 2}, seconds=0.5)
+    return Runs(tmp_path, {"resamples": 500, "seed": 0})
+
+
+def claim(edits=0, **test):
+    return Claim("id", "A claim.", "Table 1", "1.0", test, edits)
+
+
+def verdict(runs, sides, edits=0, **test):
+    return judge(claim(edits, **test), sides, runs).verdict
+
+
+def test_the_best_must_be_better_beyond_chance(runs):
+    sides = {"pac": "good", "a": "fair", "b": "poor"}
+    best = {"kind": "best", "metric": "score"}
+    assert verdict(runs, {"pac": "good", "b": "poor"}, method="pac", **best) == "holds"
+    assert verdict(runs, sides, method="b", **best) == "does not hold"
+    assert verdict(runs, {"pac": "fair", "a": "good"}, method="pac", **best) != "holds"
+    found = judge(claim(method="a", **best), sides, runs).found
+    assert found.startswith("a 80.0 − pac 83.3: -3.33 [")
+
+
+def test_the_least_is_the_best_upside_down(runs):
+    least = {"kind": "least", "metric": "locality", "method": "pac"}
+    assert verdict(runs, {"pac": "poor", "a": "fair"}, **least) == "holds"
+    assert verdict(runs, {"pac": "fair", "a": "poor"}, **least) == "does not hold"
+
+
+def test_a_difference_without_a_sign_stays_open(runs):
+    test = {"kind": "difference", "metric": "efficacy", "a": {"method": "x"}, "b": {"method": "x"}}
+    assert verdict(runs, {"a": "good", "b": "poor"}, **test) == "holds"
+    assert verdict(runs, {"a": "poor", "b": "good"}, **test) == "does not hold"
+    assert verdict(runs, {"a": "good", "b": "good"}, **test) == "undecided"
+
+
+def test_numbers_are_passed_by_whole_intervals(runs):
+    above = {"kind": "above", "metric": "efficacy", "value": 98}
+    assert verdict(runs, {"a": "good"}, **above) == "holds"
+    assert verdict(runs, {"a": "fair"}, **above) == "undecided"
+    assert verdict(runs, {"a": "good", "b": "poor"}, **above) == "does not hold"
+    below = {"kind": "below", "metric": "score", "value": 10}
+    assert verdict(runs, {"a": "poor"}, **below) == "holds"
+    assert verdict(runs, {"a": "poor", "b": "good"}, **below) == "does not hold"
+
+
+def test_what_many_edits_ruin_is_not_refuted_by_few(runs):
+    below = {"kind": "below", "metric": "score", "value": 10}
+    assert verdict(runs, {"a": "good"}, edits=3000, **below) == "not testable at this scale"
+    assert verdict(runs, {"a": "good"}, edits=N, **below) == "does not hold"
+    assert verdict(runs, {"a": "poor"}, edits=3000, **below) == "holds"
+
+
+def test_time_is_compared_edit_by_edit(runs):
+    sides = {"pac": "fair", "full-c": "good", "kn": "poor"}
+    assert verdict(runs, sides, kind="faster", a="pac", b="full-c") == "holds"
+    assert verdict(runs, sides, kind="faster", a="full-c", b="pac") == "does not hold"
+    assert verdict(runs, sides, kind="slowest", method="full-c") == "holds"
+    assert verdict(runs, sides, kind="slowest", method="pac") == "does not hold"
+
+
+def test_middle_layers_are_compared_per_layer(runs, tmp_path):
+    generator = np.random.default_rng(0)
+    scores = generator.random((N, 8, 2, 3)).astype(np.float32)
+    test = {"kind": "layers", "from": 0.25, "to": 0.5}
+    save_file({"positive_scores": scores}, tmp_path / "even.safetensors")
+    scores[:, 2:4] += 1
+    save_file({"positive_scores": scores}, tmp_path / "middle.safetensors")
+    scores[:, 7] += 9
+    save_file({"positive_scores": scores}, tmp_path / "late.safetensors")
+    wanted = {"even": "undecided", "middle": "holds", "late": "does not hold"}
+    for name, expected in wanted.items():
+        assert verdict(runs, {"pac": f"{name}.safetensors"}, **test) == expected
+
+
+def test_a_claim_that_no_run_tests_is_shown_as_such(runs):
+    table = findings([claim(kind="best", method="pac", metric="score")], [], runs)
+    assert table["verdict"].tolist() == ["not run"]
+    assert "| –" in findings_markdown(table)
+
+
+def test_every_claim_of_the_paper_finds_its_runs_in_the_default_config():
+    config = read_config(Path("config.yaml"))
+    check_config(config, "workflow/schemas/config.schema.yaml")
+    claims = read_claims(CLAIMS)
+    assert len({c.id for c in claims}) == len(claims) >= 12
+    for one in claims:
+        cells = cells_of(config, one)
+        assert ("tiny-gptj", "openfacts-zsre") in [c[:2] for c in cells] or (
+            one.test["dataset"] == "CounterFact" and cells
+        ), one.id
+    (contrast,) = (c for c in claims if c.id == "contrast")
+    sides = cells_of(config, contrast)[0][2]
+    assert sides["b"].variant == "lambda=0.0"
+
+
+def test_without_one_of_its_runs_a_claim_is_not_tested():
+    config = read_config(Path("config.yaml"))
+    check_config(config, "workflow/schemas/config.schema.yaml")
+    fewer = copy.deepcopy(config)
+    fewer["experiments"]["ablation-lambda"]["sweep"]["lambda"] = [0.1, 1.0]
+    fewer["experiments"]["table1"]["methods"] = ["pac"]
+    del fewer["methods"]["rome"]
+    for name in ("table2", "table1"):
+        methods = fewer["experiments"][name]["methods"]
+        fewer["experiments"][name]["methods"] = [m for m in methods if m != "rome"]
+    found = {c.id: cells_of(fewer, c) for c in read_claims(CLAIMS)}
+    for absent in ("contrast", "r-rome", "score-zsre-batch"):
+        assert not found[absent]
+    assert found["efficacy-batch"]
+    assert found["large-lambda"]
+
+
+@pytest.mark.parametrize("change", [{"test": {"kind": "worst"}}, {"colour": "red"}])
+def test_a_wrong_claim_is_named(change, tmp_path):
+    records = yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))[:2]
+    records[1] |= change
+    path = tmp_path / "claims.yaml"
+    path.write_text(yaml.safe_dump(records), encoding="utf-8")
+    with pytest.raises(DataError, match=r"claims\.yaml, claim"):
+        read_claims(path)

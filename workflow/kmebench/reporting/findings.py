@@ -1,0 +1,174 @@
+"""Does what the paper claims hold here? Every verdict with its numbers. Imports no torch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kmebench.evaluation.metrics import PARTS, bootstrap, paired_difference, request_values
+from kmebench.evaluation.score import read_predictions
+from kmebench.experiments.claims import Claim
+from kmebench.reporting.figure_tables import layer_shares
+from kmebench.reporting.tables import markdown_table
+
+HOLDS, FAILS, OPEN, SMALL = "holds", "does not hold", "undecided", "not testable at this scale"
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found: a sentence with its numbers, their number of edits, and a verdict."""
+
+    found: str
+    n: int
+    verdict: str
+
+
+class Runs:
+    """Finished runs by folder; predictions are read and scored once."""
+
+    def __init__(self, results: str | Path, statistics: Mapping[str, int]) -> None:
+        self._results, self._statistics = Path(results), statistics
+        self._values: dict[str, pd.DataFrame] = {}
+
+    def values(self, folder: str) -> pd.DataFrame:
+        """case_id and metrics of every request on the final model (protocol token)."""
+        if folder not in self._values:
+            frame = read_predictions(self._results / folder / "predictions.parquet")
+            self._values[folder] = request_values(frame[frame["moment"] == "final"], "token")
+        table = self._values[folder]
+        # Score is left to paired_difference; it is the mean of the parts, which every request has.
+        return table.assign(score=table[list(PARTS)].mean(axis=1))
+
+    def difference(self, a: str, b: str, metric: str) -> tuple[float, float, float, int]:
+        """Mean of a − b in percentage points, its 95% paired interval, and n."""
+        sides = (self.values(folder) for folder in (a, b))
+        mean, low, high, n = paired_difference(*sides, metric, **self._statistics)
+        return 100 * mean, 100 * low, 100 * high, n
+
+    def mean(self, folder: str, metric: str) -> tuple[float, float, float, int]:
+        """Mean in percent, its 95% interval, and n."""
+        values = 100 * self.values(folder)[metric].dropna().to_numpy()
+        return (*bootstrap(values, **self._statistics), len(values))
+
+    def seconds(self, folder: str) -> np.ndarray:
+        """Seconds of every call of the editor."""
+        text = (self._results / folder / "timing.json").read_text(encoding="utf-8")
+        return np.array([sum(call["seconds"].values()) for call in json.loads(text)["calls"]])
+
+    def slower(self, a: str, b: str) -> tuple[float, float, float, int]:
+        """Seconds per call of a − b, its 95% paired interval, and the number of calls."""
+        gap = self.seconds(a) - self.seconds(b)
+        return (*bootstrap(gap, **self._statistics), len(gap))
+
+    def middle(self, path: str, start: float, stop: float) -> tuple[float, float, float, int]:
+        """Share of T+'s impact per layer: middle layers − others, in percentage points."""
+        shares = layer_shares(self._results / path)
+        depth = np.arange(shares.shape[1]) / shares.shape[1]
+        middle = (depth >= start) & (depth < stop)
+        gap = shares[:, middle].mean(axis=1) - shares[:, ~middle].mean(axis=1)
+        return (*bootstrap(gap, **self._statistics), len(gap))
+
+
+def judge(claim: Claim, sides: Mapping[str, str], runs: Runs) -> Verdict:
+    """Decide one claim for one model and data set; ``sides``: file or run folder by role."""
+    test = claim.test
+    kind, metric = test["kind"], test.get("metric", "")
+    if kind in ("above", "below"):
+        return _against_number(claim, sides, runs)
+    if kind == "layers":
+        gap = runs.middle(sides["pac"], test["from"], test["to"])
+        return _signed("middle layers − others", gap, "points per layer")
+    if kind == "faster":
+        gap = runs.slower(sides[test["b"]], sides[test["a"]])
+        return _signed(f"{test['b']} − {test['a']}", gap, "s per edit")
+    if kind == "slowest":
+        rivals = {name: runs.seconds(folder).mean() for name, folder in sides.items()}
+        rival = max((name for name in rivals if name != test["method"]), key=rivals.get)
+        gap = runs.slower(sides[test["method"]], sides[rival])
+        return _signed(f"{test['method']} − {rival} (the next slowest)", gap, "s per edit")
+    if kind == "difference":
+        gap = runs.difference(sides["a"], sides["b"], metric)
+        return _signed(f"{_side(test['a'])} − {_side(test['b'])}", gap, f"points of {metric}")
+    means = {name: runs.mean(folder, metric)[0] for name, folder in sides.items()}
+    choose = max if kind == "best" else min
+    rival = choose((name for name in means if name != test["method"]), key=means.get)
+    pair = (sides[test["method"]], sides[rival])
+    gap = runs.difference(*(pair if kind == "best" else pair[::-1]), metric)
+    order = (test["method"], rival) if kind == "best" else (rival, test["method"])
+    return _signed(f"{order[0]} {means[order[0]]:.1f} − {order[1]} {means[order[1]]:.1f}", gap, "")
+
+
+def _against_number(claim: Claim, sides: Mapping[str, str], runs: Runs) -> Verdict:
+    test = claim.test
+    found = {name: runs.mean(folder, test["metric"]) for name, folder in sides.items()}
+    sign = 1 if test["kind"] == "above" else -1
+    # Both ends of each interval, as distances on the right side of the number.
+    ends = np.array([[low, high] for _, low, high, _ in found.values()])
+    ends = np.sort(sign * (ends - test["value"]), axis=1)
+    n = min(n for *_, n in found.values())
+    text = ", ".join(f"{k} {m:.1f} [{low:.1f}, {high:.1f}]" for k, (m, low, high, _) in found.items())
+    if (ends[:, 0] >= 0).all():
+        return Verdict(text, n, HOLDS)
+    if (ends[:, 1] < 0).any():
+        # What many edits ruin, a few may leave whole.
+        small = test["kind"] == "below" and n < claim.edits
+        return Verdict(text, n, SMALL if small else FAILS)
+    return Verdict(text, n, OPEN)
+
+
+def _signed(text: str, gap: tuple[float, float, float, int], unit: str) -> Verdict:
+    mean, low, high, n = gap
+    verdict = HOLDS if low > 0 else FAILS if high < 0 else OPEN
+    return Verdict(f"{text}: {mean:+.2f} [{low:+.2f}, {high:+.2f}] {unit}".strip(), n, verdict)
+
+
+def _side(side: Mapping[str, Any]) -> str:
+    return ", ".join([side["method"], *(f"{k} {v}" for k, v in side.get("hparams", {}).items())])
+
+
+def findings(
+    claims: Sequence[Claim], cells: Sequence[Mapping[str, Any]], runs: Runs
+) -> pd.DataFrame:
+    """Judge every claim wherever it can be tested.
+
+    ``cells``: claim (its id), model, dataset (labels) and sides. Returns id, claim, where, paper,
+    paper_edits, model, dataset, found, n, verdict; one row without a model for a claim that no
+    run tests.
+    """
+    rows = []
+    for claim in claims:
+        about = {"id": claim.id, "claim": claim.claim, "where": claim.where, "paper": claim.paper}
+        about |= {"paper_edits": claim.edits or None}
+        tested = [cell for cell in cells if cell["claim"] == claim.id]
+        for cell in tested:
+            verdict = judge(claim, cell["sides"], runs)
+            place = {"model": cell["model"], "dataset": cell["dataset"]}
+            rows.append(about | place | vars(verdict))
+        if not tested:
+            rows.append(about | {"model": None, "dataset": None, "found": None, "n": 0})
+            rows[-1] |= {"verdict": NOT_RUN}
+    return pd.DataFrame(rows).astype({"paper_edits": "Int64"})
+
+
+def findings_markdown(table: pd.DataFrame) -> str:
+    """Render for people."""
+    caption = (
+        "**What the paper claims and what was found here. Protocol token, final model; differences "
+        "in percentage points with 95% paired bootstrap intervals over edits. A claim holds where "
+        "the interval lies on its side of zero (or of the number it names), fails where it lies on "
+        "the other, and is undecided in between; other models and fewer edits than the paper's "
+        "limit what either says about the paper.**"
+    )
+    lines = [["Claim", "Paper", "Model", "Data set", "Edits (paper)", "Found", "Verdict"]]
+    for row in table.to_dict("records"):
+        edits = f"{row['n']}" + ("" if pd.isna(row["paper_edits"]) else f" ({row['paper_edits']})")
+        shown = [row["model"], row["dataset"], edits, row["found"]]
+        cells = ["–" if pd.isna(x) else str(x) for x in shown]
+        claim = f"{row['claim']} ({row['where']})"
+        lines.append([claim, row["paper"], *cells, row["verdict"]])
+    return f"{caption}\n\n{markdown_table(lines)}\n"

@@ -1,0 +1,14 @@
+"""Test the paper's claims on finished runs (kmebench.reporting)."""
+
+from kmebench.experiments.claims import read_claims
+from kmebench.files import atomic_path, write_text
+from kmebench.logs import script_log
+from kmebench.reporting.findings import Runs, findings, findings_markdown
+
+with script_log(snakemake):
+    params = snakemake.params
+    claims = read_claims(snakemake.input.claims)
+    table = findings(claims, params.cells, Runs(params.results, params.statistics))
+    with atomic_path(snakemake.output.csv) as path:
+        table.to_csv(path, index=False)
+    write_text(snakemake.output.md, findings_markdown(table))
