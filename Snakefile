@@ -9,9 +9,10 @@
 #   runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/   edit_batch, edit_consecutive,
 #                                                                  edit_breadth_first
 #   metrics/{experiment}.parquet            all protocols          score
-#   tables/{table}.csv, .md, .tex           the paper's tables     table
+#   tables/{table}.csv, .md, .tex, .html    the paper's tables     table, costs, findings
 #   comparisons/{comparison}.csv, .md       pairs of runs          compare
 #   figures/{figure}.pdf, .png, .csv        the paper's figures    node_importance, figure
+#   index.html                              all of it on one page  index
 #   tuning/{experiment}.yaml                chosen values          tune
 
 from pathlib import Path
@@ -47,6 +48,7 @@ rule all:
         rules.metrics.input,
         rules.tables.input,
         rules.figures.input,
+        rules.index.output,
 
 
 onstart:

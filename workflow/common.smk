@@ -27,6 +27,10 @@ FETCHED = [m for m in config["models"] if m not in TRAINED]
 SELECTION = r"\w+,[\w=]+,\w+,paths=\d+,negatives=\d+"
 OPENFACTS = "resources/openfacts"
 CLAIMS = "resources/paper/findings.yaml"
+#: Templates of the pages that people read.
+PAGES = sorted(
+    str(path) for path in Path("workflow/kmebench/reporting/templates").glob("*.j2")
+)
 
 
 def openfacts_tables():
@@ -62,8 +66,10 @@ def one_of(names):
 
 
 def code(rule, *modules):
-    """The script of a rule with all library code it imports."""
-    return source_closure(f"workflow/scripts/{rule}.py", *modules)
+    """The script of a rule with all library code it imports, and the pages that code fills in."""
+    files = source_closure(f"workflow/scripts/{rule}.py", *modules)
+    pages = [] if "workflow/kmebench/reporting/html.py" not in files else PAGES
+    return [*files, *pages]
 
 
 def run_at(wildcards, mode):
@@ -273,7 +279,9 @@ def finding_cells():
         for model, dataset, sides in claims.cells_of(config, claim):
             if claim.test["kind"] == "layers":
                 selection = grid.selection_of(config, sides["pac"])
-                files = {"pac": f"trace/{model}/{dataset}/paths/{selection}.safetensors"}
+                files = {
+                    "pac": f"trace/{model}/{dataset}/paths/{selection}.safetensors"
+                }
             else:
                 files = {role: run.folder() for role, run in sides.items()}
             cells.append(
@@ -293,12 +301,37 @@ def finding_files(name):
     def files(wildcards):
         paths = {side for cell in finding_cells() for side in cell["sides"].values()}
         return sorted(
-            f"<results>/{path}/{name}" if path.startswith("runs/") else f"<results>/{path}"
+            (
+                f"<results>/{path}/{name}"
+                if path.startswith("runs/")
+                else f"<results>/{path}"
+            )
             for path in paths
             if path.startswith("runs/") or name == "predictions.parquet"
         )
 
     return files
+
+
+def default_runs():
+    """The runs of the configured hyper-parameters and seed."""
+    return [r for r in RUNS if (r.variant, r.seed) == (grid.DEFAULT, config["seed"])]
+
+
+def run_labels(run):
+    """What readers see of a run."""
+    return {
+        "model": labels("models", run.model)["label"],
+        "dataset": labels("datasets", run.dataset)["label"],
+        "mode": run.mode,
+        "editor": labels("methods", run.method)["label"],
+    }
+
+
+def table_paths():
+    """Every table and comparison but the findings, as a path below results without its ending."""
+    paths = [f"tables/{name}" for name in [*config["tables"], "costs"]]
+    return paths + [f"comparisons/{name}" for name in config["comparisons"]]
 
 
 def results_folder():
@@ -309,7 +342,8 @@ def results_folder():
 def print_tables():
     """Show the finished tables on the terminal."""
     results = Path(results_folder())
-    made = [results / "tables" / f"{name}.md" for name in config["tables"]]
+    shown = [*config["tables"], "findings"]
+    made = [results / "tables" / f"{name}.md" for name in shown]
     made += [results / "comparisons" / f"{name}.md" for name in config["comparisons"]]
     for path in made:
         if path.is_file():

@@ -43,6 +43,12 @@ rule table:
         csv="<results>/tables/{table}.csv",
         md="<results>/tables/{table}.md",
         tex="<results>/tables/{table}.tex",
+        html=report(
+            "<results>/tables/{table}.html",
+            caption="../report/table.rst",
+            category="Tables",
+            labels={"table": "{table}"},
+        ),
     log:
         "<logs>/table/{table}.log",
     wildcard_constraints:
@@ -69,6 +75,12 @@ rule compare:
     output:
         csv="<results>/comparisons/{comparison}.csv",
         md="<results>/comparisons/{comparison}.md",
+        html=report(
+            "<results>/comparisons/{comparison}.html",
+            caption="../report/table.rst",
+            category="Tables",
+            labels={"table": "{comparison}"},
+        ),
     log:
         "<logs>/compare/{comparison}.log",
     wildcard_constraints:
@@ -88,6 +100,63 @@ rule compare:
         "../scripts/compare.py"
 
 
+rule costs:
+    "Lay out what the edits took: seconds by stage, steps, memory."
+    input:
+        timing=[f"<results>/{run.folder()}/timing.json" for run in default_runs()],
+        code=code("costs"),
+    output:
+        csv="<results>/tables/costs.csv",
+        md="<results>/tables/costs.md",
+        html=report(
+            "<results>/tables/costs.html",
+            caption="../report/table.rst",
+            category="Tables",
+            labels={"table": "costs"},
+        ),
+    log:
+        "<logs>/costs/costs.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        runs=[run_labels(run) for run in default_runs()],
+    message:
+        "Laying out time and memory"
+    script:
+        "../scripts/costs.py"
+
+
+rule index:
+    "Put findings, tables, figures and how they were made on one page."
+    input:
+        findings="<results>/tables/findings.md",
+        tables=[f"<results>/{path}.md" for path in table_paths()],
+        figures=expand("<results>/figures/{figure}.png", figure=config["figures"]),
+        runs=[f"<results>/{run.folder()}/run.json" for run in RUNS],
+        timing=[f"<results>/{run.folder()}/timing.json" for run in RUNS],
+        code=code("index"),
+    output:
+        html=report(
+            "<results>/index.html",
+            caption="../report/table.rst",
+            category="Summary",
+            labels={"page": "summary"},
+        ),
+    log:
+        "<logs>/index/index.log",
+    conda:
+        "../../envs/report.yaml"
+    params:
+        title="KME-Bench: what editing single facts does to language models",
+        tables=table_paths(),
+        figures={name: spec["title"] for name, spec in config["figures"].items()},
+        notebooks=[],
+    message:
+        "Writing the summary page"
+    script:
+        "../scripts/index.py"
+
+
 rule findings:
     "Test the paper's claims on the runs that can."
     input:
@@ -97,8 +166,9 @@ rule findings:
         code=code("findings"),
     output:
         csv="<results>/tables/findings.csv",
-        md=report(
-            "<results>/tables/findings.md",
+        md="<results>/tables/findings.md",
+        html=report(
+            "<results>/tables/findings.html",
             caption="../report/table.rst",
             category="Tables",
             labels={"table": "findings"},
@@ -216,8 +286,5 @@ rule figures:
 rule tables:
     "All tables and comparisons."
     input:
-        expand("<results>/tables/{table}.md", table=[*config["tables"], "findings"]),
-        expand(
-            "<results>/comparisons/{comparison}.md", comparison=config["comparisons"]
-        ),
+        [f"<results>/{path}.md" for path in [*table_paths(), "tables/findings"]],
     localrule: True

@@ -3,6 +3,7 @@
 from kmebench.files import atomic_path, write_text
 from kmebench.logs import script_log
 from kmebench.reporting.comparisons import compare, comparison_markdown
+from kmebench.reporting.html import page
 
 with script_log(snakemake):
     params = snakemake.params
@@ -12,3 +13,4 @@ with script_log(snakemake):
         table.to_csv(path, index=False, float_format="%.4f")
     text = comparison_markdown(table, params.title, params.protocol)
     write_text(snakemake.output.md, text)
+    write_text(snakemake.output.html, page(params.title, text))

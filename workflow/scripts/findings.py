@@ -4,6 +4,7 @@ from kmebench.experiments.claims import read_claims
 from kmebench.files import atomic_path, write_text
 from kmebench.logs import script_log
 from kmebench.reporting.findings import Runs, findings, findings_markdown
+from kmebench.reporting.html import page
 
 with script_log(snakemake):
     params = snakemake.params
@@ -11,4 +12,6 @@ with script_log(snakemake):
     table = findings(claims, params.cells, Runs(params.results, params.statistics))
     with atomic_path(snakemake.output.csv) as path:
         table.to_csv(path, index=False)
-    write_text(snakemake.output.md, findings_markdown(table))
+    text = findings_markdown(table)
+    write_text(snakemake.output.md, text)
+    write_text(snakemake.output.html, page("Findings", text))

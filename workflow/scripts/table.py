@@ -1,9 +1,10 @@
-"""Write one table as CSV, Markdown and LaTeX (kmebench.reporting)."""
+"""Write one table as CSV, Markdown, LaTeX and HTML (kmebench.reporting)."""
 
 import pandas as pd
 
 from kmebench.files import atomic_path, write_text
 from kmebench.logs import script_log
+from kmebench.reporting.html import page
 from kmebench.reporting.paper import read_paper_table
 from kmebench.reporting.tables import Layout, to_latex, to_markdown, wide_table
 
@@ -13,5 +14,7 @@ with script_log(snakemake):
     table = wide_table(pd.read_parquet(snakemake.input.metrics), paper, layout)
     with atomic_path(snakemake.output.csv) as path:
         table.to_csv(path, index=False, float_format="%.4f")
-    write_text(snakemake.output.md, to_markdown(table, layout))
+    text = to_markdown(table, layout)
+    write_text(snakemake.output.md, text)
+    write_text(snakemake.output.html, page(layout.title, text))
     write_text(snakemake.output.tex, to_latex(table, layout))

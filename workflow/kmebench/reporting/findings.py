@@ -111,7 +111,9 @@ def _against_number(claim: Claim, sides: Mapping[str, str], runs: Runs) -> Verdi
     ends = np.array([[low, high] for _, low, high, _ in found.values()])
     ends = np.sort(sign * (ends - test["value"]), axis=1)
     n = min(n for *_, n in found.values())
-    text = ", ".join(f"{k} {m:.1f} [{low:.1f}, {high:.1f}]" for k, (m, low, high, _) in found.items())
+    text = ", ".join(
+        f"{k} {m:.1f} [{low:.1f}, {high:.1f}]" for k, (m, low, high, _) in found.items()
+    )
     if (ends[:, 0] >= 0).all():
         return Verdict(text, n, HOLDS)
     if (ends[:, 1] < 0).any():
