@@ -1,4 +1,5 @@
-# make        set up, then run the main job (config.yaml) and print the paper's two tables
+# make        set up, run the main job (config.yaml), print the paper's two tables and write
+#             results/index.html (everything on one page) and results/report.html (Snakemake's)
 # make test   set up, then run the tests
 # Python: make PYTHON=python3.12
 
@@ -11,6 +12,7 @@ READY := $(VENV)/.ready
 
 run: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" snakemake --cores all
+	PATH="$(abspath $(BIN)):$$PATH" snakemake --report results/report.html --quiet all
 
 test: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" python -m pytest -n auto

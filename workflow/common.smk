@@ -290,9 +290,16 @@ def finding_cells():
                     "model": labels("models", model)["label"],
                     "dataset": labels("datasets", dataset)["label"],
                     "sides": files,
+                    "names": {role: side_name(run) for role, run in sides.items()},
                 }
             )
     return cells
+
+
+def side_name(run):
+    """What readers see of a run that a claim is tested on."""
+    name = labels("methods", run.method)["label"]
+    return name if run.variant == grid.DEFAULT else f"{name}, {run.variant}"
 
 
 def finding_files(name):
@@ -340,11 +347,14 @@ def results_folder():
 
 
 def print_tables():
-    """Show the finished tables on the terminal."""
+    """Show the finished tables of the paper on the terminal, and say where the rest is."""
     results = Path(results_folder())
-    shown = [*config["tables"], "findings"]
-    made = [results / "tables" / f"{name}.md" for name in shown]
+    papers = [name for name, spec in config["tables"].items() if "paper" in spec]
+    made = [results / "tables" / f"{name}.md" for name in papers]
     made += [results / "comparisons" / f"{name}.md" for name in config["comparisons"]]
     for path in made:
         if path.is_file():
             print(f"\n{path.read_text(encoding='utf-8')}\n[{path}]")
+    page = results / "index.html"
+    if page.is_file():
+        print(f"\nAll tables, figures and findings on one page: {page}")

@@ -50,7 +50,7 @@ def claim(edits=0, **test):
 
 
 def verdict(runs, sides, edits=0, **test):
-    return judge(claim(edits, **test), sides, runs).verdict
+    return judge(claim(edits, **test), sides, {k: k.upper() for k in sides}, runs).verdict
 
 
 def test_the_best_must_be_better_beyond_chance(runs):
@@ -59,8 +59,9 @@ def test_the_best_must_be_better_beyond_chance(runs):
     assert verdict(runs, {"pac": "good", "b": "poor"}, method="pac", **best) == "holds"
     assert verdict(runs, sides, method="b", **best) == "does not hold"
     assert verdict(runs, {"pac": "fair", "a": "good"}, method="pac", **best) != "holds"
-    found = judge(claim(method="a", **best), sides, runs).found
-    assert found.startswith("a 80.0 − pac 83.3: -3.33 [")
+    names = {"pac": "PAC", "a": "Other", "b": "B"}
+    found = judge(claim(method="a", **best), sides, names, runs).found
+    assert found.startswith("Other 80.0 − PAC 83.3: -3.33 [")
 
 
 def test_the_least_is_the_best_upside_down(runs):

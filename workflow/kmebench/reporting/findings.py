@@ -74,38 +74,43 @@ class Runs:
         return (*bootstrap(gap, **self._statistics), len(gap))
 
 
-def judge(claim: Claim, sides: Mapping[str, str], runs: Runs) -> Verdict:
-    """Decide one claim for one model and data set; ``sides``: file or run folder by role."""
+def judge(claim: Claim, sides: Mapping[str, str], names: Mapping[str, str], runs: Runs) -> Verdict:
+    """Decide one claim for one model and data set.
+
+    ``sides``: file or run folder by role; ``names``: what readers see of them.
+    """
     test = claim.test
     kind, metric = test["kind"], test.get("metric", "")
     if kind in ("above", "below"):
-        return _against_number(claim, sides, runs)
+        return _against_number(claim, sides, names, runs)
     if kind == "layers":
         gap = runs.middle(sides["pac"], test["from"], test["to"])
         return _signed("middle layers − others", gap, "points per layer")
     if kind == "faster":
         gap = runs.slower(sides[test["b"]], sides[test["a"]])
-        return _signed(f"{test['b']} − {test['a']}", gap, "s per edit")
+        return _signed(f"{names[test['b']]} − {names[test['a']]}", gap, "s per edit")
     if kind == "slowest":
-        rivals = {name: runs.seconds(folder).mean() for name, folder in sides.items()}
-        rival = max((name for name in rivals if name != test["method"]), key=rivals.get)
+        seconds = {role: runs.seconds(folder).mean() for role, folder in sides.items()}
+        rival = max((role for role in seconds if role != test["method"]), key=seconds.get)
         gap = runs.slower(sides[test["method"]], sides[rival])
-        return _signed(f"{test['method']} − {rival} (the next slowest)", gap, "s per edit")
+        text = f"{names[test['method']]} − {names[rival]} (the slowest other)"
+        return _signed(text, gap, "s per edit")
     if kind == "difference":
         gap = runs.difference(sides["a"], sides["b"], metric)
-        return _signed(f"{_side(test['a'])} − {_side(test['b'])}", gap, f"points of {metric}")
-    means = {name: runs.mean(folder, metric)[0] for name, folder in sides.items()}
+        return _signed(f"{names['a']} − {names['b']}", gap, f"points of {metric}")
+    means = {role: runs.mean(folder, metric)[0] for role, folder in sides.items()}
     choose = max if kind == "best" else min
-    rival = choose((name for name in means if name != test["method"]), key=means.get)
-    pair = (sides[test["method"]], sides[rival])
-    gap = runs.difference(*(pair if kind == "best" else pair[::-1]), metric)
-    order = (test["method"], rival) if kind == "best" else (rival, test["method"])
-    return _signed(f"{order[0]} {means[order[0]]:.1f} − {order[1]} {means[order[1]]:.1f}", gap, "")
+    rival = choose((role for role in means if role != test["method"]), key=means.get)
+    a, b = (test["method"], rival) if kind == "best" else (rival, test["method"])
+    gap = runs.difference(sides[a], sides[b], metric)
+    return _signed(f"{names[a]} {means[a]:.1f} − {names[b]} {means[b]:.1f}", gap, "")
 
 
-def _against_number(claim: Claim, sides: Mapping[str, str], runs: Runs) -> Verdict:
+def _against_number(
+    claim: Claim, sides: Mapping[str, str], names: Mapping[str, str], runs: Runs
+) -> Verdict:
     test = claim.test
-    found = {name: runs.mean(folder, test["metric"]) for name, folder in sides.items()}
+    found = {names[role]: runs.mean(folder, test["metric"]) for role, folder in sides.items()}
     sign = 1 if test["kind"] == "above" else -1
     # Both ends of each interval, as distances on the right side of the number.
     ends = np.array([[low, high] for _, low, high, _ in found.values()])
@@ -129,18 +134,14 @@ def _signed(text: str, gap: tuple[float, float, float, int], unit: str) -> Verdi
     return Verdict(f"{text}: {mean:+.2f} [{low:+.2f}, {high:+.2f}] {unit}".strip(), n, verdict)
 
 
-def _side(side: Mapping[str, Any]) -> str:
-    return ", ".join([side["method"], *(f"{k} {v}" for k, v in side.get("hparams", {}).items())])
-
-
 def findings(
     claims: Sequence[Claim], cells: Sequence[Mapping[str, Any]], runs: Runs
 ) -> pd.DataFrame:
     """Judge every claim wherever it can be tested.
 
-    ``cells``: claim (its id), model, dataset (labels) and sides. Returns id, claim, where, paper,
-    paper_edits, model, dataset, found, n, verdict; one row without a model for a claim that no
-    run tests.
+    ``cells``: claim (its id), model, dataset (labels), sides and names. Returns id, claim, where,
+    paper, paper_edits, model, dataset, found, n, verdict; one row without a model for a claim
+    that no run tests.
     """
     rows = []
     for claim in claims:
@@ -148,7 +149,7 @@ def findings(
         about |= {"paper_edits": claim.edits or None}
         tested = [cell for cell in cells if cell["claim"] == claim.id]
         for cell in tested:
-            verdict = judge(claim, cell["sides"], runs)
+            verdict = judge(claim, cell["sides"], cell["names"], runs)
             place = {"model": cell["model"], "dataset": cell["dataset"]}
             rows.append(about | place | vars(verdict))
         if not tested:
