@@ -136,12 +136,7 @@ rule index:
         timing=[f"<results>/{run.folder()}/timing.json" for run in RUNS],
         code=code("index"),
     output:
-        html=report(
-            "<results>/index.html",
-            caption="../report/table.rst",
-            category="Summary",
-            labels={"page": "summary"},
-        ),
+        html="<results>/index.html",
     log:
         "<logs>/index/index.log",
     conda:

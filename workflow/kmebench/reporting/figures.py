@@ -258,5 +258,7 @@ def _one_legend(axes: Axes) -> None:
 
 
 def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
+    """One legend for all panels, with as many columns as the figure is wide enough for."""
     handles, labels = axes.get_legend_handles_labels()
+    columns = min(columns, int(figure.get_figwidth() / 1.2))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
