@@ -35,7 +35,7 @@ def benchmark(monkeypatch):
         importlib.import_module(script).main()
 
     yield run
-    for name in ("common", "pac_step", "pac_edit", "dense_released", "editors"):
+    for name in ("common", "pac_step", "pac_edit", "dense_released", "editors", "targets"):
         sys.modules.pop(name, None)
 
 
@@ -72,3 +72,13 @@ def test_editors_prints_a_row_for_every_configured_method(family, benchmark, cap
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     named = [line.split("|")[1].strip() for line in table[2:]]
     assert named == [method for method in config["methods"] for _ in range(2)]
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_targets_are_the_same_in_all_ways(family, benchmark, capsys):
+    sizes = ("--requests", "3", "--steps", "3", "--layer", "0")
+    benchmark("targets", "--architecture", family, "--dtype", "float64", *sizes)
+    lines = capsys.readouterr().out.splitlines()
+    gaps = [float(line.rpartition(" ")[2]) for line in lines[:2]]
+    assert max(gaps) < 1e-6
+    assert len([line for line in lines if line.startswith("|")]) == 5
