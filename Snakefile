@@ -13,6 +13,7 @@
 #   comparisons/{comparison}.csv, .md       pairs of runs          compare
 #   figures/{figure}.pdf, .png, .csv        the paper's figures    node_importance, figure
 #   tuning/{experiment}.yaml                chosen values          tune
+#   notebooks/{notebook}.ipynb, .html       executed notebooks     notebook, model_notebook
 
 from pathlib import Path
 
@@ -39,6 +40,7 @@ include: "workflow/rules/models.smk"
 include: "workflow/rules/trace.smk"
 include: "workflow/rules/edit.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/notebooks.smk"
 
 
 rule all:
@@ -47,6 +49,7 @@ rule all:
         rules.metrics.input,
         rules.tables.input,
         rules.figures.input,
+        rules.notebooks.input,
 
 
 onstart:
