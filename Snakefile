@@ -14,6 +14,7 @@
 #   figures/{figure}.pdf, .png, .csv        the paper's figures    node_importance, figure
 #   index.html                              all of it on one page  index
 #   tuning/{experiment}.yaml                chosen values          tune
+#   notebooks/{notebook}.ipynb, .html       executed notebooks     notebook, model_notebook
 
 from pathlib import Path
 
@@ -40,6 +41,7 @@ include: "workflow/rules/models.smk"
 include: "workflow/rules/trace.smk"
 include: "workflow/rules/edit.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/notebooks.smk"
 
 
 rule all:
@@ -49,6 +51,7 @@ rule all:
         rules.tables.input,
         rules.figures.input,
         rules.index.output,
+        rules.notebooks.input,
 
 
 onstart:

@@ -172,6 +172,36 @@ def test_norms_are_a_map_of_editors_and_layers():
     assert grid.filled(0).tolist() == [[2.0, 0, 0], [0, 0, 8.0]]
 
 
+def both(x, y):
+    """Two editors with two numbers each, and intervals of ±5."""
+    table = pd.DataFrame({"model": "M", "dataset": "D", "editor": ["A", "B"], "x": x, "y": y})
+    for name in "xy":
+        table = table.assign(**{f"{name}_low": table[name] - 5, f"{name}_high": table[name] + 5})
+    return table
+
+
+def test_one_number_against_another_is_a_point_with_two_intervals_for_every_editor():
+    figure = figures.one_against_another(both([10.0, 90.0], [80.0, 20.0]), "x", "y")
+    drawn = figure.axes[0].containers
+    assert [c.lines[0].get_xydata().tolist() for c in drawn] == [[[10.0, 80.0]], [[90.0, 20.0]]]
+    assert all(c.has_xerr and c.has_yerr for c in drawn)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["A", "B"]
+
+
+def test_only_differences_that_are_more_than_chance_have_a_colour():
+    pairs = [("A", "B", 30.0), ("A", "C", -8.0), ("B", "C", -40.0)]
+    table = pd.DataFrame(pairs, columns=["a", "b", "difference"])
+    table = table.assign(low=table["difference"] - 10, high=table["difference"] + 10)
+    figure = figures.paired_matrix(table.assign(model="M", dataset="D"))
+    axes = figure.axes[0]
+    grid = axes.collections[0].get_array().reshape(2, 2)
+    assert grid.filled(np.nan)[0].tolist() == [30.0, 0.0]
+    assert grid.mask.tolist() == [[False, False], [True, False]]
+    assert grid[1, 1] == -40.0
+    notes = [text.get_text() for text in axes.texts]
+    assert notes == ["+30.0\n[+20.0, +40.0]", "-8.0\n[-18.0, +2.0]", "-40.0\n[-50.0, -30.0]"]
+
+
 def test_the_same_figure_is_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         figures.save(

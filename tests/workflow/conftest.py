@@ -11,7 +11,16 @@ import yaml
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("Snakefile", "config.yaml", "config", "workflow", "profiles", "resources", "envs")
+PARTS = (
+    "Snakefile",
+    "config.yaml",
+    "config",
+    "workflow",
+    "profiles",
+    "resources",
+    "envs",
+    "notebooks",
+)
 
 
 class Checkout:

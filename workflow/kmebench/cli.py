@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -30,10 +29,9 @@ from kmebench.experiments.grid import (
     check_name,
     parse_variant,
 )
+from kmebench.experiments.single import critical_shares, edit_fact, likeliest, next_token, says
 from kmebench.models.editable import EditableModel, seed_everything
 from kmebench.models.sources import save_model
-from kmebench.tracing.impact import trace
-from kmebench.tracing.paths import select_paths
 from kmebench.weights.delta import WeightDelta
 
 OPENFACTS = Path("resources/openfacts")
@@ -137,18 +135,14 @@ def edit_command(arguments: argparse.Namespace) -> None:
     editor = _editor(arguments, config)
     neighbours = arguments.neighbour or _neighbours(request)
     prompts = [request.filled_prompt, *neighbours]
-    likely, said = _top(model, prompts[0]), [_says(model, p) for p in prompts]
+    likely, said = _top(model, prompts[0]), [says(model, p) for p in prompts]
     seed_everything(config.get("seed", 0))
     start = time.perf_counter()
-    delta = editor.edit(model, [request])
-    model.apply(delta)
-    last = editor.finish(model)  # the run ends with this edit
+    delta = edit_fact(model, editor, request)
     seconds = time.perf_counter() - start
-    model.apply(last)
-    delta += last
     console.print(f"{arguments.method}: {editor.steps} steps, {seconds:.1f} s\n")
     console.print(_next_tokens(prompts[0], likely, _top(model, prompts[0])))
-    console.print(_changes(prompts, said, [_says(model, p) for p in prompts]))
+    console.print(_changes(prompts, said, [says(model, p) for p in prompts]))
     if not neighbours:
         console.print("OpenFacts knows no neighbours of this subject; name some by --neighbour.")
     if arguments.save_delta:
@@ -162,14 +156,12 @@ def trace_command(arguments: argparse.Namespace) -> None:
     """Trace, select, show."""
     request = _request(arguments)
     model, _ = _model(arguments)
-    scores = getattr(trace(model, [request]), arguments.score)
-    paths = select_paths(scores, arguments.paths, 0)
-    # Of a node: its share of all impact in the model; [L, 2, N].
-    shares = paths.positive_scores[0] / scores.abs().sum()
+    shares, paths = critical_shares(model, request, arguments.paths, arguments.score)
+    nodes = 2 * model.n_layers * model.ffn_width
     console.print(_layers(request, shares, paths.positive[0]))
     console.print(
         f"The {shares.numel()} nodes of {arguments.paths} disjoint paths "
-        f"({shares.numel() / scores.numel():.2%} of all) carry {float(shares.sum()):.1%} of the "
+        f"({shares.numel() / nodes:.2%} of all) carry {float(shares.sum()):.1%} of the "
         f"impact ({arguments.score}) on “{request.target_new}”."
     )
     if arguments.plot:
@@ -273,28 +265,8 @@ def _neighbours(request: EditRequest, count: int = 5) -> list[str]:
 # -- outputs --------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def _top(model: EditableModel, prompt: str, count: int = 5) -> list[tuple[str, float]]:
-    """The likeliest next tokens with their probabilities."""
-    ids = torch.tensor([model.tokenizer(prompt)["input_ids"]], device=model.device)
-    probabilities = model.model(ids).logits[0, -1].float().softmax(dim=-1)
-    best = probabilities.topk(count)
-    tokens = [model.tokenizer.decode([i]) for i in best.indices.tolist()]
-    return list(zip(tokens, best.values.tolist(), strict=True))
-
-
-def _says(model: EditableModel, prompt: str, tokens: int = 12) -> str:
-    """How the model goes on, on one line."""
-    ids = model.tokenizer(prompt, return_tensors="pt").to(model.device)
-    said = model.model.generate(
-        input_ids=ids["input_ids"],
-        attention_mask=ids["attention_mask"],
-        do_sample=False,
-        max_new_tokens=tokens,
-        pad_token_id=model.pad_id,
-    )
-    text = model.tokenizer.decode(said[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(text.split())
+def _top(model: EditableModel, prompt: str) -> list[tuple[str, float]]:
+    return likeliest(model, next_token(model, prompt))
 
 
 def _next_tokens(

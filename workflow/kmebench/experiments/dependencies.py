@@ -1,4 +1,4 @@
-"""Which source files a script depends on, read from its imports without running it.
+"""Which source files a script or notebook depends on, read from its imports without running it.
 
 Snakemake compares scripts by time stamp and does not see library code at all. Rules therefore
 list this closure as an input: touching a file changes nothing (inputs are compared by
@@ -6,6 +6,7 @@ checksum), editing one re-runs exactly what it can influence.
 """
 
 import ast
+import json
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,7 @@ _LIBRARY = Path(__file__).resolve().parents[2]  # the folder that holds the pack
 
 
 def source_closure(script: str, *modules: str) -> list[str]:
-    """Return ``script``, ``modules`` and every file of the library they import, sorted.
+    """Return ``script`` (or notebook), ``modules`` and every library file they import, sorted.
 
     Paths of library files are relative to the current folder when they lie below it, so that
     a moved checkout re-runs nothing. ``modules`` are dotted names: code that the script loads
@@ -39,7 +40,7 @@ def _shown(path: Path) -> str:
 def _imports(path: Path) -> tuple[Path, ...]:
     """Return the library files that one file imports."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(_source(path))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -47,6 +48,16 @@ def _imports(path: Path) -> tuple[Path, ...]:
     mine = {name for name in names if name.split(".")[0] == PACKAGE}
     parents = {".".join(n.split(".")[:k]) for n in mine for k in range(1, n.count(".") + 1)}
     return tuple(p for n in sorted(mine | parents) if (p := _module_file(n)) is not None)
+
+
+def _source(path: Path) -> str:
+    """Return Python source; of a notebook its code cells, without IPython's own lines."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    cells = ["".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+    lines = "\n".join(cells).splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("%", "!")))
 
 
 def _module_file(name: str) -> Path | None:

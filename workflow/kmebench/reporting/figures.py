@@ -4,6 +4,7 @@ Every function takes a table of ready labels and returns a figure; `figure_table
 tables from files.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -187,6 +188,75 @@ def weight_norms(table: pd.DataFrame) -> Figure:
             grid[grid > 0], norm=scale, cmap="cividis", ax=axes, cbar_kws={"label": "‖ΔW‖ per edit"}
         )
         axes.set(xlabel="Layer", ylabel="")
+        axes.grid(visible=False)
+    return figure
+
+
+def one_against_another(table: pd.DataFrame, x: str, y: str, *, diagonal: bool = False) -> Figure:
+    """One number of every editor against another, with both 95% intervals.
+
+    Columns: model, dataset, editor, and for both numbers their name, ``_low``, ``_high`` (percent).
+    """
+    figure, panels = _panels(table, "model", "dataset", sharey=True)
+    editors = list(dict.fromkeys(table["editor"]))
+    for axes, part in panels:
+        if diagonal:
+            axes.axline((0, 0), slope=1, color="0.6", linewidth=0.8, zorder=1)
+        for row in part.to_dict("records"):
+            place = editors.index(row["editor"])
+            bars = {
+                f"{name}err": [[row[n] - row[f"{n}_low"]], [row[f"{n}_high"] - row[n]]]
+                for name, n in (("x", x), ("y", y))
+            }
+            style = {"color": COLOURS[place % len(COLOURS)], "fmt": MARKERS[place % len(MARKERS)]}
+            style |= {"mfc": "none", "elinewidth": 0.7}  # hollow: equal points are all seen
+            axes.errorbar(row[x], row[y], **bars, **style, label=row["editor"])
+        axes.set(xlabel=f"{x} (%)", ylabel=f"{y} (%)", xlim=(-4, 104), ylim=(-4, 104))
+    handles = {h.get_label(): h for axes, _ in panels for h in axes.containers}
+    figure.legend(
+        [handles[editor] for editor in editors], editors, loc="outside lower center", ncols=4
+    )
+    return figure
+
+
+def paired_matrix(table: pd.DataFrame) -> Figure:
+    """Every editor (row) minus every later one (column) on the same requests.
+
+    Columns: model, dataset, a, b, difference, low, high (percentage points); one row per pair,
+    a before b. Cells whose 95% interval holds zero have no colour.
+    """
+    editors = list(dict.fromkeys([*table["a"], *table["b"]]))
+    rows, columns = editors[:-1], editors[1:]
+    down, across = (list(dict.fromkeys(table[name])) for name in ("model", "dataset"))
+    size = (len(across) * (1.2 + 0.8 * len(columns)), len(down) * (0.8 + 0.4 * len(rows)))
+    figure, grid = plt.subplots(len(down), len(across), figsize=size, squeeze=False)
+    limit = max(float(table["difference"].abs().max()), 1.0)
+    for axes, (model, dataset) in zip(grid.flat, itertools.product(down, across), strict=True):
+        part = table[(table["model"] == model) & (table["dataset"] == dataset)]
+        clear = (part["low"] > 0) | (part["high"] < 0)
+        numbers = part[["difference", "low", "high"]].itertuples(index=False)
+        part = part.assign(
+            colour=part["difference"].where(clear, 0.0),
+            note=[f"{n.difference:+.1f}\n[{n.low:+.1f}, {n.high:+.1f}]" for n in numbers],
+        )
+        colour, note = (
+            part.pivot(index="a", columns="b", values=name).reindex(index=rows, columns=columns)
+            for name in ("colour", "note")
+        )
+        sns.heatmap(
+            colour,
+            cmap="PuOr",
+            vmin=-limit,
+            vmax=limit,
+            annot=note.fillna(""),
+            fmt="",
+            annot_kws={"fontsize": 6},
+            linewidths=0.5,
+            cbar_kws={"label": "Row - column (points)"},
+            ax=axes,
+        )
+        axes.set(xlabel="", ylabel="", title=f"{model}, {dataset}")
+        axes.tick_params(axis="y", rotation=0)
         axes.grid(visible=False)
     return figure
 

@@ -1,0 +1,51 @@
+# Notebooks, executed on the results: stripped of outputs in notebooks/, kept with them here.
+
+
+rule notebook:
+    "Execute a notebook that reads tables; keep it with its outputs, and as a page."
+    input:
+        unpack(notebook_inputs),
+    output:
+        notebook="<results>/notebooks/{notebook}.ipynb",
+        html=report(
+            "<results>/notebooks/{notebook}.html",
+            category="Notebooks",
+            labels={"notebook": "{notebook}"},
+        ),
+    log:
+        "<logs>/notebook/{notebook}.log",
+    wildcard_constraints:
+        notebook=one_of(TABLE_NOTEBOOKS),
+    localrule: True
+    conda:
+        "../../envs/report.yaml"
+    params:
+        parameters=notebook_parameters,
+    message:
+        "Executing the notebook {wildcards.notebook}"
+    script:
+        "../scripts/notebook.py"
+
+
+use rule notebook as model_notebook with:
+    log:
+        "<logs>/model_notebook/{notebook}.log",
+    wildcard_constraints:
+        notebook=one_of(MODEL_NOTEBOOKS),
+    localrule: False
+    conda:
+        "../../envs/edit.yaml"
+    threads: config["threads"]
+    resources:
+        gpu=lambda w: gpus_of(notebook_parameters(w)["model"]),
+        models=1,
+
+
+rule notebooks:
+    "All notebooks."
+    input:
+        expand(
+            "<results>/notebooks/{notebook}.html",
+            notebook=[*TABLE_NOTEBOOKS, *MODEL_NOTEBOOKS],
+        ),
+    localrule: True
