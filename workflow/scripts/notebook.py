@@ -31,9 +31,8 @@ with script_log(snakemake):
         kernel_name="python3",
         progress_bar=False,
     )
-    exporter = HTMLExporter(
-        template_file="page", extra_loaders=[DictLoader({"page": "".join(PAGE)})]
-    )
+    loaders = [DictLoader({"page": "".join(PAGE)})]
+    exporter = HTMLExporter(template_file="page", extra_loaders=loaders)
     named = {"metadata": {"name": snakemake.wildcards.notebook}}
     page, _ = exporter.from_notebook_node(executed, named)
     write_text(snakemake.output.notebook, nbformat.writes(executed) + "\n")
