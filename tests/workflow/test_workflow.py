@@ -59,47 +59,55 @@ def edit(checkout, path):
     file.write_text(file.read_text(encoding="utf-8") + "\nCHANGED = True\n", encoding="utf-8")
 
 
+#: Rules that run no editor, and look at what editors left.
+REPORTING = {"score", "table", "costs", "findings", "figure", "index", "node_importance"}
+REPORTING |= {"notebook", "model_notebook"}
+
+
+def apart(planned):
+    """Split a plan: the jobs of rules that make what is reported, and the rules that report it."""
+    made = {rule: count for rule, count in planned.items() if rule not in REPORTING}
+    return made, set(planned) - set(made)
+
+
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        # Full-C runs: 2 data sets in batches, one breadth first; both tables follow.
-        (
-            "editors/full_c.py",
-            {"edit_batch": 2, "edit_breadth_first": 1, "score": 2, "table": 2},
-        ),
+        # Full-C runs: 2 data sets in batches, one breadth first.
+        ("editors/full_c.py", {"edit_batch": 2, "edit_breadth_first": 1}),
         # MEMIT and PMET in batches, PRUNE consecutively.
-        ("editors/memit.py", {"edit_batch": 4, "edit_consecutive": 2, "score": 2, "table": 2}),
+        ("editors/memit.py", {"edit_batch": 4, "edit_consecutive": 2}),
         # ROME optimises its own targets.
-        (
-            "editors/targets.py",
-            {
-                "optimise_targets": 4,
-                "edit_batch": 4,
-                "edit_consecutive": 4,
-                "score": 2,
-                "table": 2,
-            },
-        ),
-        (
-            "moments/texts.py",
-            {
-                "second_moments": 1,
-                "edit_batch": 4,
-                "edit_consecutive": 4,
-                "score": 2,
-                "table": 2,
-            },
-        ),
-        # PAC: one more consecutive run in the ablation, scored there too.
-        ("editors/pac.py", {"edit_batch": 2, "edit_consecutive": 3, "score": 3, "table": 2}),
-        ("editors/pac_released.py", {"edit_breadth_first": 1, "score": 1, "table": 1}),
-        ("reporting/tables.py", {"table": 3}),
-        ("evaluation/metrics.py", {"score": 4, "table": 3}),
+        ("editors/targets.py", {"optimise_targets": 4, "edit_batch": 4, "edit_consecutive": 4}),
+        ("moments/texts.py", {"second_moments": 1, "edit_batch": 4, "edit_consecutive": 4}),
+        # PAC: two more consecutive runs in the ablations.
+        ("editors/pac.py", {"edit_batch": 2, "edit_consecutive": 4}),
+        ("editors/pac_released.py", {"edit_breadth_first": 1}),
     ],
 )
-def test_changing_one_file_plans_exactly_what_depends_on_it(changed, expected, copy_of_finished):
+def test_changing_an_editor_runs_its_own_runs_and_what_reports_them(
+    changed, expected, copy_of_finished
+):
     edit(copy_of_finished, changed)
-    assert copy_of_finished.planned() == expected
+    made, reporting = apart(copy_of_finished.planned())
+    assert made == expected
+    assert {"score", "table", "findings", "index"} <= reporting
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ("reporting/tables.py", {"table", "costs", "findings", "index"}),
+        ("reporting/figures.py", {"figure", "index"}),
+        ("reporting/templates/page.html.j2", {"table", "costs", "findings", "index"}),
+        ("evaluation/metrics.py", {"score", "table", "findings", "figure", "index"}),
+    ],
+)
+def test_changing_what_reports_runs_no_editor(changed, expected, copy_of_finished):
+    edit(copy_of_finished, changed)
+    made, reporting = apart(copy_of_finished.planned())
+    assert made == {}
+    assert expected <= reporting
 
 
 def test_a_change_taken_back_runs_nothing(copy_of_finished):
@@ -113,15 +121,23 @@ def test_a_change_taken_back_runs_nothing(copy_of_finished):
 @pytest.mark.parametrize(
     ("hparams", "expected"),
     [
-        ({"lambda": 0.2}, {"edit_batch": 2, "edit_consecutive": 3}),
-        ({"paths": 7}, {"edit_batch": 2, "edit_consecutive": 3, "select_paths": 2}),
+        # The default runs, those of the ablations, and lambda=0.1, which was the default before.
+        ({"lambda": 0.2}, {"edit_batch": 2, "edit_consecutive": 5}),
+        # The default runs, the ablation of scores, and paths=15, which was the default before.
+        ({"paths": 7}, {"edit_batch": 2, "edit_consecutive": 4, "select_paths": 2}),
     ],
 )
 def test_other_paths_or_lambda_reuse_the_gradient_cache(hparams, expected, copy_of_finished):
     overlay = copy_of_finished.overlay("other", methods={"pac": {"hparams": hparams}})
     planned = copy_of_finished.planned(configs=("config/ci.yaml", overlay))
-    assert "cache_gradients" not in planned
-    assert planned == expected | {"score": 3, "table": 2}
+    assert apart(planned)[0] == expected
+
+
+def test_another_point_of_a_sweep_runs_that_point_alone(copy_of_finished):
+    sweep = {"ablation-paths": {"sweep": {"paths": [5, 15, 20]}}}
+    overlay = copy_of_finished.overlay("point", experiments=sweep)
+    planned = copy_of_finished.planned(configs=("config/ci.yaml", overlay))
+    assert apart(planned)[0] == {"edit_consecutive": 1, "select_paths": 1}
 
 
 def test_tuning_takes_the_development_split(finished):
@@ -159,7 +175,7 @@ def test_a_run_shared_by_two_experiments_is_computed_once(finished):
     """The ablation's paths=15 is the default run of table 2."""
     folder = finished.folder / RUN
     variants = {path.name for path in folder.parents[1].iterdir()}
-    assert variants == {"default", "paths=5"}
+    assert variants == {"default", "paths=5", "trace_on=current"}
 
 
 TORCHLESS = """
