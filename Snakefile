@@ -36,6 +36,8 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/common.smk"
+include: "workflow/reported.smk"
+include: "workflow/notebooks.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/trace.smk"

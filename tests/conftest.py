@@ -1,4 +1,4 @@
-"""Small random models of every supported family, and requests for them."""
+"""Small random models of every supported family, requests for them, and the name of a run."""
 
 from collections.abc import Callable
 
@@ -14,6 +14,16 @@ from kmebench.models.editable import EditableModel
 from kmebench.models.tiny import train_tiny, train_tokenizer
 
 FAMILIES = ("gptj", "llama", "gpt2")
+
+#: The name of a run: the columns of kmebench.evaluation.score.RUN.
+RUN = {
+    "model": "m",
+    "dataset": "d",
+    "mode": "consecutive",
+    "method": "pac",
+    "variant": "default",
+    "seed": 0,
+}
 
 TEXTS = [
     "The capital of France is Paris.",

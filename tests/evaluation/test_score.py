@@ -12,15 +12,7 @@ from kmebench.errors import KMEBenchError
 from kmebench.evaluation.frames import write_frame
 from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS
 from kmebench.evaluation.score import behind_best, score_experiment
-
-RUN = {
-    "model": "m",
-    "dataset": "d",
-    "mode": "consecutive",
-    "method": "pac",
-    "variant": "default",
-    "seed": 0,
-}
+from tests.conftest import RUN
 
 
 def predictions(moment, edits_done, after):

@@ -8,19 +8,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from kmebench.reporting import figure_tables, figures
+from tests.conftest import RUN
 
 LABELS = {
     "models": {"m": "Model"},
     "datasets": {"d": "Data"},
     "methods": {"full-c": "Full-C", "pac": "PAC"},
-}
-RUN = {
-    "model": "m",
-    "dataset": "d",
-    "mode": "consecutive",
-    "method": "pac",
-    "variant": "default",
-    "seed": 0,
 }
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from safetensors.numpy import load_file
 
 from kmebench.evaluation.metrics import SCORED
+from kmebench.evaluation.score import RUN
 
 Runs = Sequence[Mapping[str, Any]]
 Labels = Mapping[str, Mapping[str, str]]
@@ -48,8 +49,7 @@ def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
 def swept(metrics: pd.DataFrame, runs: Runs, labels: Labels, protocol: str) -> pd.DataFrame:
     """Final metrics of every run of a sweep, in percent, with the value that it was given."""
     final = metrics[(metrics["moment"] == "final") & (metrics["protocol"] == protocol)]
-    keys = ["model", "dataset", "mode", "method", "variant", "seed"]
-    joined = pd.DataFrame(list(runs)).merge(_percent(final), on=keys, validate="1:m")
+    joined = pd.DataFrame(list(runs)).merge(_percent(final), on=RUN, validate="1:m")
     columns = ["model", "dataset", "editor", "value", "metric", "mean", "low", "high"]
     return _labelled(joined, labels)[columns]
 
