@@ -38,7 +38,7 @@ def files(tmp_path):
         row |= {"case_id": "0", "position": 0, "kind": kind, "prompt": "p", "target": "t"}
         row |= {"target_ids": [1, 2], "ids": [1, 4]}
     write_frame(pd.DataFrame(rows), ORIGINAL, tmp_path / "original.parquet")
-    spent = {"seconds_per_edit": 1.5, "steps_per_call": 3.0, "failed_edits": 0}
+    spent = {"seconds_per_edit": 1.5, "steps_per_call": 3.0, "failed_edits": 2}
     (tmp_path / "timing.json").write_text(json.dumps(spent))
     return tmp_path
 
@@ -67,7 +67,10 @@ def test_retention_and_write_time_stand_apart(files):
     assert value(table, moment="final", **at) == 0.75
     assert value(table, moment="write", **at) == 1.0
     assert value(table, method="original", protocol="token", metric="efficacy") == 0.5
-    assert table[table["method"] == "pac"]["seconds_per_edit"].unique().tolist() == [1.5]
+    spent = table.loc[
+        table["method"] == "pac", ["seconds_per_edit", "steps_per_call", "failed_edits"]
+    ]
+    assert spent.drop_duplicates().to_numpy().tolist() == [[1.5, 3.0, 2.0]]
 
 
 def test_checkpoints_are_scored_each_by_itself(files):

@@ -40,17 +40,17 @@ def config():
         "methods": ["pac"],
     }
     config["models"]["tiny-gptj"]["hparams"] = {"pac": {"learning_rate": 2e-3}}
-    config["tables"] = {}
+    config["tables"], config["figures"] = {}, {}
     check_config(config, SCHEMA)
     return config
 
 
 def test_a_swept_value_equal_to_the_configured_one_is_the_default_run(config):
     variants = [run.variant for run in grid.runs_of(config, "sweep")]
-    assert variants == ["paths=5,lambda=0.1", "paths=5,lambda=0.0", "lambda=0.1", "lambda=0.0"]
-    config["methods"]["pac"]["hparams"] = {"lambda": 0.1}
+    assert variants == ["paths=5", "paths=5,lambda=0.0", "default", "lambda=0.0"]  # the editor's
+    config["methods"]["pac"]["hparams"] = {"lambda": 0.0}
     variants = [run.variant for run in grid.runs_of(config, "sweep")]
-    assert variants == ["paths=5", "paths=5,lambda=0.0", "default", "lambda=0.0"]
+    assert variants == ["paths=5,lambda=0.1", "paths=5", "lambda=0.1", "default"]
     shared = set(grid.runs_of(config, "main")) & set(grid.runs_of(config, "sweep"))
     assert len(shared) == 1
     assert len(grid.all_runs(config)) == 6
@@ -185,7 +185,8 @@ def test_a_bad_config_is_one_sentence_that_names_the_key(path, config):
 
 def test_every_config_of_the_repository_is_valid():
     real = "config/real.yaml"
-    below = dict.fromkeys(("tune.yaml", "tune-locate.yaml", "audit.yaml", "reference.yaml"), real)
+    on_real = ("tune", "tune-locate", "audit", "reference", "reference-editors", "single")
+    below = {f"{name}.yaml": real for name in on_real}
     below["ci-real.yaml"] = "config/ci.yaml"
     for path in Path("config").glob("*.yaml"):
         config = copy.deepcopy(CONFIG)
@@ -210,6 +211,28 @@ def test_every_key_of_the_schema_is_described():
     for name, spec in schema["properties"].items():
         assert spec.get("description"), name
         assert spec.get("additionalProperties", False) is not True
+
+
+def test_the_grid_knows_the_defaults_of_pac():
+    hparams = vars(build_editor("pac", {}, {}).hparams)
+    assert {
+        key: hparams["lambda_" if key == "lambda" else key] for key in grid.PAC_DEFAULTS
+    } == grid.PAC_DEFAULTS
+
+
+def test_a_default_is_its_editors_own():
+    methods = {"pac": {}, "mine": {"editor": "pac"}, "pac-released": {}, "memit": {}}
+    config = {"methods": methods, "models": {"m": {"hparams": {"mine": {"lambda": 0.3}}}}}
+
+    def name(method, **values):
+        return grid.variant_name(config, "m", method, values)
+
+    assert name("pac", score="l2", paths=15) == name("pac", **{"lambda": 0.1}) == "default"
+    assert name("mine", **{"lambda": 0.3}) == "default"
+    assert name("mine", **{"lambda": 0.1}) == "lambda=0.1"
+    assert name("pac-released", score="l2") == "score=l2"  # its own is another
+    assert name("memit", steps=25) == "default"
+    assert name("memit", steps=20, moment_weight=5) == "steps=20,moment_weight=5"
 
 
 def test_the_grid_knows_the_defaults_of_locate_and_edit():

@@ -107,7 +107,7 @@ def test_markdown_shows_interval_paper_best_and_write():
 
 def test_what_cannot_be_told_from_the_best_is_marked():
     assert "≈" not in to_markdown(TABLE, LAYOUT)
-    near = metric("full-c", "score", 0.5, behind_low=-0.1, behind_high=0.3)
+    near = metric("full-c", "score", 0.5, behind_low=0.0, behind_high=0.3)
     far = metric("full-c", "locality", 0.1, behind_low=0.1, behind_high=0.5)
     table = wide_table(pd.concat([METRICS, pd.DataFrame([near, far])]), PAPER, LAYOUT)
     markdown = to_markdown(table, LAYOUT)

@@ -28,6 +28,9 @@ PATH_SETTINGS: dict[str, Any] = {
     "negatives": 1,
 }
 
+#: All that ablations sweep, with PAC's defaults: a value equal to one is no variant.
+PAC_DEFAULTS = PATH_SETTINGS | {"lambda": 0.1, "trace_on": "original"}
+
 _MEMIT: dict[str, Any] = {
     "layers": (4, 5, 6, 7, 8),
     "steps": 25,
@@ -177,10 +180,13 @@ def variant_name(
 ) -> str:
     """Spell out values that differ from a method's own; ``default`` if none does.
 
-    So a swept value equal to the configured one *is* the default, and is not run twice.
+    So a swept value equal to the configured one, or where none is to the editor's default, *is* the
+    default, and is not run twice.
     """
-    base = base_hparams(config, model, method)
-    return _spell({k: v for k, v in values.items() if base.get(k, PATH_SETTINGS.get(k)) != v})
+    editor = editor_of(config, method)
+    defaults = PAC_DEFAULTS if editor == "pac" else LOCATE_AND_EDIT.get(editor, {})
+    known = defaults | base_hparams(config, model, method)
+    return _spell({k: v for k, v in values.items() if k not in known or known[k] != v})
 
 
 def _spell(values: Mapping[str, Any]) -> str:
