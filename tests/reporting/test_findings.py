@@ -154,6 +154,14 @@ def test_without_one_of_its_runs_a_claim_is_not_tested():
     assert found["large-lambda"]
 
 
+def test_what_runs_on_a_development_split_tests_no_claim():
+    config = read_config(Path("config.yaml"))
+    check_config(config, "workflow/schemas/config.schema.yaml")
+    for experiment in config["experiments"].values():
+        experiment["datasets"] = [f"{name}.development" for name in experiment["datasets"]]
+    assert not any(cells_of(config, claim) for claim in read_claims(CLAIMS))
+
+
 @pytest.mark.parametrize("change", [{"test": {"kind": "worst"}}, {"colour": "red"}])
 def test_a_wrong_claim_is_named(change, tmp_path):
     records = yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))[:2]
