@@ -82,7 +82,9 @@ def time_per_edit(table: pd.DataFrame) -> Figure:
             ax=axes,
         )
         axes.set(xscale="log", xlabel="Seconds per edit", ylabel="", title=dataset)
-        _one_legend(axes)
+        axes.get_legend().remove()
+    if len(models) > 1:
+        _legend_below(figure, axes, 4)
     return figure
 
 
@@ -103,7 +105,7 @@ def node_importance(table: pd.DataFrame) -> Figure:
             mean = nodes.groupby("layer")["importance"].mean()
             label = "keys" if matrix == "key" else "values"
             axes.plot(mean.index, mean, color=colour, label=f"{label}, mean of the layer")
-        axes.set(xlabel="Layer", ylabel="Share of the impact of T+ (%)", ylim=(0, None))
+        axes.set(xlabel="Layer", ylabel="Share of the impact of T+ (%)", yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     return figure
@@ -315,16 +317,6 @@ def _line(
         elinewidth=0.7,
         label=label,
     )
-
-
-def _one_legend(axes: Axes) -> None:
-    """Keep the legend of the last panel alone, and none that names a single series."""
-    legend = axes.get_legend()
-    handles = axes.get_legend_handles_labels()[0]
-    if legend and (len(handles) < 2 or not axes.get_subplotspec().is_last_col()):
-        legend.remove()
-    elif legend:
-        legend.set_title("")
 
 
 def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
