@@ -121,6 +121,7 @@ def timing(
         "steps_per_call": sum(call["steps"] for call in outcome.times) / len(outcome.times),
         "failed_edits": sum(len(failure["case_ids"]) for failure in outcome.failed),
         "failures": outcome.failed,
+        "evaluation_seconds": outcome.evaluation_seconds,
         "model_load_seconds": load_seconds,
         "peak_memory_bytes": peak_memory(),
         "threads": torch.get_num_threads(),

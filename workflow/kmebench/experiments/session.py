@@ -12,6 +12,7 @@ mini-batches, several times, and the final model is evaluated.
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,12 +46,14 @@ class Outcome:
     changed (None for batches, which are rolled back). ``norms``: Frobenius
     norm of every touched parameter, for each call of the editor. ``failed``: case_ids and error of
     each call that was skipped; its requests are asked of the model without it.
+    ``evaluation_seconds``: what all predictions of the run took.
     """
 
     predictions: pd.DataFrame
     times: list[dict[str, Any]] = field(default_factory=list)
     norms: list[dict[str, float]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
+    evaluation_seconds: float = 0.0
     delta: WeightDelta | None = None
 
 
@@ -72,7 +75,7 @@ def run_batches(
         with _finished(model, editor, outcome):
             frames.append(
                 _predictions(
-                    model, batch, start, settings, "final", len(batch), number, decode=True
+                    model, outcome, batch, start, settings, "final", len(batch), number, decode=True
                 )
             )
         model.revert()
@@ -96,16 +99,18 @@ def run_consecutive(
     remaining = requests[done:]
     for request in track(remaining, "requests edited", len(remaining)):
         _edit(model, editor, [request], outcome, skip_failed)
-        frames.append(_predictions(model, [request], done, settings, "write", done + 1))
+        frames.append(_predictions(model, outcome, [request], done, settings, "write", done + 1))
         done += 1
         if done in milestones(len(requests)):
             with _finished(model, editor):
-                frames.append(_predictions(model, requests[:done], 0, settings, "checkpoint", done))
+                frames.append(
+                    _predictions(model, outcome, requests[:done], 0, settings, "checkpoint", done)
+                )
         if done % checkpoints.every == 0 and done < len(requests):
             checkpoints.save(model, editor, done, frames, outcome)
     with _finished(model, editor, outcome):
         frames.append(
-            _predictions(model, requests, 0, settings, "final", len(requests), decode=True)
+            _predictions(model, outcome, requests, 0, settings, "final", len(requests), decode=True)
         )
         outcome.delta = model.edits.total()
     outcome.predictions = pd.concat(frames, ignore_index=True)
@@ -125,7 +130,7 @@ def run_breadth_first(
     _edit(model, editor, requests, outcome, skip_failed)
     with _finished(model, editor, outcome):
         outcome.predictions = _predictions(
-            model, requests, 0, settings, "final", len(requests), decode=True
+            model, outcome, requests, 0, settings, "final", len(requests), decode=True
         )
         outcome.delta = model.edits.total()
     return outcome
@@ -213,6 +218,7 @@ def _finished(
 
 def _predictions(
     model: EditableModel,
+    outcome: Outcome,
     requests: Sequence[EditRequest],
     first: int,
     settings: Settings,
@@ -224,8 +230,14 @@ def _predictions(
 ) -> pd.DataFrame:
     """Predict all prompts of ``requests``, the first of which has the position ``first``."""
     prompts = [p for i, r in enumerate(requests, start=first) for p in prompts_of(r, i)]
+    started = time.perf_counter()
     frame = predicted_frame(model, prompts, settings, decode=decode)
+    outcome.evaluation_seconds += time.perf_counter() - started
     return frame.assign(moment=moment, edits_done=edits_done, batch=batch)
+
+
+#: What a checkpoint keeps of an outcome besides its predictions.
+_KEPT = ("times", "norms", "failed", "evaluation_seconds")
 
 
 class Checkpoints:
@@ -256,9 +268,8 @@ class Checkpoints:
         save_file(_packed(editor.state_dict()), partial / "editor.safetensors")
         save_file({"torch": torch.get_rng_state()}, partial / "random.safetensors")
         pd.concat(frames, ignore_index=True).to_parquet(partial / "predictions.parquet")
-        kept = {"times": outcome.times, "norms": outcome.norms, "failed": outcome.failed}
-        record = kept | {"identity": self.identity}
-        write_json(partial / "record.json", record)
+        kept = {name: getattr(outcome, name) for name in _KEPT}
+        write_json(partial / "record.json", kept | {"identity": self.identity})
         older = list(self._complete())
         partial.rename(target)
         for _, path in older:
@@ -289,11 +300,8 @@ class Checkpoints:
                 "the run afresh."
             ) from error
         logger.info("resumed after %d edits", done)
-        return (
-            done,
-            [frame],
-            Outcome(pd.DataFrame(), record["times"], record["norms"], record["failed"]),
-        )
+        kept = {name: record[name] for name in _KEPT}
+        return done, [frame], Outcome(pd.DataFrame(), **kept)
 
     def clear(self) -> None:
         """Remove all checkpoints (the run is complete)."""
