@@ -23,7 +23,7 @@ def folder(trained, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    monkeypatch.setattr("kmebench.cli.console.width", 200)
+    monkeypatch.setattr("kmebench.fact_commands.console.width", 200)
 
 
 def said(folder, prompt="The capital of France is"):
@@ -93,7 +93,7 @@ class Ending(Editor):
 
 
 def test_edit_ends_as_a_run_does(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("kmebench.cli._editor", lambda *_: Ending(None, {}))
+    monkeypatch.setattr("kmebench.fact_commands._editor", lambda *_: Ending(None, {}))
     delta, out = tmp_path / "delta.safetensors", tmp_path / "edited"
     saved = ["--save-delta", str(delta), "--out", str(out)]
     assert main(["edit", "--model", str(folder), *FACT, *saved]) == 0

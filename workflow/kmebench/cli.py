@@ -1,40 +1,26 @@
-"""``kmebench``: edit one fact, see where it lies, and keep the edited model.
+"""``kmebench``: the command line.
 
-Models are those of the config (made by the workflow when they are not there yet) or any
-Hugging Face folder of safetensors.
+Commands that run a model are imported when they are called, so that all others need no torch.
 """
 
 import argparse
+import importlib
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from kmebench import __version__
-from kmebench.data.openfacts import load_relations
-from kmebench.data.records import SLOT, EditRequest
-from kmebench.editors.base import Editor, build_editor
-from kmebench.editors.registry import EDITORS
-from kmebench.errors import ConfigError, KMEBenchError, ModelError
-from kmebench.experiments.configuration import read_config
-from kmebench.experiments.grid import (
-    LOCATE_AND_EDIT,
-    base_hparams,
-    check_name,
-    parse_variant,
-)
-from kmebench.experiments.single import critical_shares, edit_fact, likeliest, next_token, says
-from kmebench.models.editable import EditableModel, seed_everything
-from kmebench.models.sources import save_model
-from kmebench.weights.delta import WeightDelta
+from kmebench.data.records import SLOT
+from kmebench.errors import ConfigError, KMEBenchError
+from kmebench.experiments import grid, plan
+from kmebench.experiments.configuration import read_checked_config
 
-OPENFACTS = Path("resources/openfacts")
 console = Console()
 
 
@@ -50,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kmebench", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="kmebench", description="Edit facts in language models, and plan what that takes."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     model, fact = _model_options(), _fact_options()
@@ -81,23 +69,52 @@ def _parser() -> argparse.ArgumentParser:
     )
     edit.add_argument("--save-delta", type=Path, metavar="FILE", help="write the weight delta")
     edit.add_argument("--out", type=Path, metavar="FOLDER", help="write the edited model")
-    edit.set_defaults(run=edit_command)
+    edit.set_defaults(run=_later("edit_command"))
 
-    tracing = commands.add_parser(
+    trace = commands.add_parser(
         "trace", parents=[model, fact], help="show where a fact's critical paths lie"
     )
-    tracing.add_argument("--paths", type=int, default=15, help="paths per fact (default: 15)")
-    tracing.add_argument("--score", choices=["l2", "signed_sum"], default="l2")
-    tracing.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .pdf, .svg)")
-    tracing.set_defaults(run=trace_command)
+    trace.add_argument("--paths", type=int, default=15, help="paths per fact (default: 15)")
+    trace.add_argument("--score", choices=["l2", "signed_sum"], default="l2")
+    trace.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .pdf, .svg)")
+    trace.set_defaults(run=_later("trace_command"))
 
     apply = commands.add_parser(
         "apply", parents=[model], help="make an edited model from a saved delta"
     )
     apply.add_argument("delta", type=Path, help="a delta.safetensors")
     apply.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    apply.set_defaults(run=apply_command)
+    apply.set_defaults(run=_later("apply_command"))
+
+    config = _config_options()
+    check = commands.add_parser(
+        "check-config", parents=[config], help="check a config, and list what it asks for"
+    )
+    check.set_defaults(run=check_command)
+
+    planned = commands.add_parser(
+        "plan", parents=[config], help="say what a config costs: jobs, hours, disk"
+    )
+    planned.add_argument(
+        "--measured",
+        type=Path,
+        nargs="+",
+        default=[Path("results")],
+        metavar="FOLDER",
+        help="finished runs to take seconds per edit from (default: results, with its reference)",
+    )
+    planned.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64], metavar="N")
+    planned.set_defaults(run=plan_command)
     return parser
+
+
+def _later(name: str) -> Callable[[argparse.Namespace], None]:
+    """A command of :mod:`kmebench.fact_commands`, imported when it is called."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        getattr(importlib.import_module("kmebench.fact_commands"), name)(arguments)
+
+    return run
 
 
 def _model_options() -> argparse.ArgumentParser:
@@ -115,6 +132,19 @@ def _model_options() -> argparse.ArgumentParser:
     return options
 
 
+def _config_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
+        "--configfile",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files merged over config.yaml, as Snakemake's option of that name does",
+    )
+    return options
+
+
 def _fact_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--subject", required=True, help="who or what the fact is about")
@@ -128,183 +158,77 @@ def _fact_options() -> argparse.ArgumentParser:
 # -- commands -------------------------------------------------------------------------------
 
 
-def edit_command(arguments: argparse.Namespace) -> None:
-    """Edit, show what changed, save."""
-    request = _request(arguments)
-    model, config = _model(arguments)
-    editor = _editor(arguments, config)
-    neighbours = arguments.neighbour or _neighbours(request)
-    prompts = [request.filled_prompt, *neighbours]
-    likely, said = _top(model, prompts[0]), [says(model, p) for p in prompts]
-    seed_everything(config.get("seed", 0))
-    start = time.perf_counter()
-    delta = edit_fact(model, editor, request)
-    seconds = time.perf_counter() - start
-    console.print(f"{arguments.method}: {editor.steps} steps, {seconds:.1f} s\n")
-    console.print(_next_tokens(prompts[0], likely, _top(model, prompts[0])))
-    console.print(_changes(prompts, said, [says(model, p) for p in prompts]))
-    if not neighbours:
-        console.print("OpenFacts knows no neighbours of this subject; name some by --neighbour.")
-    if arguments.save_delta:
-        delta.save(arguments.save_delta)
-        console.print(f"delta: {arguments.save_delta}")
-    if arguments.out:
-        _save(model, arguments.out)
+def check_command(arguments: argparse.Namespace) -> None:
+    """Check, list."""
+    config = read_checked_config(Path("config.yaml"), arguments.configfile)
+    console.print(grid.plan(config))
 
 
-def trace_command(arguments: argparse.Namespace) -> None:
-    """Trace, select, show."""
-    request = _request(arguments)
-    model, _ = _model(arguments)
-    shares, paths = critical_shares(model, request, arguments.paths, arguments.score)
-    nodes = 2 * model.n_layers * model.ffn_width
-    console.print(_layers(request, shares, paths.positive[0]))
-    console.print(
-        f"The {shares.numel()} nodes of {arguments.paths} disjoint paths "
-        f"({shares.numel() / nodes:.2%} of all) carry {float(shares.sum()):.1%} of the "
-        f"impact ({arguments.score}) on “{request.target_new}”."
-    )
-    if arguments.plot:
-        from kmebench.reporting.figures import draw_layers, save  # imports matplotlib: if wanted
-
-        title = f"{request.filled_prompt} → {request.target_new}"
-        save(draw_layers(shares.sum(dim=2).numpy(), title), arguments.plot)
-        console.print(f"plot: {arguments.plot}")
-
-
-def apply_command(arguments: argparse.Namespace) -> None:
-    """Load, apply, save."""
-    model, _ = _model(arguments)
-    delta = WeightDelta.load(arguments.delta)
-    if unknown := sorted(set(delta) - {name for name, _ in model.model.named_parameters()}):
-        raise ModelError(f"{arguments.delta} changes {unknown[0]!r}, which this model lacks.")
-    model.apply(delta)
-    _save(model, arguments.out)
+def plan_command(arguments: argparse.Namespace) -> None:
+    """Count, estimate, show."""
+    config = read_checked_config(Path("config.yaml"), arguments.configfile)
+    measured = plan.measurements(arguments.measured)
+    if measured.empty:
+        folders = ", ".join(map(str, arguments.measured))
+        raise ConfigError(f"There is no finished run below {folders} to take times from.")
+    costs = plan.run_costs(config, measured)
+    console.print(_jobs(arguments.configfile))
+    console.print(_hours(costs))
+    for devices in arguments.devices:
+        hours = plan.wall_hours(costs, devices)
+        plural = "s" if devices > 1 else ""
+        console.print(f"On {devices} device{plural}: {hours:,.1f} h or more.")
+    if costs["hours"].isna().any():
+        console.print("A ? is a time that no finished run tells; it is in none of these sums.")
+    console.print(_disk(plan.disk(config, measured)))
 
 
-# -- inputs ---------------------------------------------------------------------------------
+def _jobs(overlays: Sequence[Path]) -> Table:
+    """What a dry run of the workflow counts: all jobs, finished ones included, by rule.
 
-
-def _request(arguments: argparse.Namespace) -> EditRequest:
-    try:
-        return EditRequest("edit", arguments.subject, arguments.prompt, arguments.target)
-    except ValueError as error:
-        raise ConfigError(f"This fact cannot be edited: {error}.") from error
-
-
-def _model(arguments: argparse.Namespace) -> tuple[EditableModel, dict[str, Any]]:
-    """Load the model; one of the config is made by the workflow if it is not there."""
-    config: dict[str, Any] = {}
-    if arguments.config.is_file():
-        config = read_config(arguments.config)
-    folder, dtype = Path(arguments.model), arguments.dtype
-    if not (folder / "config.json").is_file():
-        check_name(arguments.model, config.get("models", {}), "models", "--model")
-        dtype = dtype or config["models"][arguments.model].get("dtype")
-        folder = Path("results/models") / arguments.model
-        _make(folder)
-    return EditableModel.load(folder, dtype=dtype or "float32", device=arguments.device), config
-
-
-def _make(path: Path) -> None:
-    """Let the workflow make what is not there yet."""
-    if path.exists():
-        return
-    console.print(f"making {path} (once)")
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--quiet", "all", "--", str(path)]
+    Raises:
+        ConfigError: the workflow cannot be planned; shows what Snakemake says.
+    """
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--quiet", "rules"]
+    if overlays:
+        command += ["--configfile", *map(str, overlays)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ModelError(f"{path} could not be made:\n{done.stdout}{done.stderr}")
-
-
-def _editor(arguments: argparse.Namespace, config: dict[str, Any]) -> Editor:
-    hparams: dict[str, Any] = {}
-    name = arguments.method
-    if name in config.get("methods", {}):
-        if arguments.model in config["models"]:
-            hparams = base_hparams(config, arguments.model, name)
-        name = (config["methods"][name] or {}).get("editor", name)
-    else:
-        check_name(name, EDITORS, "the list of editors", "--method")
-    for item in arguments.set:
-        if "=" not in item:
-            raise ConfigError(f"--set {item} is not of the form NAME=VALUE.")
-        hparams |= parse_variant(item)
-    if name == "pac":
-        hparams |= {"trace_on": "current"}  # there is no cached trace of this request
-    moments = name in LOCATE_AND_EDIT and hparams.get("second_moment", True)
-    return build_editor(name, hparams, {"moments": _moments(arguments, config)} if moments else {})
-
-
-def _moments(arguments: argparse.Namespace, config: dict[str, Any]) -> Path:
-    """Return the file of second moments; the workflow makes it for models of the config."""
-    if arguments.moments:
-        return arguments.moments
-    if arguments.model not in config.get("models", {}):
-        raise ConfigError(
-            f"The editor of {arguments.method!r} needs second moments of {arguments.model}: name "
-            "their file by --moments, or take a model of the config, for which it is made."
-        )
-    path = Path("results/moments") / f"{arguments.model}.safetensors"
-    _make(path)
-    return path
-
-
-def _neighbours(request: EditRequest, count: int = 5) -> list[str]:
-    """Ask the same about other subjects of a relation that knows this one."""
-    if not OPENFACTS.is_dir():
-        return []
-    for relation in load_relations(OPENFACTS):
-        subjects = [subject for subject, _ in relation.facts]
-        if request.subject in subjects:
-            subjects.remove(request.subject)
-            return [request.prompt.replace(SLOT, subject, 1) for subject in subjects[:count]]
-    return []
-
-
-# -- outputs --------------------------------------------------------------------------------
-
-
-def _top(model: EditableModel, prompt: str) -> list[tuple[str, float]]:
-    return likeliest(model, next_token(model, prompt))
-
-
-def _next_tokens(
-    prompt: str, before: Sequence[tuple[str, float]], after: Sequence[tuple[str, float]]
-) -> Table:
-    table = Table(
-        "before", "", "after", "", title=f"next token of “{prompt}”", title_justify="left"
-    )
-    for (old, p), (new, q) in zip(before, after, strict=True):
-        table.add_row(repr(old), f"{p:.1%}", repr(new), f"{q:.1%}")
+        raise ConfigError(f"The workflow cannot be planned:\n{done.stdout}{done.stderr}")
+    counts = done.stdout.partition("Job stats:\n")[2].partition("\n\n")[0]
+    table = _table("jobs", ["rule", "jobs"])
+    for line in counts.splitlines()[2:]:  # below a heading and a rule
+        table.add_row(*line.split())
     return table
 
 
-def _changes(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> Table:
-    title = "what the model says to the edited prompt and to its neighbours"
-    table = Table("prompt", "before", "after", "", title=title, title_justify="left")
-    for place, (prompt, old, new) in enumerate(zip(prompts, before, after, strict=True)):
-        table.add_row(prompt, old, new, "same" if old == new else "changed")
-        if place == 0:
-            table.add_section()
+def _hours(costs: pd.DataFrame) -> Table:
+    """Hours of one device by model, mode and where the seconds come from."""
+    names = ["model", "mode", "times", "edits", "editing", "asking", "longest"]
+    table = _table("hours of one device", names, texts=3)
+    for key, runs in costs.groupby(["model", "mode", "source"]):
+        numbers = [runs[c].sum(min_count=1) for c in ("editing", "evaluation")]
+        shown = [_number(x, 1) for x in (*numbers, runs["hours"].max())]
+        table.add_row(*key, f"{runs['edits'].sum():,}", *shown)
     return table
 
 
-def _layers(request: EditRequest, shares: Tensor, index: Tensor, width: int = 14) -> Table:
-    """One row per layer: how much of the impact its critical keys and values carry."""
-    title = f"“{request.filled_prompt}” → “{request.target_new}”: impact of critical nodes by layer"
-    table = Table("layer", "keys", "", "values", "", "first key, value", title=title)
-    sums = shares.sum(dim=2)
-    for layer, (key, value) in enumerate(sums.tolist()):
-        bars = ["█" * round(width * x / float(sums.max())) for x in (key, value)]
-        first = f"{int(index[layer, 0, 0])}, {int(index[layer, 1, 0])}"
-        table.add_row(str(layer), f"{key:.2%}", bars[0], f"{value:.2%}", bars[1], first)
+def _disk(sizes: pd.DataFrame) -> Table:
+    """Gigabytes by model and kind of file."""
+    table = _table("disk (GB; deltas at most)", [*sizes.columns, "all"])
+    for row in sizes.set_index("model").T.items():
+        table.add_row(row[0], *(_number(x / 1e9, 2) for x in (*row[1], row[1].sum(skipna=False))))
     return table
 
 
-def _save(model: EditableModel, folder: Path) -> None:
-    """Write the model as a Hugging Face folder."""
-    if folder.exists():
-        raise ModelError(f"{folder} exists already; name another folder, or delete it.")
-    save_model(model.model, model.tokenizer, folder)
-    console.print(f"model: {folder}")
+def _table(title: str, names: Sequence[str], texts: int = 1) -> Table:
+    """An empty table of ``texts`` columns of text and others of numbers."""
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
+    return table
+
+
+def _number(value: float, digits: int) -> str:
+    """A number to read, ? where it is not known."""
+    return "?" if pd.isna(value) else f"{value:,.{digits}f}"

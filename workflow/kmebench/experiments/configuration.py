@@ -1,6 +1,6 @@
 """Validation of the config before anything is planned."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,34 @@ from snakemake.utils import update_config, validate
 
 from kmebench.errors import ConfigError
 from kmebench.experiments import grid
+from kmebench.experiments.hparams import check_hparams
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a config as the Snakefile does: the file, then the tuned values beside it."""
+def read_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, Any]:
+    """Read a config as the Snakefile does: the file, the tuned values beside it, then overlays.
+
+    Raises:
+        ConfigError: a file is missing, or is not YAML.
+    """
     config: dict[str, Any] = {}
-    for part in (path, *sorted(path.parent.glob("config/tuned/*.yaml"))):
-        update_config(config, yaml.safe_load(part.read_text(encoding="utf-8")))
+    for part in (path, *sorted(path.parent.glob("config/tuned/*.yaml")), *overlays):
+        try:
+            update_config(config, yaml.safe_load(part.read_text(encoding="utf-8")) or {})
+        except FileNotFoundError:
+            raise ConfigError(f"There is no config {part}.") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{part} is not YAML: {error}") from error
+    return config
+
+
+def read_checked_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, Any]:
+    """Read a config with overlays, fill in its defaults, and check it against the schema.
+
+    Raises:
+        ConfigError: as :func:`read_config` and :func:`check_config`.
+    """
+    config = read_config(path, overlays)
+    check_config(config, path.resolve().parent / "workflow/schemas/config.schema.yaml")
     return config
 
 
@@ -40,6 +61,7 @@ def check_config(config: dict[str, Any], schema: str | Path) -> None:
         grid.pairs_of(config, name)
     for method in config["methods"]:
         grid.editor_of(config, method)
+    check_hparams(config)
     for name, table in config["tables"].items():
         where = f"tables.{name}.experiment"
         grid.check_name(table["experiment"], config["experiments"], "experiments", where)

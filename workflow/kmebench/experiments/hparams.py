@@ -1,0 +1,73 @@
+"""Hyper-parameters in a config, checked before any job starts. Imports no torch."""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from kmebench.errors import ConfigError
+from kmebench.experiments import grid
+
+
+def check_hparams(config: Mapping[str, Any]) -> None:
+    """Refuse what an editor of the registry has no hyper-parameter for, or no such value.
+
+    Editors of one's own (``package.module:Class``) are checked when their first job starts.
+
+    Raises:
+        ConfigError: names the key and, for an unknown name, the nearest one.
+    """
+    for where, method, hparams in _places(config):
+        editor = grid.editor_of(config, method)
+        if editor in _schemas():
+            _check(where, editor, hparams)
+
+
+def _places(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield (key, method, hyper-parameters) of every place that sets some."""
+    for method, spec in config["methods"].items():
+        yield f"methods.{method}.hparams", method, spec.get("hparams", {})
+    for model, spec in config["models"].items():
+        for method, hparams in spec.get("hparams", {}).items():
+            where = f"models.{model}.hparams"
+            grid.check_name(method, config["methods"], "methods", where)
+            yield f"{where}.{method}", method, hparams
+    for name, spec in config["experiments"].items():
+        for parameter, values in spec.get("sweep", {}).items():
+            for method in spec["methods"]:
+                for value in values:
+                    yield f"experiments.{name}.sweep", method, {parameter: value}
+    for name, spec in config["comparisons"].items():
+        for pair, sides in spec["pairs"].items():
+            for side in "ab":
+                where = f"comparisons.{name}.pairs.{pair}.{side}.hparams"
+                yield where, sides[side]["method"], sides[side].get("hparams", {})
+
+
+def _check(where: str, editor: str, hparams: Mapping[str, Any]) -> None:
+    schema = _schemas()[editor]
+    for name in hparams:
+        if name not in schema["properties"]:
+            near = difflib.get_close_matches(name, schema["properties"], n=1)
+            known = f"it has {', '.join(schema['properties'])}."
+            hint = f"did you mean {near[0]!r}?" if near else known
+            raise ConfigError(
+                f"{where}: the editor {editor!r} has no hyper-parameter {name!r}; {hint}"
+            )
+    error = best_match(Draft202012Validator(schema).iter_errors(hparams))
+    if error:
+        name = error.absolute_path[0]
+        raise ConfigError(f"{where}: {name} cannot be {hparams[name]!r}: {error.message}.")
+
+
+@cache
+def _schemas() -> dict[str, Any]:
+    """Editor name -> JSON schema of its hyper-parameters (see editors/hparams_schema.py)."""
+    file = resources.files("kmebench.editors") / "hparams.schema.json"
+    schemas: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return schemas
