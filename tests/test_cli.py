@@ -1,5 +1,7 @@
 """The command line on a model that knows its facts."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -142,3 +144,38 @@ def test_a_delta_of_another_model_is_refused(folder, make_model, requests, tmp_p
     out = ["--out", str(tmp_path / "out")]
     assert main(["apply", str(delta), "--model", str(folder), *out]) == 1
     assert "which this model lacks" in capsys.readouterr().err
+
+
+def test_check_config_lists_the_grid_and_names_what_is_wrong(tmp_path, capsys):
+    assert main(["check-config", "--configfile", "config/ci.yaml"]) == 0
+    assert "table2" in capsys.readouterr().out
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("experiments: {table2: {methods: [memmit]}}")
+    assert main(["check-config", "--configfile", str(wrong)]) == 1
+    assert "did you mean 'memit'" in capsys.readouterr().err
+    assert main(["check-config", "--configfile", str(tmp_path / "none.yaml")]) == 1
+    assert "There is no config" in capsys.readouterr().err
+
+
+def test_plan_counts_jobs_hours_and_disk(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kmebench.cli.console.width", 200)
+    run = tmp_path / "runs/smollm2-135m/zsre/consecutive/pac/default/seed0"
+    run.mkdir(parents=True)
+    (run / "timing.json").write_text(
+        '{"requests": 1, "seconds_per_edit": 2.0, "evaluation_seconds": 1.0}'
+    )
+    (run / "predictions.parquet").write_bytes(bytes(1000))
+    arguments = ["plan", "--configfile", "config/paper.yaml", "--measured", str(tmp_path)]
+    assert main([*arguments, "--devices", "1", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^ edit_consecutive +\d+", shown, re.MULTILINE)
+    assert re.search(r"^ llama3-8b +consecutive +scaled", shown, re.MULTILINE)
+    assert re.search(r"^ llama3-8b +consecutive +unknown", shown, re.MULTILINE)
+    one, many = re.search(r"1 device: ([\d.,]+) h.*\nOn 64 devices: ([\d.,]+) h", shown).groups()
+    assert float(one.replace(",", "")) > float(many.replace(",", "")) > 0
+    assert re.search(r"^ gpt-j-6b +12\.10 ", shown, re.MULTILINE)  # GB of bfloat16 weights
+
+
+def test_plan_without_measurements_says_so(tmp_path, capsys):
+    assert main(["plan", "--measured", str(tmp_path)]) == 1
+    assert "no finished run below" in capsys.readouterr().err

@@ -178,7 +178,7 @@ def plan_command(arguments: argparse.Namespace) -> None:
         hours = plan.wall_hours(costs, devices)
         plural = "s" if devices > 1 else ""
         console.print(f"On {devices} device{plural}: {hours:,.1f} h or more.")
-    if costs["hours"].isna().any():
+    if costs[["editing", "evaluation"]].isna().any(axis=None):
         console.print("A ? is a time that no finished run tells; it is in none of these sums.")
     console.print(_disk(plan.disk(config, measured)))
 

@@ -48,8 +48,8 @@ def run_costs(config: Mapping[str, Any], measured: pd.DataFrame) -> pd.DataFrame
     """Estimate every run of the grid: one row each, sorted.
 
     Columns: those of :class:`~kmebench.experiments.grid.Run`, edits, ``editing`` and
-    ``evaluation`` (hours, NaN where nothing is known), their sum ``hours`` (NaN where either
-    is not known), ``source`` (of ``editing``): measured, scaled or unknown.
+    ``evaluation`` (hours, NaN where nothing is known), ``hours`` (what is
+    known of their sum), ``source`` (of ``editing``): measured, scaled or unknown.
     """
     seconds = _medians(measured)
     scales = {model: _scale(config, model, seconds) for model in config["models"]}
@@ -67,7 +67,8 @@ def run_costs(config: Mapping[str, Any], measured: pd.DataFrame) -> pd.DataFrame
             | {"edits": sizes[run.dataset], "source": source if found else "unknown"}
             | {name: hours[name] if found else np.nan for name in ("editing", "evaluation")}
         )
-    return pd.DataFrame(rows).assign(hours=lambda t: t["editing"] + t["evaluation"])
+    costs = pd.DataFrame(rows)
+    return costs.assign(hours=costs[["editing", "evaluation"]].sum(axis=1, min_count=1))
 
 
 def _medians(measured: pd.DataFrame) -> pd.DataFrame:
