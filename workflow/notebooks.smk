@@ -100,10 +100,14 @@ TABLE_NOTEBOOKS = {
     "05_compare_editors": compared_editors,
 }
 MODEL_NOTEBOOKS = {"02_one_edit_under_the_microscope": one_edit}
+NOTEBOOKS = TABLE_NOTEBOOKS | MODEL_NOTEBOOKS
+
+for name in config.setdefault("notebooks", sorted(NOTEBOOKS)):
+    grid.check_name(name, NOTEBOOKS, "notebooks", "notebooks")
 
 
 def notebook_settings(wildcards):
-    return (TABLE_NOTEBOOKS | MODEL_NOTEBOOKS)[wildcards.notebook]()
+    return NOTEBOOKS[wildcards.notebook]()
 
 
 def notebook_inputs(wildcards):

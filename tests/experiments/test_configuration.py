@@ -40,3 +40,16 @@ def test_a_figure_that_would_show_nothing_is_refused(figure, complaint):
 def test_a_sweep_may_be_over_seeds_and_figures_may_share_an_experiment():
     checked(kind="sweep", experiment="edit-order", parameter="seed")
     checked(kind="paper", tables=["table1", "table2"])
+
+
+def test_an_overlay_takes_entries_out_by_null(tmp_path):
+    overlay = tmp_path / "fewer.yaml"
+    overlay.write_text("figures: {edits: null}\nexperiments: {edit-order: null}\n")
+    config = read_config(Path("config.yaml"), [overlay])
+    with pytest.raises(ConfigError, match=r"tables\.edit-order\.experiment"):
+        check_config(config, SCHEMA)  # a table still asks for it
+    config = read_config(Path("config.yaml"), [overlay])
+    config["tables"]["edit-order"] = None
+    check_config(config, SCHEMA)
+    assert "edits" not in config["figures"]
+    assert "edit-order" not in config["experiments"] | config["tables"]

@@ -44,8 +44,5 @@ use rule notebook as model_notebook with:
 rule notebooks:
     "All notebooks."
     input:
-        expand(
-            "<results>/notebooks/{notebook}.html",
-            notebook=[*TABLE_NOTEBOOKS, *MODEL_NOTEBOOKS],
-        ),
+        expand("<results>/notebooks/{notebook}.html", notebook=config["notebooks"]),
     localrule: True

@@ -145,7 +145,7 @@ rule index:
         title="KME-Bench: what editing single facts does to language models",
         tables=table_paths(),
         figures={name: spec["title"] for name, spec in config["figures"].items()},
-        notebooks=sorted([*TABLE_NOTEBOOKS, *MODEL_NOTEBOOKS]),
+        notebooks=sorted(config["notebooks"]),
     message:
         "Writing the summary page"
     script:

@@ -15,6 +15,10 @@ from kmebench.experiments import grid
 from kmebench.experiments.hparams import check_hparams
 
 
+#: Sections whose entries an overlay takes out by setting them to null.
+_REMOVABLE = ("experiments", "tables", "figures", "comparisons")
+
+
 def read_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, Any]:
     """Read a config as the Snakefile does: the file, the tuned values beside it, then overlays.
 
@@ -46,9 +50,15 @@ def read_checked_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, 
 def check_config(config: dict[str, Any], schema: str | Path) -> None:
     """Validate a config against its schema, fill in defaults, and check its names.
 
+    Experiments, tables, figures and comparisons that an overlay has set to null are taken out.
+
     Raises:
         ConfigError: names the key and says what is wrong with it.
     """
+    for section in _REMOVABLE:
+        entries = config.get(section) or {}
+        for name in [name for name, entry in entries.items() if entry is None]:
+            del entries[name]
     try:
         validate(config, str(schema))
     except WorkflowError as error:
