@@ -1,27 +1,49 @@
 # make        set up, run the main job (config.yaml), print the paper's two tables and write
 #             results/index.html (everything on one page) and results/report.html (Snakemake's)
 # make test   set up, then run the tests
+# make tables without torch or a model: all tables, figures and the page of the reference results
+#             again, from the predictions that are kept there
 # Python: make PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SNAKEMAKE = PATH="$(abspath $(BIN)):$$PATH" snakemake --cores all
 
-.PHONY: run test clean
+# What `make tables` makes again: a results folder, and the configs that it was made with.
+REFERENCE ?= results/reference/smollm2-135m-editors
+CONFIGS ?= config/real.yaml config/reference-editors.yaml
+REPORT_RULES := all metrics tables figures notebooks score table compare costs findings \
+	node_importance figure notebook index
+
+.PHONY: run test tables clean
 
 run: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" snakemake --cores all
-	PATH="$(abspath $(BIN)):$$PATH" snakemake --report results/report.html --quiet all
+	$(SNAKEMAKE)
+	$(SNAKEMAKE) --report results/report.html --quiet all
 
 test: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" python -m pytest -n auto
 
+tables: BIN := .venv-report/bin
+tables: .venv-report/.ready
+	$(SNAKEMAKE) --forceall --allowed-rules $(REPORT_RULES) --configfile $(CONFIGS) \
+		--config 'pathvars={results: $(REFERENCE)}'
+
 $(READY): constraints.txt pyproject.toml
+	$(call venv,$(VENV),--editable '.[test]')
+
+# The environment of the rules that run no model (envs/report.yaml), and Snakemake.
+.venv-report/.ready: constraints.txt envs/report.yaml
+	$(call venv,.venv-report,snakemake $$(sed -n 's/^ *- *\([A-Za-z0-9_.-]*==[^ ]*\)$$/\1/p' envs/report.yaml))
+
+define venv
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
-	touch $(READY)
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --constraint constraints.txt $(2)
+	touch $(1)/.ready
+endef
 
 clean:
-	rm -rf $(VENV) .snakemake logs
+	rm -rf $(VENV) .venv-report .snakemake logs
