@@ -175,11 +175,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_model, requests, tmp_pat
         assert torch.equal(part.values, resumed.delta[name].values)
 
 
-def test_each_batch_starts_from_the_original_model(make_model, requests):
+def test_each_batch_starts_from_the_original_model(make_model, requests, tmp_path):
     settings = Settings(wild_max_tokens=1)
     model = make_model("llama", torch.float32)
-    outcome = run_batches(model, kn(), requests[:2], 1, settings)
-    alone = run_batches(model, kn(), requests[1:2], 1, settings)
+    outcome = run_batches(
+        model, kn(), requests[:2], 1, settings, Checkpoints(tmp_path / "a", 1, {})
+    )
+    alone = run_batches(model, kn(), requests[1:2], 1, settings, Checkpoints(tmp_path / "b", 1, {}))
     assert outcome.norms[1] == alone.norms[0]
 
 

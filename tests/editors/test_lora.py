@@ -191,10 +191,10 @@ def test_training_is_seeded_on_every_device_by_the_sessions_generator(make_model
     assert seen == [int(torch.randint(2**62, ()))]
 
 
-def test_every_batch_has_an_adapter_of_its_own(make_model, requests):
+def test_every_batch_has_an_adapter_of_its_own(make_model, requests, tmp_path):
     model, editor = make_model("llama", torch.float32), lora(dropout=0.1)
     torch.manual_seed(2)
-    outcome = run_batches(model, editor, requests, 2, SETTINGS)
+    outcome = run_batches(model, editor, requests, 2, SETTINGS, Checkpoints(tmp_path, 1, {}))
     assert editor.state_dict() == {}
     torch.manual_seed(2)
     apart = [lora(dropout=0.1).edit(model, batch) for batch in (requests[:2], requests[2:])]

@@ -1,5 +1,8 @@
 """The batch, the consecutive and the breadth-first pipeline."""
 
+import os
+import signal
+
 import pandas as pd
 import pytest
 import torch
@@ -14,6 +17,7 @@ from kmebench.experiments.session import (
     run_breadth_first,
     run_consecutive,
 )
+from kmebench.preemption import SIGNALS, PreemptedError, noted_signals
 from kmebench.weights.delta import Dense, WeightDelta
 
 SETTINGS = Settings(batch_size=8, wild_max_tokens=4)
@@ -56,14 +60,21 @@ def comparable(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.map(lambda cell: tuple(cell) if hasattr(cell, "__len__") else cell)
 
 
-def test_every_batch_starts_from_the_original_model_and_from_no_memory(make_model, requests):
+def in_batches(model, editor, requests, size, folder, **kwargs):
+    torch.manual_seed(0)
+    return run_batches(model, editor, requests, size, SETTINGS, checkpoints(folder), **kwargs)
+
+
+def test_every_batch_starts_from_the_original_model_and_from_no_memory(
+    make_model, requests, tmp_path
+):
     model, editor = make_model("gptj", torch.float32), Counting()
     before = {n: p.clone() for n, p in model.model.named_parameters()}
-    outcome = run_batches(model, editor, requests, 2, SETTINGS)
+    outcome = in_batches(model, editor, requests, 2, tmp_path / "a")
     assert all(torch.equal(before[n], p) for n, p in model.model.named_parameters())
     assert [call["requests"] for call in outcome.times] == [2, 1]
     assert editor.calls == 0
-    alone = run_batches(model, Counting(), requests[2:], 2, SETTINGS).predictions
+    alone = in_batches(model, Counting(), requests[2:], 2, tmp_path / "b").predictions
     second = outcome.predictions[outcome.predictions["batch"] == 1]
     assert second["moment"].unique().tolist() == ["final"]
     assert second["position"].unique().tolist() == [2]
@@ -104,7 +115,7 @@ def test_an_edit_that_cannot_be_made_stops_the_run_or_is_left_out(
     assert final["position"].unique().tolist() == [0, 1, 2]
     assert saved.restore(make_model("gptj", torch.float32), Unable(how))[2].failed == outcome.failed
 
-    batches = run_batches(model, Unable(how), requests, 1, SETTINGS, skip_failed=True)
+    batches = in_batches(model, Unable(how), requests, 1, tmp_path / "c", skip_failed=True)
     assert [f["case_ids"] for f in batches.failed] == [["b"]]
     assert batches.predictions["position"].unique().tolist() == [0, 1, 2]
 
@@ -142,16 +153,15 @@ def test_what_an_editor_adds_at_the_end_is_evaluated_and_taken_back_before_the_r
     assert "finish" in finished.times[-1]["seconds"]
     assert torch.equal(model.parameter(name), original)
 
-    torch.manual_seed(0)
-    batches = run_batches(model, Finishing(), requests[:1], 1, SETTINGS)
+    batches = in_batches(model, Finishing(), requests[:1], 1, tmp_path / "c")
     first = finished.predictions[finished.predictions["moment"] == "checkpoint"]
     assert batches.predictions["ids"].tolist() == first["ids"].tolist()
 
 
-def test_a_batch_is_evaluated_with_its_own_edits_only(trained, capital_requests):
+def test_a_batch_is_evaluated_with_its_own_edits_only(trained, capital_requests, tmp_path):
     editor = build_editor("pac", PAC, {})
-    both = run_batches(trained, editor, capital_requests[:4], 2, SETTINGS).predictions
-    second = run_batches(trained, editor, capital_requests[2:4], 2, SETTINGS).predictions
+    both = in_batches(trained, editor, capital_requests[:4], 2, tmp_path / "a").predictions
+    second = in_batches(trained, editor, capital_requests[2:4], 2, tmp_path / "b").predictions
     expected = both[both["batch"] == 1]["ids"].tolist()
     assert second["ids"].tolist() == expected
 
@@ -242,3 +252,64 @@ def test_milestones_are_ones_and_threes():
     assert sorted(milestones(300)) == [1, 3, 10, 30, 100]
     assert sorted(milestones(3000)) == [1, 3, 10, 30, 100, 300, 1000]
     assert milestones(1) == set()
+
+
+class Signalled(Counting):
+    """Is sent a signal while it makes its edit number ``at``."""
+
+    def __init__(self, number, at):
+        super().__init__()
+        self.number, self.at, self.edits = number, at, 0
+
+    def edit(self, model, requests):
+        self.edits += 1
+        if self.edits == self.at:
+            os.kill(os.getpid(), self.number)
+        return super().edit(model, requests)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("pipeline", ["batch", "consecutive"])
+def test_a_run_that_is_asked_to_stop_saves_what_it_has_done_and_goes_on_later(
+    pipeline, number, make_model, requests, tmp_path
+):
+    def run(editor, folder):
+        model = make_model("gptj", torch.float32)
+        if pipeline == "batch":
+            return in_batches(model, editor, requests, 1, tmp_path / folder)
+        return consecutive(model, editor, requests, tmp_path / folder, every=100)
+
+    usual = signal.getsignal(number)
+    straight = run(Counting(), "a")
+    with pytest.raises(PreemptedError, match=f"Stopped by {number.name} after 2 edits"):
+        run(Signalled(number, at=2), "b")
+    assert signal.getsignal(number) is usual
+    goes_on = Signalled(number, at=0)
+    resumed = run(goes_on, "b")
+    assert goes_on.edits == 1
+    assert comparable(straight.predictions).equals(comparable(resumed.predictions))
+    assert straight.norms == resumed.norms
+
+
+def test_a_run_stopped_in_its_last_edit_saves_that_too(make_model, requests, tmp_path):
+    model = make_model("gptj", torch.float32)
+    with pytest.raises(PreemptedError, match="after 3 edits"):
+        consecutive(model, Signalled(signal.SIGTERM, at=3), requests, tmp_path)
+    goes_on = Signalled(signal.SIGTERM, at=0)
+    outcome = consecutive(make_model("gptj", torch.float32), goes_on, requests, tmp_path)
+    assert goes_on.edits == 0
+    assert "final" in set(outcome.predictions["moment"])
+
+
+def test_a_second_signal_is_obeyed_as_usual():
+    obeyed = []
+    usual = signal.signal(signal.SIGUSR1, lambda *_: obeyed.append("second"))
+    try:
+        with noted_signals() as stopped_by:
+            assert stopped_by() is None
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert (stopped_by(), obeyed) == ("SIGUSR1", [])
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert obeyed == ["second"]
+    finally:
+        signal.signal(signal.SIGUSR1, usual)

@@ -14,7 +14,6 @@ from kmebench.errors import ConfigError
 from kmebench.experiments import grid
 from kmebench.experiments.hparams import check_hparams
 
-
 #: Sections whose entries an overlay takes out by setting them to null.
 _REMOVABLE = ("experiments", "tables", "figures", "comparisons")
 

@@ -88,7 +88,8 @@ def _session(
     evaluation = Settings(**settings["evaluation"])
     skip = {"skip_failed": settings["on_failed_edit"] == "skip"}
     if settings["mode"] == "batch":
-        return run_batches(model, editor, requests, settings["batch_size"], evaluation, **skip)
+        size = settings["batch_size"]
+        return run_batches(model, editor, requests, size, evaluation, checkpoints, **skip)
     if settings["mode"] == "breadth_first":
         return run_breadth_first(model, editor, requests, evaluation, **skip)
     ordered = in_order(requests, settings["seed"])

@@ -4,9 +4,13 @@
 model, evaluated, and rolled back. **consecutive**: one request after another without
 rollback; predictions are made right after each edit ("write"), for all requests so far after
 1, 3, 10, 30, 100, ... edits ("checkpoint"), and for all requests on the final model
-("final"). A consecutive session saves its state and resumes from it with the same bytes.
+("final").
 **breadth_first**: all requests at once, without rollback; the editor passes over them in
 mini-batches, several times, and the final model is evaluated.
+
+Batch and consecutive sessions save their state (after every batch; after every few edits) and
+resume from it with the same bytes. Asked to stop by SIGTERM or SIGUSR1, they finish the edit
+under way, save, and end.
 """
 
 import json
@@ -32,6 +36,7 @@ from kmebench.evaluation.predict import Settings, prompts_of
 from kmebench.files import write_json
 from kmebench.logs import track
 from kmebench.models.editable import EditableModel
+from kmebench.preemption import PreemptedError, noted_signals
 from kmebench.weights.delta import WeightDelta
 
 logger = logging.getLogger("kmebench")
@@ -63,24 +68,37 @@ def run_batches(
     requests: Sequence[EditRequest],
     batch_size: int,
     settings: Settings,
+    checkpoints: "Checkpoints",
     *,
     skip_failed: bool = False,
 ) -> Outcome:
-    """Edit batch after batch, each from the original model."""
-    frames, outcome = [], Outcome(pd.DataFrame())
-    starts = range(0, len(requests), batch_size)
-    for number, start in enumerate(track(starts, "batches edited", len(starts))):
-        batch = requests[start : start + batch_size]
-        _edit(model, editor, batch, outcome, skip_failed)
-        with _finished(model, editor, outcome):
-            frames.append(
-                _predictions(
-                    model, outcome, batch, start, settings, "final", len(batch), number, decode=True
+    """Edit batch after batch, each from the original model, resuming behind the last one saved."""
+    done, frames, outcome = checkpoints.restore(model, editor)
+    starts = range(done, len(requests), batch_size)
+    with noted_signals() as stopped_by:
+        for start in track(starts, "batches edited", len(starts)):
+            batch, number = requests[start : start + batch_size], start // batch_size
+            _edit(model, editor, batch, outcome, skip_failed)
+            with _finished(model, editor, outcome):
+                frames.append(
+                    _predictions(
+                        model,
+                        outcome,
+                        batch,
+                        start,
+                        settings,
+                        "final",
+                        len(batch),
+                        number,
+                        decode=True,
+                    )
                 )
-            )
-        model.revert()
-        # An independent run starts without memory of the batch before.
-        editor.load_state_dict({})
+            model.revert()
+            # An independent run starts without memory of the batch before.
+            editor.load_state_dict({})
+            done = start + len(batch)
+            if done < len(requests):
+                checkpoints.save(model, editor, done, frames, outcome, stopped_by())
     outcome.predictions = pd.concat(frames, ignore_index=True)
     return outcome
 
@@ -97,17 +115,22 @@ def run_consecutive(
     """Edit one request after another, resuming from the newest checkpoint."""
     done, frames, outcome = checkpoints.restore(model, editor)
     remaining = requests[done:]
-    for request in track(remaining, "requests edited", len(remaining)):
-        _edit(model, editor, [request], outcome, skip_failed)
-        frames.append(_predictions(model, outcome, [request], done, settings, "write", done + 1))
-        done += 1
-        if done in milestones(len(requests)):
-            with _finished(model, editor):
-                frames.append(
-                    _predictions(model, outcome, requests[:done], 0, settings, "checkpoint", done)
-                )
-        if done % checkpoints.every == 0 and done < len(requests):
-            checkpoints.save(model, editor, done, frames, outcome)
+    with noted_signals() as stopped_by:
+        for request in track(remaining, "requests edited", len(remaining)):
+            _edit(model, editor, [request], outcome, skip_failed)
+            done += 1
+            frames.append(
+                _predictions(model, outcome, [request], done - 1, settings, "write", done)
+            )
+            if done in milestones(len(requests)):
+                with _finished(model, editor):
+                    so_far = requests[:done]
+                    frames.append(
+                        _predictions(model, outcome, so_far, 0, settings, "checkpoint", done)
+                    )
+            due = done % checkpoints.every == 0 and done < len(requests)
+            if due or stopped_by():
+                checkpoints.save(model, editor, done, frames, outcome, stopped_by())
     with _finished(model, editor, outcome):
         frames.append(
             _predictions(model, outcome, requests, 0, settings, "final", len(requests), decode=True)
@@ -241,7 +264,7 @@ _KEPT = ("times", "norms", "failed", "evaluation_seconds")
 
 
 class Checkpoints:
-    """Saved states of a consecutive session: at most one, replaced as a whole.
+    """Saved states of a session: at most one, replaced as a whole.
 
     A checkpoint is a folder ``{edits done}`` with the masters of all touched weights, the
     editor's memory and the state of the random generator (safetensors), the predictions so
@@ -259,8 +282,13 @@ class Checkpoints:
         done: int,
         frames: Sequence[pd.DataFrame],
         outcome: Outcome,
+        stopped_by: str | None = None,
     ) -> None:
-        """Write a checkpoint; it appears under its name only when complete."""
+        """Write a checkpoint; it appears under its name only when complete.
+
+        Raises:
+            PreemptedError: it was written because of a signal, named by ``stopped_by``.
+        """
         target, partial = self.folder / str(done), self.folder / "partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -275,6 +303,11 @@ class Checkpoints:
         for _, path in older:
             shutil.rmtree(path)
         logger.info("checkpoint after %d edits", done)
+        if stopped_by:
+            raise PreemptedError(
+                f"Stopped by {stopped_by} after {done} edits, which are saved in {target}: the "
+                "same command goes on from there."
+            )
 
     def restore(
         self, model: EditableModel, editor: Editor

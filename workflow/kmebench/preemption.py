@@ -1,0 +1,42 @@
+"""Ending a long run in good order when its machine is taken away."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from kmebench.errors import KMEBenchError
+
+#: What a scheduler sends before a time limit, or before it gives the machine to somebody else.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class PreemptedError(KMEBenchError):
+    """A run was asked to stop, and has saved what it has done."""
+
+
+@contextmanager
+def noted_signals() -> Iterator[Callable[[], str | None]]:
+    """Note SIGTERM and SIGUSR1 while the block runs, instead of ending at once.
+
+    Yields a function that returns the name of the signal received, or None. A second signal ends
+    the process as it would without this. Signals can be noted in the main thread only.
+    """
+    received: list[str] = []
+    usual = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        _restore(usual)
+
+    for number in SIGNALS:
+        signal.signal(number, note)
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        _restore(usual)
+
+
+def _restore(handlers: dict[signal.Signals, object]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # type: ignore[arg-type]
