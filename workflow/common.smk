@@ -24,7 +24,7 @@ TRAINED = [
 FETCHED = [m for m in config["models"] if m not in TRAINED]
 
 #: What a path file is called (grid.selection_of).
-SELECTION = r"\w+,[\w=]+,\w+,paths=\d+,negatives=\d+"
+SELECTION = r"\w+\+[\w=]+\+\w+\+paths=\d+\+negatives=\d+"
 OPENFACTS = "resources/openfacts"
 REPORTING = "workflow/kmebench/reporting"
 
@@ -151,6 +151,26 @@ def gpus_of(model):
     """One GPU, unless the model runs on the CPU."""
     device = load_params(model)["device"]
     return int(device not in ("auto", "cpu") or (device == "auto" and HAS_GPU))
+
+
+def memory(wildcards, attempt):
+    """Main memory in MB that a job with a model asks for; more after a failure."""
+    return memory_of(wildcards.model, attempt)
+
+
+def memory_of(model, attempt):
+    """3 GB for Python, torch and the results, and twice the weights."""
+    spec = config["models"][model]
+    parameters = spec.get("shape", {}).get("parameters", 5e8)
+    return attempt * int(3000 + 2 * parameters * grid.BYTES[spec["dtype"]] / 1e6)
+
+
+def minutes(wildcards, attempt):
+    """Time that a job with a model asks for: half a day, and more after a failure.
+
+    An edit run that takes longer saves what it has done, and its retry goes on.
+    """
+    return attempt * 720
 
 
 HAS_GPU = shutil.which("nvidia-smi") is not None

@@ -102,7 +102,7 @@ def test_rome_maps_the_key_to_the_target(
 def literal(name, model, requests, moments, solve):
     """The layers in turn on dense live weights; ``solve(layer, R, K, W)`` gives each change."""
     groups = sample_contexts(model, MEMIT_LENGTHS, seed=0)
-    site = "attention+value" if name == "pmet" else "layer"
+    site = "attention-value" if name == "pmet" else "layer"
     targets = optimise_targets(model, requests, groups, settings(name, LAYERS[-1], site), name)
     last = LAYERS[-1]
     where = model.ffn[last].value.module if name == "pmet" else model.layers[last]

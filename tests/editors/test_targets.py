@@ -15,7 +15,7 @@ from kmebench.models.encoding import SubjectText, encode_subjects
 from tests.conftest import FAMILIES
 
 CONTEXTS = (("{}",), ("The Seine. {}", "I {} {. {}"), ("Paris stands in Mount Fuji. {}",))
-SITES = ("layer", "value", "attention+value")
+SITES = ("layer", "value", "attention-value")
 SETTINGS = TargetSettings(
     layer=1,
     site="layer",
@@ -34,7 +34,7 @@ def modules_of(model, settings):
     return {
         "layer": [model.layers[settings.layer]],
         "value": [value],
-        "attention+value": [value, attention],
+        "attention-value": [value, attention],
     }[settings.site]
 
 
@@ -103,7 +103,7 @@ def plain_targets(model, request, settings, contexts=CONTEXTS) -> Plain:
         for delta, h in zip(deltas, start, strict=True):
             loss = loss + settings.weight_decay * delta.norm() / h.norm() ** 2
         losses.append(loss.item())
-        if settings.site != "attention+value":
+        if settings.site != "attention-value":
             if loss < settings.stop_loss:
                 break
         elif kl <= 0.01:
@@ -207,7 +207,7 @@ def test_kl_holds_what_is_said_after_the_subject(kl_factor, make_model, requests
 def test_pmet_goes_on_at_a_tenth_of_the_loss_until_kl_is_small(family, make_model, requests):
     model = make_model(family)
     settings = replace(
-        SETTINGS, site="attention+value", steps=15, kl_factor=0.01, learning_rate=0.8
+        SETTINGS, site="attention-value", steps=15, kl_factor=0.01, learning_rate=0.8
     )
     losses = optimise_targets(model, requests, CONTEXTS, settings, "pmet").losses
     settings = replace(settings, stop_loss=between(losses[4]))

@@ -47,10 +47,10 @@ def config():
 
 def test_a_swept_value_equal_to_the_configured_one_is_the_default_run(config):
     variants = [run.variant for run in grid.runs_of(config, "sweep")]
-    assert variants == ["paths=5", "paths=5,lambda=0.0", "default", "lambda=0.0"]  # the editor's
+    assert variants == ["paths=5", "paths=5+lambda=0.0", "default", "lambda=0.0"]  # the editor's
     config["methods"]["pac"]["hparams"] = {"lambda": 0.0}
     variants = [run.variant for run in grid.runs_of(config, "sweep")]
-    assert variants == ["paths=5,lambda=0.1", "paths=5", "lambda=0.1", "default"]
+    assert variants == ["paths=5+lambda=0.1", "paths=5", "lambda=0.1", "default"]
     shared = set(grid.runs_of(config, "main")) & set(grid.runs_of(config, "sweep"))
     assert len(shared) == 1
     assert len(grid.all_runs(config)) == 6
@@ -77,7 +77,7 @@ def test_adopting_tuned_values_does_not_rename_the_search_they_come_from(config)
 def test_a_variant_reads_back_as_what_was_swept(config):
     run = grid.runs_of(config, "sweep")[1]
     assert grid.hparams_of(config, run) == {"learning_rate": 2e-3, "paths": 5, "lambda": 0.0}
-    assert grid.parse_variant("score=l2,norm_constraint=None,steps=3") == {
+    assert grid.parse_variant("score=l2+norm_constraint=None+steps=3") == {
         "score": "l2",
         "norm_constraint": None,
         "steps": 3,
@@ -93,7 +93,7 @@ def test_the_models_values_go_before_the_methods(config):
 def test_lambda_does_not_name_a_path_file_but_paths_do(config):
     names = [grid.selection_of(config, run) for run in grid.runs_of(config, "sweep")]
     assert len(set(names)) == 2
-    assert names[0] == "l2,edit,disjoint,paths=5,negatives=1"
+    assert names[0] == "l2+edit+disjoint+paths=5+negatives=1"
     assert grid.parse_selection(names[0]) == {
         "score": "l2",
         "group": 1,
@@ -106,7 +106,7 @@ def test_lambda_does_not_name_a_path_file_but_paths_do(config):
 def test_scope_batch_means_the_batch_only_where_there_is_one(config):
     config["methods"]["pac"]["hparams"] = {"scope": "batch"}
     one_by_one = grid.runs_of(config, "main")[1]
-    assert ",edit," in grid.selection_of(config, one_by_one)
+    assert "+edit+" in grid.selection_of(config, one_by_one)
     config["experiments"]["main"]["mode"] = "batch"
     batched = grid.selection_of(config, grid.runs_of(config, "main")[1])
     assert grid.parse_selection(batched)["group"] == config["batch_size"]
@@ -232,7 +232,7 @@ def test_a_default_is_its_editors_own():
     assert name("mine", **{"lambda": 0.1}) == "lambda=0.1"
     assert name("pac-released", score="l2") == "score=l2"  # its own is another
     assert name("memit", steps=25) == "default"
-    assert name("memit", steps=20, moment_weight=5) == "steps=20,moment_weight=5"
+    assert name("memit", steps=20, moment_weight=5) == "steps=20+moment_weight=5"
 
 
 def test_the_grid_knows_the_defaults_of_locate_and_edit():
@@ -251,7 +251,7 @@ def test_batches_share_targets_where_layer_and_loss_agree():
 
     memit = target("memit")
     assert memit == (
-        "site=layer,layer=8,steps=25,learning_rate=0.5,kl_factor=0.0625,weight_decay=0.001,"
+        "site=layer+layer=8+steps=25+learning_rate=0.5+kl_factor=0.0625+weight_decay=0.001+"
         "clamp_factor=4.0"
     )
     assert grid.parse_variant(memit)["layer"] == 8
@@ -277,3 +277,11 @@ def test_a_models_moments_cover_every_configured_method():
     }
     assert grid.moment_layers(config, "small") == [1, 2, 3]
     assert grid.moment_layers(config, "big") == [2, 3, 5]
+
+
+@pytest.mark.parametrize("value", [[1, 2], "a,b", "a+b", "../up", "$(x)", "a b"])
+def test_what_cannot_be_part_of_a_files_name_is_refused(value):
+    with pytest.raises(ConfigError, match="layers: .* cannot be part of a file's name"):
+        grid.variant_name(
+            {"methods": {"pac": {}}, "models": {"m": {}}}, "m", "pac", {"layers": value}
+        )

@@ -18,6 +18,8 @@ rule edit_batch:
     threads: config["threads"]
     resources:
         gpu=gpus,
+        mem_mb=memory,
+        runtime=minutes,
         models=1,
     params:
         run=edit_params("batch"),

@@ -38,6 +38,7 @@ use rule notebook as model_notebook with:
     threads: config["threads"]
     resources:
         gpu=lambda w: gpus_of(notebook_parameters(w)["model"]),
+        mem_mb=lambda w, attempt: memory_of(notebook_parameters(w)["model"], attempt),
         models=1,
 
 

@@ -24,6 +24,8 @@ rule predict_original:
     threads: config["threads"]
     resources:
         gpu=gpus,
+        mem_mb=memory,
+        runtime=minutes,
         models=1,
     params:
         load=lambda w: load_params(w.model),
@@ -49,6 +51,8 @@ rule cache_gradients:
     threads: config["threads"]
     resources:
         gpu=gpus,
+        mem_mb=memory,
+        runtime=minutes,
         models=1,
     params:
         load=lambda w: load_params(w.model),
@@ -93,6 +97,8 @@ rule second_moments:
     threads: config["threads"]
     resources:
         gpu=gpus,
+        mem_mb=memory,
+        runtime=minutes,
         models=1,
     params:
         load=lambda w: load_params(w.model),
@@ -121,6 +127,8 @@ rule optimise_targets:
     threads: config["threads"]
     resources:
         gpu=gpus,
+        mem_mb=memory,
+        runtime=minutes,
         models=1,
     params:
         load=lambda w: load_params(w.model),

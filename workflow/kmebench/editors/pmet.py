@@ -30,7 +30,7 @@ class PMET(MEMIT):
 
     Hparams = PMETHparams
     name = "pmet"
-    site = "attention+value"
+    site = "attention-value"
     root = True
 
     def _current(self, model: EditableModel, requests: Sequence[EditRequest]) -> Tensor:

@@ -17,7 +17,7 @@ from kmebench.models.replay import Replay
 
 #: Whose output a target replaces: the layer's (MEMIT and its family), W2's (ROME), or W2's while
 #: the attention's is moved too (PMET).
-Site = Literal["layer", "value", "attention+value"]
+Site = Literal["layer", "value", "attention-value"]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class TargetRows:
     ) -> "TargetRows":
         """Run everything that no δ can reach."""
         # What PMET adds to the attention changes the input of its own layer's FFN.
-        first_replayed = layer + (site != "attention+value")
+        first_replayed = layer + (site != "attention-value")
         flat = [e for group in encoded for e in group]
         return cls(layer, site, encoded, Replay.of(model, flat, first_replayed))
 
@@ -74,7 +74,7 @@ class TargetRows:
     def _final_states(self, deltas: Tensor) -> Tensor:
         """Return the normed final states [b * Q, S, D]; ``deltas`` [U, b * Q, D]."""
         model, layer = self.replay.model, self.layer
-        if self.site != "attention+value":
+        if self.site != "attention-value":
             return self.replay.run(_at_subject(self.replay.states, deltas[0]))
         value, attention = model.ffn[layer].value.module, model.attention[layer]
         with _added(value, deltas[0]), _added(attention, deltas[1]):

@@ -108,7 +108,7 @@ def _sites(model: EditableModel, settings: TargetSettings) -> list[nn.Module]:
     return {
         "layer": [model.layers[settings.layer]],
         "value": [value],
-        "attention+value": [value, model.attention[settings.layer]],
+        "attention-value": [value, model.attention[settings.layer]],
     }[settings.site]
 
 
@@ -157,7 +157,7 @@ class _Run:
     def _goes_on(self, loss: Tensor, kl: Tensor, learning: Tensor) -> Tensor:
         """Say which requests are not learnt yet."""
         learnt = loss < self.settings.stop_loss
-        if self.settings.site != "attention+value":
+        if self.settings.site != "attention-value":
             return ~learnt
         near = kl <= PMET_KL
         share = torch.where(learnt, PMET_SHARE, self.share[learning])

@@ -7,6 +7,7 @@ values, so they share a folder and are computed once.
 
 import difflib
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,11 @@ from kmebench.editors.registry import editor_target
 from kmebench.errors import ConfigError
 
 DEFAULT = "default"
+#: Joins the parts of a file's name. Not a comma: Snakemake's jobs on a cluster fail at one.
+JOIN = "+"
+_NAMEABLE = re.compile(r"[\w.-]+")
+#: Bytes of a number by dtype.
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: ``{dataset}.development`` is the held-out split of a data set, itself a data set to run on.
 DEVELOPMENT = ".development"
 
@@ -190,7 +196,18 @@ def variant_name(
 
 
 def _spell(values: Mapping[str, Any]) -> str:
-    return ",".join(f"{key}={value}" for key, value in values.items()) or DEFAULT
+    """Name a file by values.
+
+    Raises:
+        ConfigError: a value cannot be part of a file's name.
+    """
+    for key, value in values.items():
+        if not _NAMEABLE.fullmatch(str(value)):
+            raise ConfigError(
+                f"{key}: {value!r} cannot be part of a file's name: make it a method of its own, "
+                "with that hyper-parameter."
+            )
+    return JOIN.join(f"{key}={value}" for key, value in values.items()) or DEFAULT
 
 
 def base_hparams(config: Mapping[str, Any], model: str, method: str) -> dict[str, Any]:
@@ -211,10 +228,10 @@ def hparams_of(config: Mapping[str, Any], run: Run) -> dict[str, Any]:
 
 
 def parse_variant(variant: str) -> dict[str, Any]:
-    """Read a variant back: ``paths=20,lambda=0.0`` -> values as YAML would type them."""
+    """Read a variant back: ``paths=20+lambda=0.0`` -> values as YAML would type them."""
     if variant == DEFAULT:
         return {}
-    pairs = (item.partition("=") for item in variant.split(","))
+    pairs = (item.partition("=") for item in variant.split(JOIN))
     return {key: _typed(text) for key, _, text in pairs}
 
 
@@ -268,7 +285,7 @@ def moment_layers(config: Mapping[str, Any], model: str) -> list[int]:
 
 
 def target_of(config: Mapping[str, Any], run: Run) -> str | None:
-    """Name the target file of a run, e.g. ``site=layer,layer=8,steps=25,learning_rate=0.5,...``.
+    """Name the target file of a run, e.g. ``site=layer+layer=8+steps=25+learning_rate=0.5+...``.
 
     None for runs that optimise their targets themselves: on a model with earlier edits they are
     others, so only batch mode, which edits the original model, shares them. The name can be read
@@ -278,14 +295,14 @@ def target_of(config: Mapping[str, Any], run: Run) -> str | None:
     if run.mode != "batch" or "steps" not in LOCATE_AND_EDIT.get(editor, {}):
         return None
     hparams = LOCATE_AND_EDIT[editor] | hparams_of(config, run)
-    site = "attention+value" if editor == "pmet" else "layer"
+    site = "attention-value" if editor == "pmet" else "layer"
     # A value spelled 4 or "1e-3" in YAML names the same file as 4.0 or 0.001.
     settings = {key: type(_MEMIT[key])(hparams[key]) for key in _MEMIT if key != "layers"}
     return _spell({"site": site, "layer": hparams["layers"][-1]} | settings)
 
 
 def selection_of(config: Mapping[str, Any], run: Run) -> str:
-    """Name the path file of a run, e.g. ``l2,edit,disjoint,paths=15,negatives=1``.
+    """Name the path file of a run, e.g. ``l2+edit+disjoint+paths=15+negatives=1``.
 
     Requests edited one at a time are their own batch, so there scope is always ``edit``.
     """
@@ -295,15 +312,13 @@ def selection_of(config: Mapping[str, Any], run: Run) -> str:
     scope = settings["scope"] if run.mode == "batch" else "edit"
     if scope == "batch":
         scope = f"batch={config['batch_size']}"
-    return (
-        f"{settings['score']},{scope},{settings['selection']},"
-        f"paths={settings['paths']},negatives={settings['negatives']}"
-    )
+    numbers = [f"{name}={settings[name]}" for name in ("paths", "negatives")]
+    return JOIN.join([settings["score"], scope, settings["selection"], *numbers])
 
 
 def parse_selection(selection: str) -> dict[str, Any]:
     """Read the name of a path file back: score, group (requests), selection, paths, negatives."""
-    score, scope, kind, paths, negatives = selection.split(",")
+    score, scope, kind, paths, negatives = selection.split(JOIN)
     return {
         "score": score,
         "group": int(scope.partition("=")[2] or 1),

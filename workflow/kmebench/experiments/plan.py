@@ -16,7 +16,6 @@ import pandas as pd
 from kmebench.experiments import grid
 
 PAPER_TIMES = Path("resources/paper/time.csv")
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _MASTER = 4  # bytes of a float32
 _RUN = ("model", "dataset", "mode", "method", "variant")
 
@@ -123,7 +122,7 @@ def disk(config: Mapping[str, Any], measured: pd.DataFrame) -> pd.DataFrame:
             matrix = shape["width"] * width * _MASTER
             traced = {run.dataset for run in runs if grid.needs_paths(config, run)}
             needed = any(grid.needs_moments(config, run) for run in runs)
-            row["weights"] = shape["parameters"] * _BYTES[spec["dtype"]]
+            row["weights"] = shape["parameters"] * grid.BYTES[spec["dtype"]]
             row["gradients"] = sum(sizes[d] for d in traced) * 2 * 2 * layers * width * _MASTER
             row["moments"] = needed * len(grid.moment_layers(config, name)) * width**2 * _MASTER
             row["deltas"] = matrix * sum(_matrices(config, run, layers) for run in runs)
