@@ -32,7 +32,8 @@ def test_runs_come_out_of_the_cluster_as_they_do_here(copy_of_finished):
     folder = copy_of_finished.folder
     predictions, table = folder / RUN / "predictions.parquet", folder / "results/tables/table2.csv"
     here, numbers = predictions.read_bytes(), pd.read_csv(table)
-    predictions.unlink()
+    for path in (predictions, folder / "results/metrics/table2.parquet", table):
+        path.unlink()
     output = copy_of_finished.run("results/tables/table2.csv", *ON_SLURM)
     assert submitted(output) == 2  # the run and its scores; the table is written on the spot
     assert predictions.read_bytes() == here
