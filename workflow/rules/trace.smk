@@ -121,7 +121,7 @@ rule optimise_targets:
     log:
         "<logs>/optimise_targets/{model}.{dataset}.{target}.log",
     wildcard_constraints:
-        target=r"site=[\w+]+,layer=\d+,[^/]+",
+        target=r"site=[\w-]+\+layer=\d+\+[^/]+",
     conda:
         "../../envs/edit.yaml"
     threads: config["threads"]
