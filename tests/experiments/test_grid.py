@@ -281,7 +281,7 @@ def test_a_models_moments_cover_every_configured_method():
 
 @pytest.mark.parametrize("value", [[1, 2], "a,b", "a+b", "../up", "$(x)", "a b"])
 def test_what_cannot_be_part_of_a_files_name_is_refused(value):
-    with pytest.raises(ConfigError, match="layers: .* cannot be part of a file's name"):
+    with pytest.raises(ConfigError, match=r"layers: .* cannot be part of a file's name"):
         grid.variant_name(
             {"methods": {"pac": {}}, "models": {"m": {}}}, "m", "pac", {"layers": value}
         )
