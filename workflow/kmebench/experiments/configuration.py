@@ -7,7 +7,6 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
-from snakemake.exceptions import WorkflowError
 from snakemake.utils import update_config, validate
 
 from kmebench.errors import ConfigError
@@ -55,15 +54,15 @@ def check_config(config: dict[str, Any], schema: str | Path) -> None:
         ConfigError: names the key and says what is wrong with it.
     """
     for section in _REMOVABLE:
-        entries = config.get(section) or {}
-        for name in [name for name, entry in entries.items() if entry is None]:
-            del entries[name]
-    try:
-        validate(config, str(schema))
-    except WorkflowError as error:
-        rules = yaml.safe_load(Path(schema).read_text(encoding="utf-8"))
-        found = best_match(Draft202012Validator(rules).iter_errors(config))
-        raise ConfigError(_sentence(found) if found else str(error)) from None
+        entries = config.get(section)
+        if isinstance(entries, dict):
+            for name in [name for name, entry in entries.items() if entry is None]:
+                del entries[name]
+    rules = yaml.safe_load(Path(schema).read_text(encoding="utf-8"))
+    error = best_match(Draft202012Validator(rules).iter_errors(config))
+    if error:
+        raise ConfigError(_sentence(error))
+    validate(config, str(schema))  # fills in the defaults
     for name in config["experiments"]:
         grid.runs_of(config, name)
     for name in config["comparisons"]:
