@@ -2,9 +2,11 @@
 
 import copy
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kmebench.data.records import (
@@ -198,3 +200,46 @@ def test_a_damaged_line_is_named(tmp_path):
     path.write_text(path.read_text() + '{"case_id": "b"}\n')
     with pytest.raises(DataError, match=r"requests\.jsonl, line 2, is no edit request"):
         read_requests(path)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("schema", RECORDS)
+@given(data=st.data())
+@settings(max_examples=500, deadline=None)
+def test_any_record_is_read_or_refused_in_one_sentence(schema, data):
+    record = json.loads(json.dumps(RECORDS[schema]))
+    place = record
+    while True:  # walk to any place of a good record, and put something else there
+        key = data.draw(st.sampled_from(sorted(place)))
+        if not isinstance(place[key], dict) or data.draw(st.booleans()):
+            place[key] = data.draw(anything)
+            break
+        place = place[key]
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), [record])
+        try:
+            ((_, request),), _ = read_records(path, schema)
+        except DataError as error:
+            assert "record 0" in str(error)  # noqa: PT017 - most records are fine
+            return
+    assert request.subject in request.filled_prompt
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=500, deadline=None)
+def test_any_file_is_read_or_refused_in_one_sentence(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "set.json"
+        path.write_bytes(content)
+        try:
+            read_records(path, "mend")
+        except DataError as error:
+            assert str(path) in str(error)  # noqa: PT017
