@@ -53,3 +53,10 @@ def test_an_overlay_takes_entries_out_by_null(tmp_path):
     check_config(config, SCHEMA)
     assert "edits" not in config["figures"]
     assert "edit-order" not in config["experiments"] | config["tables"]
+
+
+def test_a_method_may_be_its_name_alone():
+    config = read_config(Path("config.yaml"))
+    config["methods"]["memit"] = None
+    check_config(config, SCHEMA)
+    assert config["methods"]["memit"] == {}

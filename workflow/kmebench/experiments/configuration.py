@@ -63,6 +63,7 @@ def check_config(config: dict[str, Any], schema: str | Path) -> None:
     if error:
         raise ConfigError(_sentence(error))
     validate(config, str(schema))  # fills in the defaults
+    config["methods"] |= {name: {} for name, spec in config["methods"].items() if spec is None}
     for name in config["experiments"]:
         grid.runs_of(config, name)
     for name in config["comparisons"]:
