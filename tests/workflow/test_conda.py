@@ -69,7 +69,7 @@ def test_a_rule_finds_the_library_in_a_conda_environment(copy_of_finished, tmp_p
     copy_of_finished.run(*asked, PATH=path)
     assert table.read_bytes() == before
     (environment,) = set((tmp_path / "activated").read_text().split())
-    probe = [f"{environment}/bin/python", "-c", "import kmebench"]
+    probe = [f"{environment}/bin/python", "-I", "-c", "import kmebench"]
     done = subprocess.run(probe, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert "No module named 'kmebench'" in done.stderr  # so the rule found it by other means
 

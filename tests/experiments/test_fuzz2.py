@@ -1,0 +1,90 @@
+"""Whatever a config says, it is taken or refused in one sentence; nothing else happens."""
+
+import copy
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kmebench.errors import ConfigError
+from kmebench.experiments import grid
+from kmebench.experiments.configuration import check_config, read_config
+
+SCHEMA = "workflow/schemas/config.schema.yaml"
+CONFIG = read_config(Path("config.yaml"))
+
+#: What people, editors of YAML and attackers write.
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        ["", "..", "/etc/passwd", "$(reboot)", "; rm -rf .", "a b", "a,b", "x\ny", "é"]
+    )
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+def paths_of(node, path=()):
+    """Every place in a config."""
+    yield path
+    if isinstance(node, dict):
+        for key, child in node.items():
+            yield from paths_of(child, (*path, key))
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from paths_of(child, (*path, index))
+
+
+PLACES = [path for path in paths_of(CONFIG) if path]
+
+
+def changed(path, value, key):
+    """The config with another value at a place, or with one more entry beside it."""
+    config = copy.deepcopy(CONFIG)
+    node = config
+    for step in path[:-1]:
+        node = node[step]
+    if isinstance(node, dict) and key is not None:
+        node[key] = value
+    else:
+        node[path[-1]] = value
+    return config
+
+
+@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(PLACES), values, st.none() | st.text(max_size=8))
+def test_any_config_is_taken_or_refused_in_one_sentence(path, value, key):
+    config = changed(path, value, key)
+    try:
+        check_config(config, SCHEMA)
+    except ConfigError:
+        return
+    for run in grid.all_runs(config):  # what is taken names files below results and nothing else
+        folder = run.folder()
+        assert not {"..", ""} & set(folder.split("/"))
+        assert not set(folder) & set(" \n$;,'\"&|<>*?(){}[]\\`")
+
+
+@pytest.mark.parametrize("section", ["models", "datasets", "methods", "experiments", "tables"])
+@given(name=st.text(min_size=1, max_size=12))
+@settings(max_examples=30, deadline=None)
+def test_a_name_is_small_letters_digits_points_and_hyphens(section, name):
+    config = copy.deepcopy(CONFIG)
+    entry = copy.deepcopy(next(iter(config[section].values())))
+    config[section][name] = entry | ({"editor": "pac"} if section == "methods" else {})
+    plain = name[0].isalnum() and all(c in "abcdefghijklmnopqrstuvwxyz0123456789.-" for c in name)
+    if plain and name.isascii():
+        check_config(config, SCHEMA)
+    else:
+        with pytest.raises(ConfigError):
+            check_config(config, SCHEMA)
