@@ -1,5 +1,6 @@
 """The workflow on a real SLURM, where there is one (.ci/slurm starts one)."""
 
+import re
 import shutil
 import subprocess
 import time
@@ -51,22 +52,24 @@ def test_a_cancelled_run_saves_and_its_retry_ends_with_the_same_bytes(copy_of_fi
     undisturbed = {name: (folder / name).read_bytes() for name in names}
     shutil.rmtree(folder)
 
-    command = checkout.command(target, *ON_SLURM, configs=configs)
-    with subprocess.Popen(
-        command,
-        cwd=checkout.folder,
-        env=checkout.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as job:
-        deadline = time.monotonic() + 180
+    said = checkout.folder / "said.txt"
+    with said.open("w") as stream:
+        job = subprocess.Popen(
+            checkout.command(target, *ON_SLURM, configs=configs),
+            cwd=checkout.folder,
+            env=checkout.environment(),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        deadline = time.monotonic() + 300
         while not (folder / "checkpoints/1").is_dir():
-            assert job.poll() is None, job.communicate()[0]
+            assert job.poll() is None, said.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        subprocess.run(["scancel", "--me"], check=True)
-        output = job.communicate(timeout=300)[0]
+        number = re.search(r"submitted with SLURM jobid (\d+)", said.read_text())[1]
+        subprocess.run(["scancel", number], check=True)
+        job.wait(timeout=300)
+    output = said.read_text()
     assert job.returncode == 0, output
     assert submitted(output) == 2
     assert "Stopped by SIGTERM after " in output
