@@ -18,6 +18,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from kmebench.errors import KMEBenchError
 from kmebench.files import atomic_path
@@ -82,6 +83,9 @@ def time_per_edit(table: pd.DataFrame) -> Figure:
             ax=axes,
         )
         axes.set(xscale="log", xlabel="Seconds per edit", ylabel="", title=dataset)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.get_legend().remove()
     if len(models) > 1:
         _legend_below(figure, axes, 4)
@@ -187,9 +191,15 @@ def weight_norms(table: pd.DataFrame) -> Figure:
         layers = range(int(part["layer"].max()) + 1)
         grid = median.reindex(index=editors, columns=layers)
         sns.heatmap(
-            grid[grid > 0], norm=scale, cmap="cividis", ax=axes, cbar_kws={"label": "‖ΔW‖ per edit"}
+            grid[grid > 0],
+            norm=scale,
+            cmap="cividis",
+            ax=axes,
+            cbar_kws={"label": "‖ΔW‖ per edit"},
+            xticklabels=max(1, len(layers) // 10),
         )
         axes.set(xlabel="Layer", ylabel="")
+        axes.tick_params(axis="x", rotation=0)
         axes.grid(visible=False)
     return figure
 
