@@ -128,8 +128,7 @@ def run_consecutive(
                     frames.append(
                         _predictions(model, outcome, so_far, 0, settings, "checkpoint", done)
                     )
-            due = done % checkpoints.every == 0 and done < len(requests)
-            if due or stopped_by():
+            if done % checkpoints.every == 0 or stopped_by():
                 checkpoints.save(model, editor, done, frames, outcome, stopped_by())
     with _finished(model, editor, outcome):
         frames.append(
