@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kmebench.errors import DataError
+from kmebench.errors import DataError, ModelError
 from kmebench.evaluation.frames import beside_original, original_frame, predicted_frame
 from kmebench.evaluation.predict import Prompt, Settings, natural_stop, predict, prompts_of
 from tests.conftest import FAMILIES
@@ -104,3 +104,28 @@ def test_join_puts_the_unedited_model_beside_and_names_a_missing_prompt(trained,
     assert joined["free_after_ids"].isna().all()
     with pytest.raises(DataError, match=r"no prediction for edit prompt 'The capital of Italy"):
         beside_original(after, original[original["case_id"] == "France"])
+
+
+def out_of_memory_beyond(model, rows, monkeypatch):
+    """Let a model be asked about ``rows`` texts at once, and no more."""
+    ask = model.answer_logits
+
+    def limited(batch):
+        if len(batch.counts) > rows:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        return ask(batch)
+
+    monkeypatch.setattr(model, "answer_logits", limited)
+
+
+def test_out_of_memory_half_the_batch_is_tried(make_model, requests, monkeypatch, caplog):
+    model = make_model("gptj", torch.float64)
+    prompts = [p for i, r in enumerate(requests) for p in prompts_of(r, i)]
+    expected = predict(model, prompts, Settings(batch_size=4), decode=False)
+    out_of_memory_beyond(model, 4, monkeypatch)
+    found = predict(model, prompts, Settings(batch_size=8), decode=False)
+    assert found["ids"] == expected["ids"]
+    assert "trying 4 prompts at once" in caplog.text
+    out_of_memory_beyond(model, 3, monkeypatch)
+    with pytest.raises(ModelError, match=r"also with 4 prompts at once.*2.00 GiB.*batch_size"):
+        predict(model, prompts, Settings(batch_size=8), decode=False)

@@ -1,5 +1,6 @@
 """What a Snakemake script prints, where it goes, and how it ends."""
 
+import errno
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -8,6 +9,7 @@ from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 from kmebench.errors import KMEBenchError
 
@@ -21,7 +23,8 @@ def script_log(snakemake: Any) -> Iterator[None]:
     """Send a script's output to its log file, and end it with one sentence on a user's error.
 
     The sentence goes to the log (Snakemake shows it with ``--show-failed-logs``) and to the
-    terminal; an unexpected exception keeps its traceback in the log.
+    terminal; an unexpected exception keeps its traceback in the log. A disk that is full or may
+    not be written to is the user's to mend, too.
     """
     terminal = sys.stderr
     log_file = snakemake.log[0] if snakemake.log else None
@@ -39,12 +42,34 @@ def script_log(snakemake: Any) -> Iterator[None]:
     _TERMINAL["title"] = f"{snakemake.rule} {' '.join(str(w) for w in snakemake.wildcards)}".strip()
     try:
         yield
-    except KMEBenchError as error:
-        message = f"{snakemake.rule}: {error}"
+    except (KMEBenchError, OSError, SafetensorError) as error:
+        complaint = _complaint(error)
+        if complaint is None:
+            raise
+        message = f"{snakemake.rule}: {complaint}"
         print(message, file=stream)
         if stream is not terminal:
             print(message, file=terminal)
         sys.exit(1)
+
+
+def _complaint(error: Exception) -> str | None:
+    """What a user is told; None for what is not theirs to mend."""
+    if isinstance(error, KMEBenchError):
+        return str(error)
+    for number, mend in _DISK.items():
+        # safetensors, written in Rust, tells the number in its text only.
+        if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
+            return f"A file could not be written ({error}): {mend}; nothing finished is lost."
+    return None
+
+
+_DISK = {
+    errno.ENOSPC: "make room and run the same command again",
+    errno.EDQUOT: "your quota is used up; make room and run the same command again",
+    errno.EROFS: "the file system is read-only; move the results (pathvars in the config)",
+    errno.EACCES: "you may not write there; mend its permissions and run the same command again",
+}
 
 
 _TERMINAL: dict[str, Any] = {"stream": None, "title": ""}
