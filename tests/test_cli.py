@@ -1,6 +1,7 @@
 """The command line on a model that knows its facts."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +175,13 @@ def test_plan_counts_jobs_hours_and_disk(tmp_path, capsys, monkeypatch):
     one, many = re.search(r"1 device: ([\d.,]+) h.*\nOn 64 devices: ([\d.,]+) h", shown).groups()
     assert float(one.replace(",", "")) > float(many.replace(",", "")) > 0
     assert re.search(r"^ gpt-j-6b +12\.10 ", shown, re.MULTILINE)  # GB of bfloat16 weights
+
+
+def test_a_fact_is_edited_with_a_config_that_is_right(folder, tmp_path, capsys):
+    bare = tmp_path / "config.yaml"
+    bare.write_text(Path("config.yaml").read_text() + "\nmethodz: {}\n")
+    assert main(["trace", "--model", str(folder), *FACT, "--config", str(bare)]) == 1
+    assert "methodz" in capsys.readouterr().err
 
 
 def test_plan_without_measurements_says_so(tmp_path, capsys):

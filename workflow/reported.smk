@@ -55,7 +55,7 @@ def labels(section, name):
     A development split is not what the paper reports on, so it has no name there.
     """
     reported = name.removesuffix(grid.DEVELOPMENT)
-    spec = config[section][reported] or {}
+    spec = config[section][reported]
     label = spec.get("label", reported)
     if reported != name:
         return {"label": f"{label}, development split", "paper_name": None}

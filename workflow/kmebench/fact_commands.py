@@ -21,7 +21,7 @@ from kmebench.data.records import SLOT, EditRequest
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.registry import EDITORS
 from kmebench.errors import ConfigError, ModelError
-from kmebench.experiments.configuration import read_config
+from kmebench.experiments.configuration import read_checked_config
 from kmebench.experiments.grid import (
     LOCATE_AND_EDIT,
     base_hparams,
@@ -108,7 +108,7 @@ def _model(arguments: argparse.Namespace) -> tuple[EditableModel, dict[str, Any]
     """Load the model; one of the config is made by the workflow if it is not there."""
     config: dict[str, Any] = {}
     if arguments.config.is_file():
-        config = read_config(arguments.config)
+        config = read_checked_config(arguments.config)
     folder, dtype = Path(arguments.model), arguments.dtype
     if not (folder / "config.json").is_file():
         check_name(arguments.model, config.get("models", {}), "models", "--model")
@@ -135,7 +135,7 @@ def _editor(arguments: argparse.Namespace, config: dict[str, Any]) -> Editor:
     if name in config.get("methods", {}):
         if arguments.model in config["models"]:
             hparams = base_hparams(config, arguments.model, name)
-        name = (config["methods"][name] or {}).get("editor", name)
+        name = config["methods"][name].get("editor", name)
     else:
         check_name(name, EDITORS, "the list of editors", "--method")
     for item in arguments.set:

@@ -13,6 +13,7 @@ from kmebench.errors import ConfigError
 from kmebench.experiments import grid
 from kmebench.experiments.hparams import check_hparams
 
+SCHEMA = Path(__file__).parents[2] / "schemas/config.schema.yaml"
 #: Sections whose entries an overlay takes out by setting them to null.
 _REMOVABLE = ("experiments", "tables", "figures", "comparisons")
 
@@ -41,7 +42,7 @@ def read_checked_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, 
         ConfigError: as :func:`read_config` and :func:`check_config`.
     """
     config = read_config(path, overlays)
-    check_config(config, path.resolve().parent / "workflow/schemas/config.schema.yaml")
+    check_config(config, SCHEMA)
     return config
 
 
