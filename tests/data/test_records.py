@@ -17,6 +17,7 @@ from kmebench.data.records import (
     write_requests,
 )
 from kmebench.errors import DataError
+from kmebench.reading import DamagedFileError
 
 EASYEDIT = {
     "case_id": 7,
@@ -198,7 +199,16 @@ def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "requests.jsonl"
     write_requests(path, [EditRequest("a", "Ada", "{} speaks", "French")])
     path.write_text(path.read_text() + '{"case_id": "b"}\n')
-    with pytest.raises(DataError, match=r"requests\.jsonl, line 2, is no edit request"):
+    with pytest.raises(DamagedFileError, match=r"requests\.jsonl is damaged \(line 2 is no edit"):
+        read_requests(path)
+    assert not path.exists()
+
+
+def test_a_line_that_is_cut_off_is_named(tmp_path):
+    path = tmp_path / "requests.jsonl"
+    write_requests(path, [EditRequest(c, "Ada", "{} speaks", "French") for c in "ab"])
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(DamagedFileError, match=r"line 2 is cut off"):
         read_requests(path)
 
 

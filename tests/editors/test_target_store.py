@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kmebench.editors import target_store
 from kmebench.editors.base import build_editor
 from kmebench.editors.target_store import cache_targets, stored_targets
 from kmebench.errors import KMEBenchError
@@ -55,11 +56,29 @@ def test_the_time_of_a_batch_is_its_share_of_all(targets):
     assert torch.equal(three.values[2], one.values[0])
 
 
+def test_out_of_memory_half_as_many_are_optimised_at_once(
+    make_model, requests, tmp_path, monkeypatch
+):
+    whole = target_store.optimise_targets
+    tried = []
+
+    def limited(model, requests, contexts, settings, editor):
+        tried.append(settings.micro_batch)
+        if settings.micro_batch > 10:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return whole(model, requests, contexts, settings, editor)
+
+    monkeypatch.setattr(target_store, "optimise_targets", limited)
+    cache_targets(tmp_path / "targets", make_model("gptj"), requests, SETTINGS)
+    assert tried == [20, 10]
+    assert stored_targets(tmp_path / "targets", ["a"]).values.isfinite().all()
+
+
 def test_requests_that_are_not_there_and_other_files_are_refused(targets, tmp_path):
     with pytest.raises(KMEBenchError, match=r"targets holds no target for request 'x'.*delete it"):
         stored_targets(targets, ["a", "x"])
     write_moments(tmp_path / "other", {0: torch.eye(2)}, 1, {})
-    with pytest.raises(KMEBenchError, match=r"other is not a file of format kmebench.targets.v1"):
+    with pytest.raises(KMEBenchError, match=r"other is not a file of format kmebench.targets.v2"):
         stored_targets(tmp_path / "other", ["a"])
 
 

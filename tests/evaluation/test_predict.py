@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from kmebench.errors import DataError, ModelError
+from kmebench.errors import DataError
 from kmebench.evaluation.frames import beside_original, original_frame, predicted_frame
 from kmebench.evaluation.predict import Prompt, Settings, natural_stop, predict, prompts_of
+from kmebench.memory import NoMemoryError
 from tests.conftest import FAMILIES
 
 
@@ -125,7 +126,7 @@ def test_out_of_memory_half_the_batch_is_tried(make_model, requests, monkeypatch
     out_of_memory_beyond(model, 4, monkeypatch)
     found = predict(model, prompts, Settings(batch_size=8), decode=False)
     assert found["ids"] == expected["ids"]
-    assert "trying 4 prompts at once" in caplog.text
+    assert "while asking the model: trying 4 at once" in caplog.text
     out_of_memory_beyond(model, 3, monkeypatch)
-    with pytest.raises(ModelError, match=r"also with 4 prompts at once.*2.00 GiB.*batch_size"):
+    with pytest.raises(NoMemoryError, match=r"4 at once \(.*2.00 GiB\): lower evaluation.batch"):
         predict(model, prompts, Settings(batch_size=8), decode=False)

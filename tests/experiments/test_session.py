@@ -235,6 +235,70 @@ def test_a_half_written_checkpoint_is_ignored(make_model, requests, tmp_path):
     assert len(consecutive(make_model("gptj"), Counting(), requests, tmp_path).times) == 3
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["masters.safetensors", "editor.safetensors", "predictions.parquet", "record.json", None],
+)
+def test_a_damaged_checkpoint_is_not_resumed(name, make_model, requests, tmp_path, caplog):
+    straight = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        consecutive(make_model("gptj", torch.float32), Counting(2), requests, tmp_path / "b")
+    (saved,) = (tmp_path / "b").iterdir()
+    if name is None:
+        (saved / "random.safetensors").unlink()
+    else:
+        content = bytearray((saved / name).read_bytes())
+        content[len(content) * 2 // 3] ^= 1
+        (saved / name).write_bytes(content)
+    editor = Counting()
+    afresh = consecutive(make_model("gptj", torch.float32), editor, requests, tmp_path / "b")
+    assert editor.calls == 3
+    assert "is damaged: deleting it" in caplog.text
+    pd.testing.assert_frame_equal(comparable(afresh.predictions), comparable(straight.predictions))
+
+
+def limited(model, rows, monkeypatch):
+    """Let a model be trained on ``rows`` texts at once, and no more."""
+    ask = model.answer_logits
+
+    def answer_logits(batch):
+        if torch.is_grad_enabled() and len(batch.counts) > rows:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return ask(batch)
+
+    monkeypatch.setattr(model, "answer_logits", answer_logits)
+
+
+#: With the rows that two requests take: PAC asks about both answers.
+LIMITED = {
+    "full-c": ({"steps": 3}, 2),
+    "pac": ({"steps": 3, "paths": 2, "trace_on": "current"}, 4),
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_out_of_memory_half_of_a_batch_is_edited_at_once(
+    name, make_model, requests, tmp_path, monkeypatch, caplog
+):
+    hparams, rows_of_two = LIMITED[name]
+
+    def run(micro_batch, folder, rows=None):
+        model = make_model("gptj")
+        editor = build_editor(name, hparams | {"micro_batch": micro_batch}, {})
+        if rows:
+            limited(model, rows, monkeypatch)
+        return editor, in_batches(model, editor, requests, 3, tmp_path / folder)
+
+    _, expected = run(2, "a")
+    editor, found = run(4, "b", rows=rows_of_two)
+    assert editor.hparams.micro_batch == 2
+    assert "out of memory while editing request 'a' (batch of 3): trying 2 at once" in caplog.text
+    pd.testing.assert_frame_equal(comparable(found.predictions), comparable(expected.predictions))
+    assert found.times[0]["steps"] == expected.times[0]["steps"]
+    with pytest.raises(EditError, match=r"of 3\), 1 at once \(.*2.00 GiB\): lower micro_batch"):
+        run(2, "c", rows=0.5)
+
+
 class Broken(Counting):
     def edit(self, model, requests):
         name = model.ffn[0].value.weight_name

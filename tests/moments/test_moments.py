@@ -273,7 +273,7 @@ def test_another_file_is_refused(make_model, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"0": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
-    with pytest.raises(KMEBenchError, match=r"not a file of format kmebench\.moments\.v1"):
+    with pytest.raises(KMEBenchError, match=r"not a file of format kmebench\.moments\.v2"):
         SecondMoments.open(tmp_path / "x.safetensors")
 
 

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from kmebench.errors import KMEBenchError
+from kmebench.reading import DamagedFileError
 from kmebench.tracing.cache import (
     GradientCache,
     PathFile,
@@ -54,6 +55,24 @@ def test_route_of_a_request_is_the_selection_from_its_groups_scores(
         route = file.route(request.case_id)
         assert torch.equal(route.positive, expected.positive[0])
         assert torch.equal(route.negative, expected.negative[0])
+
+
+@pytest.mark.parametrize("place", [0.2, 0.6])  # in l2, in signed_sum
+def test_a_changed_score_is_found_and_the_cache_set_aside(cache, place):
+    _, opened = cache
+    content = bytearray(opened.path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    opened.path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"the checksum of (l2|signed_sum) of request '.'"):
+        [list(opened.group_scores(score, 2)) for score in ("l2", "signed_sum")]
+    assert not opened.path.exists()
+
+
+def test_path_files_are_the_same_bytes_every_time(cache, tmp_path):
+    _, opened = cache
+    for name in "ab":
+        write_paths(tmp_path / name, select_groups(opened, **SETTINGS), opened, SETTINGS)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_unknown_request_is_named(cache, tmp_path):

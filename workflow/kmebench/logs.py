@@ -9,7 +9,6 @@ from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 
 from kmebench.errors import KMEBenchError
 
@@ -42,7 +41,7 @@ def script_log(snakemake: Any) -> Iterator[None]:
     _TERMINAL["title"] = f"{snakemake.rule} {' '.join(str(w) for w in snakemake.wildcards)}".strip()
     try:
         yield
-    except (KMEBenchError, OSError, SafetensorError) as error:
+    except Exception as error:
         complaint = _complaint(error)
         if complaint is None:
             raise
@@ -57,6 +56,8 @@ def _complaint(error: Exception) -> str | None:
     """What a user is told; None for what is not theirs to mend."""
     if isinstance(error, KMEBenchError):
         return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which reporting does without
+        return f"Out of memory ({error}): choose a smaller dtype, device: balanced or a larger GPU."
     for number, mend in _DISK.items():
         # safetensors, written in Rust, tells the number in its text only.
         if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):

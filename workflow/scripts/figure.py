@@ -4,6 +4,7 @@ import pandas as pd
 
 from kmebench.files import atomic_path
 from kmebench.logs import script_log
+from kmebench.reading import read_parquet
 from kmebench.reporting import figure_tables, figures
 
 with script_log(snakemake):
@@ -20,10 +21,10 @@ with script_log(snakemake):
             table = figure_tables.norms(files, runs, labels)
             figure = figures.weight_norms(table)
         case "sweep":
-            table = figure_tables.swept(pd.read_parquet(files[0]), runs, labels, protocol)
+            table = figure_tables.swept(read_parquet(files[0]), runs, labels, protocol)
             figure = figures.sweep(table, spec["parameter"])
         case "edits":
-            table = figure_tables.survival(pd.read_parquet(files[0]), labels, protocol)
+            table = figure_tables.survival(read_parquet(files[0]), labels, protocol)
             figure = figures.along_edits(table)
         case "paper":
             named = zip(spec["tables"], files, strict=True)

@@ -7,4 +7,4 @@ from kmebench.reporting.figure_tables import importance
 with script_log(snakemake):
     nodes = importance(snakemake.input.paths, **snakemake.params.statistics)
     with atomic_path(snakemake.output.nodes) as path:
-        nodes.to_parquet(path, index=False)
+        nodes.to_parquet(path, index=False, write_page_checksum=True)

@@ -15,4 +15,4 @@ with script_log(snakemake):
         snakemake.params.statistics,
     )
     with atomic_path(snakemake.output.metrics) as path:
-        metrics.to_parquet(path, index=False)
+        metrics.to_parquet(path, index=False, write_page_checksum=True)

@@ -1,9 +1,8 @@
 """Write one table as CSV, Markdown, LaTeX and HTML (kmebench.reporting)."""
 
-import pandas as pd
-
 from kmebench.files import atomic_path, write_text
 from kmebench.logs import script_log
+from kmebench.reading import read_parquet
 from kmebench.reporting.html import page
 from kmebench.reporting.paper import read_paper_table
 from kmebench.reporting.tables import Layout, to_latex, to_markdown, wide_table
@@ -11,7 +10,7 @@ from kmebench.reporting.tables import Layout, to_latex, to_markdown, wide_table
 with script_log(snakemake):
     layout = Layout(**snakemake.params.table)
     paper = read_paper_table(snakemake.input.paper) if snakemake.input.paper else None
-    table = wide_table(pd.read_parquet(snakemake.input.metrics), paper, layout)
+    table = wide_table(read_parquet(snakemake.input.metrics), paper, layout)
     with atomic_path(snakemake.output.csv) as path:
         table.to_csv(path, index=False, float_format="%.4f")
     text = to_markdown(table, layout)

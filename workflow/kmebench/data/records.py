@@ -8,6 +8,7 @@ from typing import Any
 
 from kmebench.errors import DataError
 from kmebench.files import write_text
+from kmebench.reading import set_aside
 
 #: Where the subject stands in :attr:`EditRequest.prompt`.
 SLOT = "{}"
@@ -208,20 +209,19 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     """Read what :func:`write_requests` wrote.
 
     Raises:
-        DataError: a line is damaged; names file and line.
+        DamagedFileError: a line is damaged or cut off; names file and line.
     """
     requests = []
     # Not splitlines(): texts may hold line separators other than the newline.
     lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
+    if lines.pop():
+        raise set_aside(path, f"line {len(lines) + 1} is cut off")
+    for number, line in enumerate(lines, start=1):
         try:
             raw = json.loads(line)
             for name in ("paraphrases", "locality", "portability"):
                 raw[name] = tuple(tuple(x) if isinstance(x, list) else x for x in raw[name])
             requests.append(EditRequest(**raw))
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{path}, line {number}, is no edit request ({error}); delete the file and run "
-                "the workflow again."
-            ) from error
+            raise set_aside(path, f"line {number} is no edit request: {error}") from error
     return requests

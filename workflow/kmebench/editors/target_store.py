@@ -7,22 +7,22 @@ and loss.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS, sample_contexts
 from kmebench.editors.targets import TargetSettings, optimise_targets
 from kmebench.errors import KMEBenchError
+from kmebench.memory import halved_if_needed
 from kmebench.models.editable import EditableModel
-from kmebench.tensor_files import read_facts, write_tensors
+from kmebench.tensor_files import TensorFile, write_tensors
 
-_FORMAT = "kmebench.targets.v1"
+_FORMAT = "kmebench.targets.v2"
 
 
 def cache_targets(
@@ -37,10 +37,19 @@ def cache_targets(
 
     Raises:
         EditError: a target becomes NaN or infinite.
+        NoMemoryError: half of ``micro_batch`` requests at once do not fit.
     """
     start = time.perf_counter()
     contexts = sample_contexts(model, MEMIT_LENGTHS, seed=0)
-    targets = optimise_targets(model, requests, contexts, TargetSettings(**settings), "targets")
+    whole = TargetSettings(**settings)
+    targets = halved_if_needed(
+        lambda size: optimise_targets(
+            model, requests, contexts, replace(whole, micro_batch=size), "targets"
+        ),
+        whole.micro_batch,
+        "optimising targets",
+        "lower micro_batch, or choose a smaller dtype",
+    )
     seconds = (time.perf_counter() - start) / len(requests)
     facts = {"case_ids": [r.case_id for r in requests], "seconds_per_request": seconds}
     write_tensors(path, {"values": targets.values, "steps": targets.steps}, _FORMAT, facts)
@@ -59,10 +68,10 @@ def stored_targets(path: str | Path, case_ids: Sequence[str]) -> StoredTargets:
     """Read the targets of ``case_ids``.
 
     Raises:
-        KMEBenchError: the file is no target file, or a request is not in it.
+        KMEBenchError: the file is no target file or damaged, or a request is not in it.
     """
-    facts = read_facts(path, _FORMAT)
-    rows = {case_id: row for row, case_id in enumerate(facts["case_ids"])}
+    file = TensorFile.open(path, _FORMAT)
+    rows = {case_id: row for row, case_id in enumerate(file.facts["case_ids"])}
     missing = [case_id for case_id in case_ids if case_id not in rows]
     if missing:
         raise KMEBenchError(
@@ -70,6 +79,5 @@ def stored_targets(path: str | Path, case_ids: Sequence[str]) -> StoredTargets:
             "delete it and run the workflow again."
         )
     chosen = torch.tensor([rows[case_id] for case_id in case_ids])
-    with safe_open(str(path), framework="pt") as stream:
-        values, steps = stream.get_tensor("values")[chosen], stream.get_tensor("steps")[chosen]
-    return StoredTargets(values, steps, facts["seconds_per_request"] * len(case_ids))
+    values, steps = file.tensor("values")[chosen], file.tensor("steps")[chosen]
+    return StoredTargets(values, steps, file.facts["seconds_per_request"] * len(case_ids))

@@ -79,4 +79,9 @@ def write_frame(frame: pd.DataFrame, schema: pa.Schema, path: str | Path) -> Non
     """Write a table of predictions: fixed columns and types, so equal rows give equal bytes."""
     table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
     with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(None), temporary, compression="zstd")
+        pq.write_table(
+            table.replace_schema_metadata(None),
+            temporary,
+            compression="zstd",
+            write_page_checksum=True,
+        )

@@ -5,7 +5,6 @@ token of target_new and of the true answer; and, on request, greedy decoding to 
 length and in the WILD manner (question-answer prompt, natural stop).
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,11 +13,9 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from kmebench.data.records import EditRequest
-from kmebench.errors import ModelError
+from kmebench.memory import halved_if_needed
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Pair, length_sorted_chunks
-
-logger = logging.getLogger("kmebench")
 
 #: The question-answer prompt of the WILD protocol (Yang et al. 2025).
 WILD_PROMPT = "Please answer the question:\n\nQ: {}\nA:"
@@ -73,21 +70,14 @@ def predict(
     target), ``free_ids``, ``wild``. Out of memory, it tries once more with half the batch.
 
     Raises:
-        ModelError: half the batch did not fit either.
+        NoMemoryError: half the batch did not fit either.
     """
-    try:
-        return _predict(model, prompts, settings, decode)
-    except torch.OutOfMemoryError:
-        half = replace(settings, batch_size=max(1, settings.batch_size // 2))
-        logger.warning("out of memory: trying %d prompts at once", half.batch_size)
-    torch.cuda.empty_cache()
-    try:
-        return _predict(model, prompts, half, decode)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"Out of memory while asking the model, also with {half.batch_size} prompts at once "
-            f"({error}): lower evaluation.batch_size, or choose a smaller dtype."
-        ) from error
+    return halved_if_needed(
+        lambda size: _predict(model, prompts, replace(settings, batch_size=size), decode),
+        settings.batch_size,
+        "asking the model",
+        "lower evaluation.batch_size, or choose a smaller dtype",
+    )
 
 
 def _predict(

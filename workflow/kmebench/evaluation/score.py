@@ -1,6 +1,5 @@
 """All metrics of one experiment as one tidy table."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -20,6 +19,7 @@ from kmebench.evaluation.metrics import (
     summarise,
 )
 from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS, check_columns
+from kmebench.reading import read_json, read_parquet, trusted
 
 #: Columns that name a run.
 RUN = ["model", "dataset", "mode", "method", "variant", "seed"]
@@ -31,10 +31,12 @@ def read_predictions(path: str | Path, *, original: bool = False) -> pd.DataFram
     """Read a prediction file.
 
     Raises:
-        KMEBenchError: a column is missing or of another type.
+        KMEBenchError: a column is missing or of another type, or the file is damaged.
     """
-    check_columns(pq.read_schema(path), ORIGINAL if original else PREDICTIONS, path)
-    return pd.read_parquet(path)
+    with trusted(path):
+        schema = pq.read_schema(path)
+    check_columns(schema, ORIGINAL if original else PREDICTIONS, path)
+    return read_parquet(path)
 
 
 #: Moments that are scored, each with its protocols: free generation is made at the end alone.
@@ -93,7 +95,7 @@ def score_experiment(
         spent = dict.fromkeys(SPENT, float("nan"))
         parts.append(scored.assign(**name, **spent))
     for spec, path, timing in zip(runs, predictions, timings, strict=True):
-        record = json.loads(Path(timing).read_text(encoding="utf-8"))
+        record = read_json(timing)
         frame = read_predictions(path)
         scored = score_run(frame, statistics)
         parts.append(scored.assign(**spec, **{name: record[name] for name in SPENT}))

@@ -4,7 +4,6 @@ Seconds come from the ``timing.json`` files of finished runs. A model that has n
 a measured model, scaled by the one number that the paper gives for it: PAC's seconds per edit.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from kmebench.experiments import grid
+from kmebench.reading import read_json
 
 PAPER_TIMES = Path("resources/paper/time.csv")
 _MASTER = 4  # bytes of a float32
@@ -30,7 +30,7 @@ def measurements(folders: Iterable[Path]) -> pd.DataFrame:
     rows = []
     for folder in folders:
         for path in sorted(folder.glob("**/runs/*/*/*/*/*/seed*/timing.json")):
-            timing = json.loads(path.read_text(encoding="utf-8"))
+            timing = read_json(path)
             n = timing["requests"]
             rows.append(
                 dict(zip(_RUN, path.parts[-7:-2], strict=True))

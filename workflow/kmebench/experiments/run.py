@@ -30,6 +30,7 @@ from kmebench.experiments.session import (
 )
 from kmebench.files import sha256_of, write_json
 from kmebench.models.editable import EditableModel, describe
+from kmebench.reading import read_parquet
 
 PACKAGES = (
     "torch",
@@ -69,7 +70,7 @@ def run_cell(
         {"settings": dict(settings), "requests": _digest(requests), "code": _code_digest(code)},
     )
     outcome = _session(model, editor, requests, settings, checkpoints)
-    frame = beside_original(outcome.predictions, pd.read_parquet(original))
+    frame = beside_original(outcome.predictions, read_parquet(original))
     write_json(output["timing"], timing(outcome, model, settings, load_seconds))
     write_json(output["run"], record(outcome, model, editor, requests, settings))
     if outcome.delta is not None:

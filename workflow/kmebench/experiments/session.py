@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor, Stopwatch
-from kmebench.errors import EditError, KMEBenchError, ModelError
+from kmebench.errors import EditError, ModelError
 from kmebench.evaluation.frames import predicted_frame
 from kmebench.evaluation.predict import Settings, prompts_of
-from kmebench.files import write_json
+from kmebench.files import sha256_of, write_json
 from kmebench.logs import track
+from kmebench.memory import NoMemoryError, halved_if_needed
 from kmebench.models.editable import EditableModel
 from kmebench.preemption import PreemptedError, noted_signals
 from kmebench.weights.delta import WeightDelta
@@ -176,7 +177,6 @@ def _edit(
     skip_failed: bool,
 ) -> None:
     """Edit, apply, and note how long it took; a failed edit changes neither model nor editor."""
-    editor.stopwatch, editor.steps = Stopwatch(), 0
     memory = editor.state_dict()
     try:
         delta = _checked_delta(model, editor, batch)
@@ -200,13 +200,22 @@ def _checked_delta(
 ) -> WeightDelta:
     """Call the editor; every failure of an edit names its requests."""
     who = f"request {batch[0].case_id!r} (batch of {len(batch)})"
+    memory, random = editor.state_dict(), torch.get_rng_state()
+
+    def edit(micro_batch: int) -> WeightDelta:
+        editor.stopwatch, editor.steps = Stopwatch(), 0
+        editor.load_state_dict(memory)
+        torch.set_rng_state(random)
+        if micro_batch != whole:  # for the rest of the run, whose record will say so
+            editor.hparams = replace(editor.hparams, micro_batch=micro_batch)
+        return editor.edit(model, batch)
+
+    whole = getattr(editor.hparams, "micro_batch", 1)
     try:
-        delta = editor.edit(model, batch)
-    except torch.OutOfMemoryError as error:
-        raise EditError(
-            f"Out of memory while editing {who}: lower micro_batch or batch_size, or choose a "
-            "smaller dtype."
-        ) from error
+        mend = "lower micro_batch or batch_size, or choose a smaller dtype"
+        delta = halved_if_needed(edit, whole, f"editing {who}", mend)
+    except NoMemoryError as error:
+        raise EditError(str(error)) from error
     except ModelError as error:  # a text that the model cannot be given
         raise EditError(f"Cannot edit {who}: {error}") from error
     if not delta.is_finite():
@@ -296,7 +305,8 @@ class Checkpoints:
         save_file({"torch": torch.get_rng_state()}, partial / "random.safetensors")
         pd.concat(frames, ignore_index=True).to_parquet(partial / "predictions.parquet")
         kept = {name: getattr(outcome, name) for name in _KEPT}
-        write_json(partial / "record.json", kept | {"identity": self.identity})
+        sums = {file.name: sha256_of(file) for file in partial.iterdir()}
+        write_json(partial / "record.json", kept | {"identity": self.identity, "sha256": sums})
         older = list(self._complete())
         partial.rename(target)
         for _, path in older:
@@ -311,26 +321,28 @@ class Checkpoints:
     def restore(
         self, model: EditableModel, editor: Editor
     ) -> tuple[int, list[pd.DataFrame], Outcome]:
-        """Load the newest checkpoint into a freshly loaded model; (0, [], empty) without one."""
-        found = sorted(self._complete(), reverse=True)
-        if not found:
-            return 0, [], Outcome(pd.DataFrame())
-        done, path = found[0]
-        record = json.loads((path / "record.json").read_text(encoding="utf-8"))
-        if record["identity"] != self.identity:
-            logger.info("the checkpoint in %s is of another configuration: starting afresh", path)
-            self.clear()
-            return 0, [], Outcome(pd.DataFrame())
-        try:
-            model.edits.load_state(load_file(path / "masters.safetensors"))
-            editor.load_state_dict(load_file(path / "editor.safetensors"))
-            torch.set_rng_state(load_file(path / "random.safetensors")["torch"])
-            frame = pd.read_parquet(path / "predictions.parquet")
-        except (OSError, ValueError, KeyError) as error:
-            raise KMEBenchError(
-                f"The checkpoint {path} cannot be read ({error}); delete that folder to start "
-                "the run afresh."
-            ) from error
+        """Load the newest checkpoint into a freshly loaded model; (0, [], empty) without one.
+
+        One that is damaged, or of another configuration, is deleted.
+        """
+        for done, path in sorted(self._complete(), reverse=True):
+            record = _intact_record(path)
+            if record is None:
+                logger.warning("the checkpoint %s is damaged: deleting it", path)
+            elif record["identity"] != self.identity:
+                logger.info("the checkpoint %s is of another configuration: deleting it", path)
+            else:
+                return self._loaded(path, done, record, model, editor)
+            shutil.rmtree(path)
+        return 0, [], Outcome(pd.DataFrame())
+
+    def _loaded(
+        self, path: Path, done: int, record: dict[str, Any], model: EditableModel, editor: Editor
+    ) -> tuple[int, list[pd.DataFrame], Outcome]:
+        model.edits.load_state(load_file(path / "masters.safetensors"))
+        editor.load_state_dict(load_file(path / "editor.safetensors"))
+        torch.set_rng_state(load_file(path / "random.safetensors")["torch"])
+        frame = pd.read_parquet(path / "predictions.parquet")
         logger.info("resumed after %d edits", done)
         kept = {name: record[name] for name in _KEPT}
         return done, [frame], Outcome(pd.DataFrame(), **kept)
@@ -344,6 +356,16 @@ class Checkpoints:
             for path in self.folder.iterdir():
                 if path.name.isdecimal():
                     yield int(path.name), path
+
+
+def _intact_record(path: Path) -> dict[str, Any] | None:
+    """Return the record of a checkpoint, or None unless all its files are what was written."""
+    try:
+        record = json.loads((path / "record.json").read_text(encoding="utf-8"))
+        intact = all(sha256_of(path / name) == was for name, was in record["sha256"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return record if intact else None
 
 
 def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -62,6 +63,8 @@ class EditableModel:
         Raises:
             ModelError: the folder holds no usable model.
         """
+        if not Path(folder, "config.json").is_file():  # transformers would look on the hub
+            raise ModelError(f"{folder} holds no Hugging Face model: it has no config.json.")
         transformers_logging.disable_progress_bar()
         spread = device in ("balanced", "sequential")
         try:
@@ -73,8 +76,11 @@ class EditableModel:
                 use_safetensors=True,
                 device_map=device if spread else None,
             )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"No model could be loaded from {folder}: {error}") from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(
+                f"No model could be loaded from {folder} ({error}); if the workflow made that "
+                "folder, delete it and run the same command again."
+            ) from error
         if not spread:
             model = model.to(pick_device(device))
         logger.info("loaded %s: %s on %s", folder, dtype, model.device)

@@ -5,20 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from kmebench.errors import EditError
-from kmebench.tensor_files import read_facts, write_tensors
+from kmebench.tensor_files import TensorFile, write_tensors
 
-_FORMAT = "kmebench.moments.v1"
+_FORMAT = "kmebench.moments.v2"
 
 
 @dataclass(frozen=True)
 class SecondMoments:
     """Read access to a file of second moments; a layer is read when it is asked for."""
 
-    path: Path
+    file: TensorFile
     tokens: int
     layers: tuple[int, ...]
     text: Mapping[str, Any]  # where the text came from
@@ -28,25 +27,25 @@ class SecondMoments:
         """Open a file of :func:`write_moments`.
 
         Raises:
-            KMEBenchError: the file is no such file.
+            KMEBenchError: the file is no such file, or damaged.
         """
-        facts = read_facts(path, _FORMAT)
-        return cls(Path(path), facts["tokens"], tuple(facts["layers"]), facts["text"])
+        file = TensorFile.open(path, _FORMAT)
+        return cls(file, file.facts["tokens"], tuple(file.facts["layers"]), file.facts["text"])
 
     def of(self, layer: int) -> Tensor:
         """Return C of one layer, [M, M] float32, on the CPU.
 
         Raises:
             EditError: the file does not hold this layer.
+            DamagedFileError: the file was changed since.
         """
         if layer not in self.layers:
             raise EditError(
-                f"{self.path} holds no second moment of layer {layer}, only of "
+                f"{self.file.path} holds no second moment of layer {layer}, only of "
                 f"{', '.join(map(str, self.layers))}; edit one of these, or make the file again "
                 f"with layer {layer} among its layers."
             )
-        with safe_open(str(self.path), framework="pt") as stream:
-            return stream.get_tensor(str(layer))
+        return self.file.tensor(str(layer))
 
 
 def write_moments(

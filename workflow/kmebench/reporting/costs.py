@@ -1,12 +1,11 @@
 """Time and memory of every editor, from the timing.json files of runs. Imports no torch."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from kmebench.reading import read_json
 from kmebench.reporting.tables import markdown_table
 
 #: Parts of an edit, as editors' stopwatches call them (kmebench.editors.base).
@@ -23,7 +22,7 @@ def costs(files: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> pd.DataFra
     """
     rows = []
     for path, run in zip(files, runs, strict=True):
-        timing = json.loads(Path(path).read_text(encoding="utf-8"))
+        timing = read_json(path)
         stages = {f"{stage}_seconds": timing["seconds"].get(stage, 0.0) for stage in STAGES}
         peak = timing["peak_memory_bytes"]
         rows.append(

@@ -4,7 +4,6 @@ Runs are mappings with the columns of a run (model, dataset, mode, method, varia
 ``value``, the value a sweep gives it; ``labels`` maps section -> name -> what readers see.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file
 
 from kmebench.evaluation.metrics import SCORED
 from kmebench.evaluation.score import RUN
+from kmebench.reading import read_json, read_parquet, trusted
 
 Runs = Sequence[Mapping[str, Any]]
 Labels = Mapping[str, Mapping[str, str]]
@@ -115,21 +115,22 @@ def layer_shares(path: str | Path) -> np.ndarray:
 
 def _node_shares(path: str | Path) -> np.ndarray:
     """Share of every node within its group of requests, [G, L, 2, N]; signs do not count."""
-    scores = np.abs(load_file(path)["positive_scores"].astype(np.float64))
+    with trusted(path):
+        scores = np.abs(load_file(path)["positive_scores"].astype(np.float64))
     return 100 * scores / scores.sum(axis=(1, 2, 3), keepdims=True)
 
 
 def nodes(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
     """Importance of the nodes of T+ for every model and data set, from files of its rule."""
     parts = [
-        pd.read_parquet(path).assign(**_named(run, labels))
+        read_parquet(path).assign(**_named(run, labels))
         for path, run in zip(files, runs, strict=True)
     ]
     return pd.concat(parts, ignore_index=True)
 
 
 def _json(path: str | Path) -> dict[str, Any]:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def _named(run: Mapping[str, Any], labels: Labels) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Does what the paper claims hold here? Every verdict with its numbers. Imports no torch."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import pandas as pd
 from kmebench.evaluation.metrics import PARTS, bootstrap, paired_difference, request_values
 from kmebench.evaluation.score import read_predictions
 from kmebench.experiments.claims import Claim
+from kmebench.reading import read_json
 from kmebench.reporting.figure_tables import layer_shares
 from kmebench.reporting.tables import markdown_table
 
@@ -57,8 +57,8 @@ class Runs:
 
     def seconds(self, folder: str) -> np.ndarray:
         """Seconds of every call of the editor."""
-        text = (self._results / folder / "timing.json").read_text(encoding="utf-8")
-        return np.array([sum(call["seconds"].values()) for call in json.loads(text)["calls"]])
+        timing = read_json(self._results / folder / "timing.json")
+        return np.array([sum(call["seconds"].values()) for call in timing["calls"]])
 
     def slower(self, a: str, b: str) -> tuple[float, float, float, int]:
         """Seconds per call of a − b, its 95% paired interval, and the number of calls."""

@@ -3,7 +3,6 @@
 A page needs no network: style and script stand in it.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import mistune
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from kmebench.reading import read_json
 
 _PAGES = Environment(
     loader=PackageLoader("kmebench.reporting"), autoescape=True, undefined=StrictUndefined
@@ -63,10 +64,7 @@ def index(
 
 def provenance_of(runs: Sequence[str | Path], timings: Sequence[str | Path]) -> dict[str, str]:
     """Summarise how runs were made, from their run.json and timing.json files."""
-    made, spent = (
-        [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
-        for paths in (runs, timings)
-    )
+    made, spent = ([read_json(path) for path in paths] for paths in (runs, timings))
     seconds = sum(t["seconds_per_edit"] * t["requests"] for t in spent)
     packages = {f"{name} {number}" for run in made for name, number in run["versions"].items()}
     return {

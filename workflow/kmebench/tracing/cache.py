@@ -4,12 +4,14 @@ A gradient cache holds, for the E requests of a data set, ``l2`` and ``signed_su
 [E, L, 2, M] float32, ``answers`` [E, A] int32 (the unedited model's argmax at the answer
 positions, padded with −1) and ``seconds`` [E] float32. It depends on the model and the data
 only: every number of paths, score and selection reads the same cache. It is written row by
-row, so it may be larger than memory (Llama-3 8B: 7 MB per request).
+row, so it may be larger than memory (Llama-3 8B: 7 MB per request); so are its checksums,
+``crc32`` [E, 4] int64, one for every row of the four tensors.
 """
 
 import json
 import struct
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
@@ -26,10 +27,15 @@ from kmebench.errors import KMEBenchError
 from kmebench.files import atomic_path
 from kmebench.logs import track
 from kmebench.models.editable import EditableModel
+from kmebench.reading import set_aside, trusted
+from kmebench.tensor_files import TensorFile, read_header, write_tensors
 from kmebench.tracing.impact import Impact, trace
 from kmebench.tracing.paths import Paths, select_paths
 
-_NAMES = {np.dtype("float32"): "F32", np.dtype("int32"): "I32"}
+_GRADIENTS, _PATHS = "kmebench.gradients.v2", "kmebench.paths.v2"
+_NAMES = {np.dtype("float32"): "F32", np.dtype("int32"): "I32", np.dtype("int64"): "I64"}
+#: The tensors of a gradient cache, in the order of their checksums.
+_SUMMED = ("l2", "signed_sum", "answers", "seconds")
 
 
 def cache_gradients(
@@ -73,8 +79,9 @@ def write_gradients(
         "signed_sum": (scores, np.dtype("float32")),
         "answers": ((len(case_ids), longest_answer), np.dtype("int32")),
         "seconds": ((len(case_ids),), np.dtype("float32")),
+        "crc32": ((len(case_ids), len(_SUMMED)), np.dtype("int64")),
     }
-    metadata = {"format": "kmebench.gradients.v1", "case_ids": json.dumps(list(case_ids))}
+    metadata = {_GRADIENTS: json.dumps(list(case_ids))}
     with atomic_path(path) as temporary:
         tensors = _allocate(temporary, layout, metadata)
         tensors["answers"][:] = -1
@@ -86,9 +93,15 @@ def write_gradients(
             tensors["seconds"][rows] = seconds
             for offset, answer in enumerate(impact.answers):
                 tensors["answers"][row + offset, : len(answer)] = answer
+            for column, name in enumerate(_SUMMED):
+                tensors["crc32"][rows, column] = _crc32(tensors[name][rows])
             row += len(impact.answers)
         for tensor in tensors.values():
             tensor.flush()
+
+
+def _crc32(rows: np.ndarray) -> list[int]:
+    return [zlib.crc32(np.ascontiguousarray(row)) for row in rows]
 
 
 def _allocate(
@@ -132,38 +145,37 @@ class GradientCache:
         """Open a cache.
 
         Raises:
-            KMEBenchError: the file is no gradient cache.
+            KMEBenchError: the file is no gradient cache, or damaged.
         """
-        return cls(Path(path), _case_ids(path, "kmebench.gradients.v1"))
+        return cls(Path(path), tuple(json.loads(read_header(path, _GRADIENTS)[_GRADIENTS])))
 
     def group_scores(self, kind: str, size: int) -> Iterator[Tensor]:
-        """Yield [L, 2, M]: scores of each group of ``size`` consecutive requests, summed."""
-        with safe_open(str(self.path), framework="pt") as stream:
-            scores = stream.get_slice(kind)
-            for start in range(0, len(self.case_ids), size):
-                yield scores[start : start + size].sum(dim=0)
+        """Yield [L, 2, M]: scores of each group of ``size`` consecutive requests, summed.
+
+        Raises:
+            DamagedFileError: a row is not what was written; so do the other methods.
+        """
+        for start in range(0, len(self.case_ids), size):
+            yield self._rows(kind, slice(start, start + size)).sum(dim=0)
 
     def answers(self) -> Tensor:
         """Return the unedited model's answers, [E, A] padded with −1."""
-        return self._tensor("answers")
+        return self._rows("answers", slice(None))
 
     def seconds(self) -> Tensor:
         """Return the tracing time of every request, [E]."""
-        return self._tensor("seconds")
+        return self._rows("seconds", slice(None))
 
-    def _tensor(self, name: str) -> Tensor:
-        with safe_open(str(self.path), framework="pt") as stream:
-            return stream.get_tensor(name)
-
-
-def _case_ids(path: str | Path, expected: str) -> tuple[str, ...]:
-    with safe_open(str(path), framework="pt") as stream:
-        metadata = stream.metadata() or {}
-    if metadata.get("format") != expected:
-        raise KMEBenchError(
-            f"{path} is not a file of format {expected}; delete it and run the workflow again."
-        )
-    return tuple(json.loads(metadata["case_ids"]))
+    def _rows(self, name: str, rows: slice) -> Tensor:
+        """Read some rows of a tensor and compare their checksums."""
+        with trusted(self.path), safe_open(str(self.path), framework="pt") as stream:
+            tensor = stream.get_slice(name)[rows]
+            sums = stream.get_tensor("crc32")[rows, _SUMMED.index(name)]
+        found = zip(self.case_ids[rows], _crc32(tensor.numpy()), sums.tolist(), strict=True)
+        for case_id, is_, was in found:
+            if is_ != was:
+                raise set_aside(self.path, f"the checksum of {name} of request {case_id!r} differs")
+        return tensor
 
 
 def write_paths(
@@ -180,13 +192,8 @@ def write_paths(
         "answers": cache.answers(),
         "seconds": cache.seconds(),
     }
-    metadata = {
-        "format": "kmebench.paths.v1",
-        "case_ids": json.dumps(cache.case_ids),
-        "settings": json.dumps(dict(settings)),
-    }
-    with atomic_path(path) as temporary:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+    facts = {"case_ids": cache.case_ids, "settings": dict(settings)}
+    write_tensors(path, tensors, _PATHS, facts)
 
 
 @dataclass(frozen=True)
@@ -210,13 +217,13 @@ class PathFile:
         """Open a file of :func:`write_paths`.
 
         Raises:
-            KMEBenchError: the file is no path file.
+            KMEBenchError: the file is no path file, or damaged.
         """
-        self.path = Path(path)
-        self._row = {c: row for row, c in enumerate(_case_ids(path, "kmebench.paths.v1"))}
-        with safe_open(str(path), framework="pt") as stream:
-            self._group = json.loads(stream.metadata()["settings"])["group"]
-            self._tensors = {k: stream.get_tensor(k) for k in stream.keys()}  # noqa: SIM118
+        file = TensorFile.open(path, _PATHS)
+        self.path = file.path
+        self._row = {c: row for row, c in enumerate(file.facts["case_ids"])}
+        self._group = file.facts["settings"]["group"]
+        self._tensors = {name: file.tensor(name) for name in file.digests}
 
     def route(self, case_id: str) -> Route:
         """Return the route of one request.
