@@ -184,10 +184,10 @@ def test_consecutive_edits_accumulate_and_are_scored_when_written_and_at_the_end
     torch.testing.assert_close(live - original, outcome.delta[name].dense(live.shape))
 
 
-def test_breadth_first_edits_everything_at_once_and_keeps_it(make_model, requests):
+def test_breadth_first_edits_everything_at_once_and_keeps_it(make_model, requests, tmp_path):
     model, editor = make_model("gptj", torch.float32), Counting()
     original = model.parameter(model.ffn[0].value.weight_name).clone()
-    outcome = run_breadth_first(model, editor, requests, SETTINGS)
+    outcome = run_breadth_first(model, editor, requests, SETTINGS, checkpoints(tmp_path))
     assert editor.calls == 1
     assert [call["requests"] for call in outcome.times] == [3]
     assert outcome.predictions["moment"].unique().tolist() == ["final"]
@@ -197,6 +197,64 @@ def test_breadth_first_edits_everything_at_once_and_keeps_it(make_model, request
     live = model.parameter(name)
     assert not torch.equal(live, original)
     torch.testing.assert_close(live - original, outcome.delta[name].dense(live.shape))
+
+
+EPOCHS = {
+    "full-c": {"mini_batch": 2, "steps": 4, "tolerance": 0.0, "learning_rate": 1e-3},
+    "pac-released": {"epochs": 4, "paths": 2, "learning_rate": 1e-3},
+}
+
+
+class Stopped(Checkpoints):
+    """As if a signal came in epoch ``at``."""
+
+    at = 0
+
+    def save(self, model, editor, done, frames, outcome, stopped_by=None):
+        super().save(model, editor, done, frames, outcome, "SIGTERM" if done == self.at else None)
+
+
+@pytest.mark.parametrize("name", EPOCHS)
+@pytest.mark.parametrize("family", ["gptj", "llama"])
+@pytest.mark.parametrize("stop_at", [1, 2, 4])  # before and between scorings, and at the end
+def test_breadth_first_goes_on_after_an_epoch_with_the_same_bytes(
+    name, family, stop_at, make_model, requests, tmp_path
+):
+    def run(folder, at=0):
+        torch.manual_seed(0)
+        kept = Stopped(folder, 1, {"run": "one"}, "epochs")
+        kept.at = at
+        model = make_model(family, torch.float32)
+        torch.manual_seed(1)
+        editor = build_editor(name, EPOCHS[name], {})
+        return run_breadth_first(model, editor, requests, SETTINGS, kept)
+
+    straight = run(tmp_path / "a")
+    with pytest.raises(PreemptedError, match=rf"Stopped by SIGTERM after {stop_at} epochs"):
+        run(tmp_path / "b", stop_at)
+    torch.manual_seed(5)  # the order of the mini-batches comes from the checkpoint
+    resumed = run(tmp_path / "b")
+    assert resumed.times[0]["steps"] == straight.times[0]["steps"]
+    assert set(resumed.times[0]["seconds"]) == set(straight.times[0]["seconds"])
+    pd.testing.assert_frame_equal(comparable(resumed.predictions), comparable(straight.predictions))
+    for parameter, part in straight.delta.items():
+        for one, other in zip(part.factors(), resumed.delta[parameter].factors(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_signal_ends_breadth_first_after_its_epoch(make_model, requests, tmp_path, monkeypatch):
+    editor = build_editor("pac-released", EPOCHS["pac-released"], {})
+    step = editor._step
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        monkeypatch.undo()
+        step(*arguments)
+
+    monkeypatch.setattr(editor, "_step", signalled)
+    kept = Checkpoints(tmp_path, 1, {}, "epochs")
+    with pytest.raises(PreemptedError, match="Stopped by SIGUSR1 after 1 epochs"):
+        run_breadth_first(make_model("gptj", torch.float32), editor, requests, SETTINGS, kept)
 
 
 @pytest.mark.parametrize("fail_at", [1, 2])

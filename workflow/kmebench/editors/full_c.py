@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor
+from kmebench.editors.epochs import EpochEditor, adam_state, load_adam_state
 from kmebench.editors.losses import check_finite, row_losses
 from kmebench.errors import ConfigError
 from kmebench.models.editable import EditableModel
@@ -36,7 +36,7 @@ class FullCHparams:
     micro_batch: int = 50  # requests in one forward pass
 
 
-class FullC(Editor):
+class FullC(EpochEditor):
     """Fine-tuning inside a box around the original weights."""
 
     Hparams = FullCHparams
@@ -46,15 +46,14 @@ class FullC(Editor):
         encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
         names = self._names(model)
         start = {name: model.edits.master(name) for name in names}
-        with self.stopwatch("optimise"):
-            try:
-                tuned = self._tune(model, requests, encoded, start)
-                return WeightDelta({n: Dense(tuned[n] - start[n]) for n in names})
-            finally:
-                for name in names:
-                    parameter = model.parameter(name).requires_grad_(False)
-                    parameter.grad = None
-                    parameter.copy_(start[name])  # the live weight is the rounded master
+        try:
+            tuned = self._tune(model, requests, encoded, start)
+            return WeightDelta({n: Dense(tuned[n] - start[n]) for n in names})
+        finally:
+            for name in names:
+                parameter = model.parameter(name).requires_grad_(False)
+                parameter.grad = None
+                parameter.copy_(start[name])  # the live weight is the rounded master
 
     def _names(self, model: EditableModel) -> list[str]:
         layers = range(model.n_layers) if self.hparams.layers is None else self.hparams.layers
@@ -83,25 +82,42 @@ class FullC(Editor):
         optimiser = torch.optim.Adam(masters.values(), lr=self.hparams.learning_rate, fused=True)
         bounded = self.hparams.norm_constraint is not None
         originals = {name: model.edits.original(name) for name in start} if bounded else {}
-        for _ in range(self.hparams.steps):
+        done, state = self.resumed()
+        load_adam_state(optimiser, "adam", state)
+        for name, master in masters.items() if state else ():
+            master.copy_(state[name])
+            live[name].detach().copy_(master)
+        for epoch in range(done, self.hparams.steps):
             before = self.steps
-            for group in self._groups(len(requests)):
-                if self._backward(model, requests, encoded, group):
-                    for parameter in live.values():
-                        parameter.grad = None
-                    continue
-                for name, master in masters.items():
-                    master.grad = live[name].grad.to(master.dtype)
-                    live[name].grad = None
-                optimiser.step()
-                self._project(masters, originals)
-                for name, master in masters.items():
-                    master.grad = None
-                    live[name].detach().copy_(master)
-                self.steps += 1
+            with self.stopwatch("optimise"):
+                for group in self._groups(len(requests)):
+                    if self._backward(model, requests, encoded, group):
+                        for parameter in live.values():
+                            parameter.grad = None
+                        continue
+                    self._step(optimiser, live, masters, originals)
             if self.steps == before:
                 break
+            self.keep(epoch + 1, lambda: masters | adam_state(optimiser, "adam"))
         return masters
+
+    def _step(
+        self,
+        optimiser: torch.optim.Optimizer,
+        live: dict[str, Tensor],
+        masters: dict[str, Tensor],
+        originals: dict[str, Tensor],
+    ) -> None:
+        """Move the masters by the gradients of the live weights, which follow them."""
+        for name, master in masters.items():
+            master.grad = live[name].grad.to(master.dtype)
+            live[name].grad = None
+        optimiser.step()
+        self._project(masters, originals)
+        for name, master in masters.items():
+            master.grad = None
+            live[name].detach().copy_(master)
+        self.steps += 1
 
     def _groups(self, n_requests: int) -> Sequence[Sequence[int]]:
         """Split the requests into those of one step each."""

@@ -13,7 +13,7 @@ keep masters, moments and gradients of the segments selected so far: the traject
 the dense code. The biases of the second projection, where there are any, are always trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor
+from kmebench.editors.epochs import EpochEditor, adam_state, load_adam_state
 from kmebench.editors.losses import check_finite
 from kmebench.editors.segments import LiveSegments
 from kmebench.models.editable import EditableModel
@@ -49,7 +49,7 @@ class PACReleasedHparams:
     layers_per_pass: int | None = None  # layers scored at a time; none given: all
 
 
-class PACReleased(Editor):
+class PACReleased(EpochEditor):
     """Several epochs over all requests in mini-batches, breadth first."""
 
     Hparams = PACReleasedHparams
@@ -71,7 +71,10 @@ class PACReleased(Editor):
             for _ in range(1 if hparams.shared_state else 2)
         ]
         try:
-            for epoch in range(hparams.epochs):
+            done, state = self.resumed()
+            if state:
+                _load_state(trained, adams, state)
+            for epoch in range(done, hparams.epochs):
                 if epoch % hparams.rescore_every == 0:
                     with self.stopwatch("trace"):
                         _select(model, in_order, trained, hparams)
@@ -84,6 +87,7 @@ class PACReleased(Editor):
                         if hparams.lambda_ > 0 and hparams.negatives > 0:
                             weight = hparams.lambda_
                             self._step(model, batch, own, weight, trained, adams[-1], asked)
+                self.keep(epoch + 1, lambda: _state(trained, adams))
             return WeightDelta({one.name: one.part(one.masters - one.start) for one in slots})
         finally:
             for one in slots:
@@ -125,6 +129,38 @@ class PACReleased(Editor):
             for one in each.slots:
                 one.write(one.masters)
         self.steps += 1
+
+
+def _state(
+    trained: "Sequence[_Projection]", adams: Sequence[torch.optim.Adam]
+) -> dict[str, Tensor]:
+    """Return the segments that were ever selected, those that are now, and the moments."""
+    state: dict[str, Tensor] = {}
+    for place, each in enumerate(trained):
+        state |= {f"positive|{place}": each.positive, f"negative|{place}": each.negative}
+    for place, one in enumerate(one for each in trained for one in each.slots):
+        state |= {f"index|{place}": one.index, f"masters|{place}": one.masters}
+    for place, adam in enumerate(adams):
+        state |= adam_state(adam, f"adam{place}")
+    return state
+
+
+def _load_state(
+    trained: "Sequence[_Projection]",
+    adams: Sequence[torch.optim.Adam],
+    state: Mapping[str, Tensor],
+) -> None:
+    """Go on from :func:`_state` on the unedited weights."""
+    for place, each in enumerate(trained):
+        device = each.segments.slot.device
+        each.positive = state[f"positive|{place}"].to(device)
+        each.negative = state[f"negative|{place}"].to(device)
+    for place, one in enumerate(one for each in trained for one in each.slots):
+        one.begin(state[f"index|{place}"].to(one.slot.device))
+        one.masters.copy_(state[f"masters|{place}"])
+        one.write(one.masters)
+    for place, adam in enumerate(adams):
+        load_adam_state(adam, f"adam{place}", state)
 
 
 def _argmax(model: EditableModel, batch: Batch) -> Sequence[Tensor]:

@@ -68,6 +68,7 @@ def run_cell(
         Path(output["predictions"]).parent / "checkpoints",
         settings["checkpoint_every"],
         {"settings": dict(settings), "requests": _digest(requests), "code": _code_digest(code)},
+        "epochs" if settings["mode"] == "breadth_first" else "edits",
     )
     outcome = _session(model, editor, requests, settings, checkpoints)
     frame = beside_original(outcome.predictions, read_parquet(original))
@@ -92,7 +93,7 @@ def _session(
         size = settings["batch_size"]
         return run_batches(model, editor, requests, size, evaluation, checkpoints, **skip)
     if settings["mode"] == "breadth_first":
-        return run_breadth_first(model, editor, requests, evaluation, **skip)
+        return run_breadth_first(model, editor, requests, evaluation, checkpoints, **skip)
     ordered = in_order(requests, settings["seed"])
     return run_consecutive(model, editor, ordered, evaluation, checkpoints, **skip)
 

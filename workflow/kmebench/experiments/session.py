@@ -8,9 +8,9 @@ rollback; predictions are made right after each edit ("write"), for all requests
 **breadth_first**: all requests at once, without rollback; the editor passes over them in
 mini-batches, several times, and the final model is evaluated.
 
-Batch and consecutive sessions save their state (after every batch; after every few edits) and
-resume from it with the same bytes. Asked to stop by SIGTERM or SIGUSR1, they finish the edit
-under way, save, and end.
+Sessions save their state (after every batch; every few edits; every epoch, which the name of a
+breadth-first checkpoint counts) and resume from it with the same bytes. Asked to stop by SIGTERM
+or SIGUSR1, they finish the edit or epoch under way, save, and end.
 """
 
 import json
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor, Stopwatch
+from kmebench.editors.epochs import EpochEditor
 from kmebench.errors import EditError, ModelError
 from kmebench.evaluation.frames import predicted_frame
 from kmebench.evaluation.predict import Settings, prompts_of
@@ -145,12 +146,18 @@ def run_breadth_first(
     editor: Editor,
     requests: Sequence[EditRequest],
     settings: Settings,
+    checkpoints: "Checkpoints",
     *,
     skip_failed: bool = False,
 ) -> Outcome:
-    """Edit all requests in one call, without rollback."""
-    outcome = Outcome(pd.DataFrame())
-    _edit(model, editor, requests, outcome, skip_failed)
+    """Edit all requests in one call, without rollback, resuming behind the last epoch saved."""
+    _, _, outcome = checkpoints.restore(model, editor)
+    with noted_signals() as stopped_by:
+        if isinstance(editor, EpochEditor):
+            editor.after_epoch = lambda epochs: checkpoints.save(
+                model, editor, epochs, [], outcome, stopped_by()
+            )
+        _edit(model, editor, requests, outcome, skip_failed)
     with _finished(model, editor, outcome):
         outcome.predictions = _predictions(
             model, outcome, requests, 0, settings, "final", len(requests), decode=True
@@ -274,14 +281,16 @@ _KEPT = ("times", "norms", "failed", "evaluation_seconds")
 class Checkpoints:
     """Saved states of a session: at most one, replaced as a whole.
 
-    A checkpoint is a folder ``{edits done}`` with the masters of all touched weights, the
-    editor's memory and the state of the random generator (safetensors), the predictions so
-    far (parquet) and a JSON record of the run's identity: a state of another configuration is
-    never resumed.
+    A checkpoint is a folder ``{edits done}`` (or epochs: ``unit``) with the masters of all
+    touched weights, the editor's memory and the state of the random generator (safetensors), the
+    predictions so far (parquet) and a JSON record of the run's identity and of the files'
+    checksums: a state of another configuration, or a damaged one, is never resumed.
     """
 
-    def __init__(self, folder: Path, every: int, identity: dict[str, Any]) -> None:
-        self.folder, self.every, self.identity = folder, every, identity
+    def __init__(
+        self, folder: Path, every: int, identity: dict[str, Any], unit: str = "edits"
+    ) -> None:
+        self.folder, self.every, self.identity, self.unit = folder, every, identity, unit
 
     def save(
         self,
@@ -303,7 +312,8 @@ class Checkpoints:
         save_file(_packed(model.edits.state()), partial / "masters.safetensors")
         save_file(_packed(editor.state_dict()), partial / "editor.safetensors")
         save_file({"torch": torch.get_rng_state()}, partial / "random.safetensors")
-        pd.concat(frames, ignore_index=True).to_parquet(partial / "predictions.parquet")
+        frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+        frame.to_parquet(partial / "predictions.parquet")
         kept = {name: getattr(outcome, name) for name in _KEPT}
         sums = {file.name: sha256_of(file) for file in partial.iterdir()}
         write_json(partial / "record.json", kept | {"identity": self.identity, "sha256": sums})
@@ -311,11 +321,11 @@ class Checkpoints:
         partial.rename(target)
         for _, path in older:
             shutil.rmtree(path)
-        logger.info("checkpoint after %d edits", done)
+        logger.info("checkpoint after %d %s", done, self.unit)
         if stopped_by:
             raise PreemptedError(
-                f"Stopped by {stopped_by} after {done} edits, which are saved in {target}: the "
-                "same command goes on from there."
+                f"Stopped by {stopped_by} after {done} {self.unit}, which are saved in {target}: "
+                "the same command goes on from there."
             )
 
     def restore(
@@ -343,7 +353,7 @@ class Checkpoints:
         editor.load_state_dict(load_file(path / "editor.safetensors"))
         torch.set_rng_state(load_file(path / "random.safetensors")["torch"])
         frame = pd.read_parquet(path / "predictions.parquet")
-        logger.info("resumed after %d edits", done)
+        logger.info("resumed after %d %s", done, self.unit)
         kept = {name: record[name] for name in _KEPT}
         return done, [frame], Outcome(pd.DataFrame(), **kept)
 
