@@ -35,7 +35,8 @@ def benchmark(monkeypatch):
         importlib.import_module(script).main()
 
     yield run
-    for name in ("common", "pac_step", "pac_edit", "dense_released", "editors", "targets"):
+    scripts = ("common", "pac_step", "pac_edit", "dense_released", "editors", "targets", "long_run")
+    for name in scripts:
         sys.modules.pop(name, None)
 
 
@@ -72,6 +73,14 @@ def test_editors_prints_a_row_for_every_configured_method(family, benchmark, cap
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     named = [line.split("|")[1].strip() for line in table[2:]]
     assert named == [method for method in config["methods"] for _ in range(2)]
+
+
+@pytest.mark.parametrize("method", ["pac", "lora"])
+def test_long_run_prints_a_row_for_every_stretch(method, benchmark, capsys):
+    arguments = ("--architecture", "gptj", "--method", method, "--edits", "6", "--every", "2")
+    benchmark("long_run", *arguments)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["1 to 2", "3 to 4", "5 to 6"]
 
 
 @pytest.mark.parametrize("family", SMALL)

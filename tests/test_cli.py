@@ -81,6 +81,11 @@ def test_edit_reads_second_moments_from_a_file(folder, tmp_path, capsys):
     assert len(WeightDelta.load(delta)) == 1
 
 
+def test_a_folder_is_edited_with_the_methods_own_hyperparameters(folder, capsys):
+    assert main(["edit", "--model", str(folder), *FACT, "--method", "full-c-epochs"]) == 0
+    assert "full-c-epochs: 12 steps" in capsys.readouterr().out  # of config.yaml
+
+
 class Ending(Editor):
     """Changes one weight when it edits and another when the run ends."""
 

@@ -133,9 +133,12 @@ def _editor(arguments: argparse.Namespace, config: dict[str, Any]) -> Editor:
     hparams: dict[str, Any] = {}
     name = arguments.method
     if name in config.get("methods", {}):
+        method = config["methods"][name]
         if arguments.model in config["models"]:
             hparams = base_hparams(config, arguments.model, name)
-        name = config["methods"][name].get("editor", name)
+        else:  # a folder, which the config knows nothing about
+            hparams = dict(method.get("hparams", {}))
+        name = method.get("editor", name)
     else:
         check_name(name, EDITORS, "the list of editors", "--method")
     for item in arguments.set:
