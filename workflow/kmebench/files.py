@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +11,18 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it becomes ``path`` if the block succeeds."""
+    """Yield a hidden path beside ``path``; it becomes ``path`` if the block succeeds.
+
+    Its name is always the same, so what a killed process leaves is replaced by the next one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.partial")
     umask = os.umask(0)
     os.umask(umask)
     try:
         yield temporary
-        # mkstemp and safetensors make private files; results are shared like any of the user's.
+        # safetensors makes private files; results are shared like any of the user's.
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     finally:
