@@ -95,6 +95,7 @@ def test_every_stage_is_killed_and_goes_on(finished, tmp_path):
         assert (checkout.folder / name).read_bytes() == (finished.folder / name).read_bytes()
     log = checkout.folder / "logs/edit_consecutive/tiny-gptj.openfacts-zsre.pac.default.seed0.log"
     assert "resumed after 4 edits" in log.read_text()
+    assert list(checkout.folder.glob("results/**/.*.partial")) == []
     assert "Nothing to be done" in checkout.run(configs=configs)
 
 
