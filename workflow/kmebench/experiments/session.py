@@ -152,11 +152,13 @@ def run_breadth_first(
 ) -> Outcome:
     """Edit all requests in one call, without rollback, resuming behind the last epoch saved."""
     _, _, outcome = checkpoints.restore(model, editor)
-    with noted_signals() as stopped_by:
-        if isinstance(editor, EpochEditor):
+    if isinstance(editor, EpochEditor):
+        with noted_signals() as stopped_by:
             editor.after_epoch = lambda epochs: checkpoints.save(
                 model, editor, epochs, [], outcome, stopped_by()
             )
+            _edit(model, editor, requests, outcome, skip_failed)
+    else:
         _edit(model, editor, requests, outcome, skip_failed)
     with _finished(model, editor, outcome):
         outcome.predictions = _predictions(
