@@ -99,39 +99,34 @@ def test_every_stage_is_killed_and_goes_on(finished, tmp_path):
     assert "Nothing to be done" in checkout.run(configs=configs)
 
 
+PATHS = "results/trace/tiny-gptj/openfacts-zsre/paths/l2+edit+disjoint+paths=15+negatives=1"
+
+
 @pytest.mark.parametrize(
-    ("cache", "target"),
+    ("damaged", "target", "holds_times"),
     [
-        ("trace/tiny-gptj/openfacts-zsre/gradients.safetensors", None),
-        ("moments/tiny-gptj.safetensors", f"{RUNS}/consecutive/rome/default/seed0/timing.json"),
-        ("original/tiny-gptj/openfacts-zsre.parquet", f"{RUN}/timing.json"),
-        ("data/openfacts-zsre.jsonl", f"{RUN}/timing.json"),
-        ("runs/tiny-gptj/openfacts-zsre/consecutive/pac/default/seed0/timing.json", None),
+        ("trace/tiny-gptj/openfacts-zsre/gradients.safetensors", f"{PATHS}.safetensors", True),
+        ("moments/tiny-gptj.safetensors", f"{RUN.replace('pac', 'rome')}/timing.json", False),
+        ("original/tiny-gptj/openfacts-zsre.parquet", f"{RUN}/timing.json", False),
+        ("data/openfacts-zsre.jsonl", f"{RUN}/timing.json", False),
+        (f"{RUN.removeprefix('results/')}/timing.json", "results/metrics/table2.parquet", True),
     ],
 )
-def test_a_damaged_cache_is_set_aside_and_made_again(cache, target, copy_of_finished):
+def test_a_damaged_file_is_set_aside_and_made_again(damaged, target, holds_times, copy_of_finished):
     folder = copy_of_finished.folder
-    targets = {
-        "trace": "results/trace/tiny-gptj/openfacts-zsre/paths/l2+edit+disjoint+paths=15"
-        "+negatives=1.safetensors",
-        "runs": "results/metrics/table2.parquet",
-    }
-    target = target or targets[cache.partition("/")[0]]
-    before, path = (folder / target).read_bytes(), folder / "results" / cache
-    whole = path.read_bytes()
-    stamp = path.stat()
+    path = folder / "results" / damaged
+    whole, stamp = path.read_bytes(), path.stat()
     path.write_bytes(whole[: len(whole) // 2])
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # unseen by Snakemake
     (folder / target).unlink()
     output = copy_of_finished.run(target, check=False)
-    assert f"results/{cache} is damaged" in output
+    assert f"results/{damaged} is damaged" in output
     assert "run the same command again, which makes it anew" in output
     assert "Traceback" not in output
     assert path.with_name(f"{path.name}.damaged").read_bytes() == whole[: len(whole) // 2]
     copy_of_finished.run(target)
-    assert path.exists()
-    if "timing" not in target:  # which holds times
-        assert (folder / target).read_bytes() == before
+    assert (folder / target).exists()
+    assert path.exists() if holds_times else path.read_bytes() == whole
 
 
 def test_a_second_command_in_the_same_folder_is_refused(copy_of_finished):
