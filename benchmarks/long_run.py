@@ -1,6 +1,6 @@
 """Does an edit cost the same after 3,000 edits? One consecutive run, by stretches of edits.
 
-python benchmarks/long_run.py [--model results/models/tiny-gptj --method pac --edits 3000]
+python benchmarks/long_run.py [--model results/models/tiny-gptj --method pac --steps 5]
 
 It is the session of the workflow: edits, predictions after each, predictions of all so far after
 1, 3, 10, ... edits, checkpoints. The facts of OpenFacts come round, each time with another target.
@@ -76,11 +76,14 @@ def main() -> None:
     options.add_argument("--method", default="pac")
     options.add_argument("--edits", type=int, default=3000)
     options.add_argument("--every", type=int, default=300)
+    options.add_argument("--steps", type=int, help="of an edit at most (default: as configured)")
     options.set_defaults(model=Path("results/models/tiny-gptj"))
     arguments = options.parse_args()
     model, config = build(arguments), read_config(arguments.config)
     name = arguments.architecture or arguments.model.name
     hparams = hparams_of(config, name, arguments.method)
+    if arguments.steps:
+        hparams["steps"] = arguments.steps
     moments = Path(f"results/moments/{name}.safetensors")
     editor = build_editor(editor_of(config, arguments.method), hparams, {"moments": moments})
     with tempfile.TemporaryDirectory() as folder:
