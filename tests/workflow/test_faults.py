@@ -140,7 +140,7 @@ def test_a_second_command_in_the_same_folder_is_refused(copy_of_finished):
     )
     locks = copy_of_finished.folder / ".snakemake/locks"
     deadline = time.monotonic() + 60
-    while not any(locks.iterdir()):
+    while not any(locks.glob("*")):
         assert first.poll() is None, "the first command ended before the second could begin"
         assert time.monotonic() < deadline
         time.sleep(0.01)
