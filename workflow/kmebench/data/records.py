@@ -8,7 +8,7 @@ from typing import Any
 
 from kmebench.errors import DataError
 from kmebench.files import write_text
-from kmebench.reading import set_aside
+from kmebench.reading import set_aside, trusted
 
 #: Where the subject stands in :attr:`EditRequest.prompt`.
 SLOT = "{}"
@@ -213,7 +213,8 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     """
     requests = []
     # Not splitlines(): texts may hold line separators other than the newline.
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    with trusted(path):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     if lines.pop():
         raise set_aside(path, f"line {len(lines) + 1} is cut off")
     for number, line in enumerate(lines, start=1):

@@ -147,7 +147,7 @@ class GradientCache:
         Raises:
             KMEBenchError: the file is no gradient cache, or damaged.
         """
-        return cls(Path(path), tuple(json.loads(read_header(path, _GRADIENTS)[_GRADIENTS])))
+        return cls(Path(path), tuple(read_header(path, _GRADIENTS)))
 
     def group_scores(self, kind: str, size: int) -> Iterator[Tensor]:
         """Yield [L, 2, M]: scores of each group of ``size`` consecutive requests, summed.
