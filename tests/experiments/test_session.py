@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import dataclass
 
 import pandas as pd
 import pytest
@@ -355,6 +356,32 @@ def test_out_of_memory_half_of_a_batch_is_edited_at_once(
     assert found.times[0]["steps"] == expected.times[0]["steps"]
     with pytest.raises(EditError, match=r"of 3\), 1 at once \(.*2.00 GiB\): lower micro_batch"):
         run(2, "c", rows=0.5)
+
+
+@dataclass(frozen=True)
+class Size:
+    micro_batch: int = 2
+
+
+class Tight(Counting):
+    """Runs out of memory when it is done, but with one request at a time."""
+
+    def edit(self, model, requests):
+        delta = super().edit(model, requests)
+        if self.hparams.micro_batch > 1:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return delta
+
+
+def test_the_second_try_has_the_memory_and_the_random_numbers_of_the_first(
+    make_model, requests, tmp_path
+):
+    tight = Tight()
+    tight.hparams = Size()
+    found = consecutive(make_model("gptj", torch.float32), tight, requests, tmp_path / "a")
+    expected = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "b")
+    for name, part in expected.delta.items():
+        assert torch.equal(part.values, found.delta[name].values)
 
 
 class Broken(Counting):

@@ -70,3 +70,11 @@ def test_other_safetensors_files_are_refused(tmp_path):
 
 def test_nan_is_found():
     assert not WeightDelta({"w": Dense(torch.tensor([1.0, float("nan")]))}).is_finite()
+
+
+def test_a_file_that_is_cut_off_is_named(tmp_path):
+    path = tmp_path / "delta.safetensors"
+    WeightDelta({"w": Dense(torch.ones(3, 3))}).save(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(KMEBenchError, match=r"delta\.safetensors cannot be read as a weight delta"):
+        WeightDelta.load(path)

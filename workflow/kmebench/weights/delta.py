@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -158,10 +158,13 @@ class WeightDelta(Mapping[str, Part]):
         Raises:
             KMEBenchError: the file is no delta.
         """
-        with safe_open(str(path), framework="pt") as stream:
-            if (stream.metadata() or {}).get("format") != "kmebench.delta.v1":
-                raise KMEBenchError(f"{path} is not a weight delta of this program.")
-            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+        try:
+            with safe_open(str(path), framework="pt") as stream:
+                if (stream.metadata() or {}).get("format") != "kmebench.delta.v1":
+                    raise KMEBenchError(f"{path} is not a weight delta of this program.")
+                tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise KMEBenchError(f"{path} cannot be read as a weight delta: {error}") from error
         kinds = {tuple(key.split("|")[:2]) for key in tensors}
         return cls(
             {
