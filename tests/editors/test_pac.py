@@ -42,7 +42,6 @@ def literal_pac(model, requests, hparams, n_layers):
     start = {n: parameters[n].clone() for n in places}
     stepped, asked = [], set(range(len(requests)))
     while len(stepped) < hparams["steps"]:
-        moved = [{name: torch.zeros_like(start[name]) for name in places} for _ in (0, 1)]
         for which in (0, 1):
             for name in places:
                 changes[which][name].grad = torch.zeros_like(start[name])
@@ -67,21 +66,16 @@ def literal_pac(model, requests, hparams, n_layers):
                 for (name, (layer, matrix, axis)), gradient in zip(
                     places.items(), gradients, strict=True
                 ):
-                    chosen = route[which][layer, matrix]
-                    moved[which][name].movedim(axis, 0)[chosen] = 1
                     mask = torch.zeros_like(gradient)
-                    mask.movedim(axis, 0)[chosen] = 1
+                    for each in routes:
+                        mask.movedim(axis, 0)[each[which][layer, matrix]] = 1
                     changes[which][name].grad += gradient * mask
         if not learning and len(asked) == len(requests):
             break
         if learning:
             stepped.append(learning)
-            for which, adam in enumerate(adams):
-                before = {name: changes[which][name].clone() for name in places}
-                adams[adam].step()
-                for name in places:
-                    still = moved[which][name] == 0
-                    changes[which][name][still] = before[name][still]
+            for adam in adams.values():
+                adam.step()
         again = not learning or len(stepped) % 5 == 0
         asked = set(range(len(requests))) if again else learning
     return {n: start[n] + changes[0][n] + changes[1][n] for n in places}, stepped

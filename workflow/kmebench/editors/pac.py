@@ -7,9 +7,10 @@ For a request with target y* and the unedited model's own answer y, the loss
 is minimised over the segments of the critical transmission paths T+ (first term, Θ*) and of
 the insignificant path τ− (second term, Θ'). Each term moves only its own segments. The
 two have separate Adam moments and both gradients are taken at the same point, from one
-forward pass of a doubled batch. In a batch every request moves only its own paths, and no more
-once its L(y*) is below ``tolerance``; now and then all are asked again, and those that the others
-have disturbed go on. Optimisation ends when every request is learnt, or after ``steps`` updates.
+forward pass. In a batch the losses of all requests are summed and minimised over the segments
+on the paths of any of them. A request takes no part once its L(y*) is below ``tolerance``; now and
+then all are asked again, and those that the others have disturbed go on. Optimisation ends when
+every request is learnt, or after ``steps`` updates.
 """
 
 from collections.abc import Sequence
@@ -113,8 +114,7 @@ class PAC(Editor):
                 optimiser.zero_grad(set_to_none=False)
                 learning = self._backward(model, segments, items, asked)
                 if learning:
-                    with segments.moving(torch.tensor(learning)):
-                        optimiser.step()
+                    optimiser.step()
                     segments.write()
                     self.steps += 1
                 elif asked == everyone:
@@ -157,7 +157,6 @@ class PAC(Editor):
         and goes back twice; a short one, bound by reading the weights, goes through the weights
         once each way with its rows doubled.
         """
-        rows = torch.tensor(chunk)
         batch = model.collate([items[i].encoded for i in chunk])
         own = batch.labels.new_tensor([token for i in chunk for token in items[i].route.answer])
         doubled = self._contrast and batch.input_ids.numel() <= DOUBLED_TOKENS
@@ -166,7 +165,7 @@ class PAC(Editor):
         def receive(layer: int, matrix: int, residual: Tensor, inner: Tensor) -> None:
             parts = zip(kinds, residual.chunk(len(kinds)), inner.chunk(len(kinds)), strict=True)
             for kind, residual_part, inner_part in parts:
-                segments.add_gradient(kind, rows, layer, matrix, residual_part, inner_part)
+                segments.add_gradient(kind, layer, matrix, residual_part, inner_part)
 
         with observed(model, receive, range(model.n_layers)):
             logits = model.answer_logits(batch.repeat(2) if doubled else batch)

@@ -6,7 +6,8 @@ activations at their projection (:func:`kmebench.tracing.observe.observed`). Not
 size exists.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -58,87 +59,101 @@ class LiveSegments:
         return kind.summed(self.index, change[: len(self.index)])
 
 
-class _Moved:
-    """What one kind of loss moves of one parameter: the changes of each request's segments.
+class _Group:
+    """What is trained of parameters with segments of one shape: all weights, or all key biases.
 
-    ``slots`` [R, N] finds the N segments of each of R requests among ``change`` [n, ...], which
-    has a gradient of its shape; requests share the segments that several have chosen.
+    ``lives[p]`` holds the segments of parameter ``p`` that any kind of loss moves, and the part
+    ``spans[p]`` of ``start`` [n, ...] their masters before the edit. ``kinds`` says how far each
+    kind has moved its own. One tensor for all layers: small operations cost more than their bytes.
     """
 
-    def __init__(self, chosen: Tensor, live: LiveSegments) -> None:
-        self.chosen = chosen
-        self.index, self.slots = chosen.unique(return_inverse=True)
-        # Of a segment that a request names twice (paths may share nodes) the first one counts.
-        twice = (chosen.unsqueeze(2) == chosen.unsqueeze(1)).tril(-1).any(dim=2)
-        self.counts = (~twice).to(live.start.dtype)  # [R, N] 1 or 0
-        self.change = torch.zeros_like(live.start[: len(self.index)])
-        self.change.grad = torch.zeros_like(self.change)
-
-    def add_gradient(self, rows: Tensor, gradient: Tensor) -> None:
-        """Add the gradients [b, N, ...] of the requests ``rows`` [b] for their segments."""
-        shape = (-1, *self.change.shape[1:])
-        counts = self.counts[rows].reshape(*gradient.shape[:2], *[1] * (gradient.dim() - 2))
-        slots = self.slots[rows].flatten()
-        self.change.grad.index_add_(0, slots, (gradient * counts).reshape(shape))
-
-    def still(self, rows: Tensor) -> Tensor:
-        """Return the slots that none of the requests ``rows`` owns."""
-        owned = torch.zeros(len(self.index), dtype=torch.bool, device=self.slots.device)
-        owned[self.slots[rows].flatten()] = True
-        return (~owned).nonzero().squeeze(1)
-
-
-class _Parameter:
-    """One trained parameter: its live segments, and what each kind of loss moves of them."""
-
     def __init__(
-        self, model: EditableModel, name: str, axis: int, choices: Sequence[Tensor]
+        self,
+        model: EditableModel,
+        parameters: Mapping[tuple[str, int], Sequence[Tensor]],
     ) -> None:
-        device = model.parameter(name).device
-        choices = [chosen.to(device) for chosen in choices]
-        index = torch.cat([chosen.flatten() for chosen in choices]).unique()
-        self.live = LiveSegments(model, name, axis, len(index))
-        self.live.begin(index)
-        self.kinds = [_Moved(chosen, self.live) for chosen in choices]
+        self.lives = []
+        for (name, axis), chosen in parameters.items():
+            index = torch.cat(list(chosen)).unique()
+            live = LiveSegments(model, name, axis, len(index))
+            live.begin(index)
+            self.lives.append(live)
+        self.start = torch.cat([live.start for live in self.lives])
+        self.spans = _spans([len(live.index) for live in self.lives])
+        for live, span in zip(self.lives, self.spans, strict=True):
+            live.start = self.start[span]  # one copy is enough
+        of_kinds = zip(*parameters.values(), strict=True)
+        self.kinds = [_Moved(self, [index.unique() for index in chosen]) for chosen in of_kinds]
 
-    def change(self) -> Tensor:
-        """Sum the changes over the kinds of losses, [n, ...]."""
-        total = torch.zeros_like(self.live.start)
+    def masters(self) -> Tensor:
+        """Return the segments as they are by now, [n, ...]."""
+        masters = self.start.clone()
         for kind in self.kinds:
-            total.index_add_(0, self.live.slot[kind.index], kind.change)
-        return total
+            masters.index_add_(0, kind.places, kind.change)
+        return masters
 
     def write(self) -> None:
-        """Bring the live weight up to date."""
-        self.live.write(self.live.start + self.change())
+        """Bring the live weights up to date."""
+        masters = self.masters()
+        for live, span in zip(self.lives, self.spans, strict=True):
+            live.write(masters[span])
+
+    def parts(self) -> dict[str, Part]:
+        """Return the changes by parameter."""
+        change = self.masters() - self.start
+        pairs = zip(self.lives, self.spans, strict=True)
+        return {live.name: live.part(change[span]) for live, span in pairs}
+
+
+class _Moved:
+    """How far one kind of loss has moved its segments of a group.
+
+    The part ``spans[p]`` of ``change`` [m, ...] belongs to the distinct segments ``chosen[p]`` of
+    parameter ``p``; ``places`` [m] finds them in the group. ``change`` has a gradient.
+    """
+
+    def __init__(self, group: _Group, chosen: Sequence[Tensor]) -> None:
+        self.chosen, self.spans = chosen, _spans([len(index) for index in chosen])
+        triples = zip(group.lives, group.spans, chosen, strict=True)
+        self.places = torch.cat([live.slot[index] + span.start for live, span, index in triples])
+        self.change = torch.zeros_like(group.start[: len(self.places)])
+        self.change.grad = torch.zeros_like(self.change)
+
+    def gradient(self, parameter: int) -> Tensor:
+        """Return the gradient of one parameter's segments, to add to."""
+        return self.change.grad[self.spans[parameter]]
+
+
+def _spans(sizes: Sequence[int]) -> list[slice]:
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 class TrainedSegments:
-    """The segments that R requests move along their paths, for each of several kinds of loss.
+    """The segments that some requests move together, for each of several kinds of loss.
 
-    ``choices`` holds for each kind the segments [R, L, 2, N] (keys, then values). Requests
-    share a segment that several have chosen for one kind; what different kinds do to a segment
-    adds up.
+    ``choices`` holds for each kind the segments [R, L, 2, N] on the paths of R requests (keys, then
+    values). A segment on several paths counts once; what different kinds do to one adds up.
     """
 
     def __init__(self, model: EditableModel, choices: Sequence[Tensor]) -> None:
-        self._weights: dict[tuple[int, int], _Parameter] = {}
-        self._biases: dict[int, _Parameter] = {}  # of keys, where the family has them
+        weights, biases = {}, {}  # of keys, where the family has them
         for layer, ffn in enumerate(model.ffn):
             for matrix, projection in ((KEY, ffn.key), (VALUE, ffn.value)):
-                chosen = [kind[:, layer, matrix] for kind in choices]
-                name, axis = projection.weight_name, projection.axis
-                self._weights[layer, matrix] = _Parameter(model, name, axis, chosen)
+                chosen = [kind[:, layer, matrix].flatten().to(model.device) for kind in choices]
+                weights[projection.weight_name, projection.axis] = chosen
                 if matrix == KEY and projection.bias_name is not None:
-                    self._biases[layer] = _Parameter(model, projection.bias_name, 0, chosen)
+                    biases[projection.bias_name, 0] = chosen
+        self._weights = _Group(model, weights)
+        self._biases = _Group(model, biases) if biases else None
 
     @property
-    def _parameters(self) -> list[_Parameter]:
-        return [*self._weights.values(), *self._biases.values()]
+    def _groups(self) -> list[_Group]:
+        return [self._weights] if self._biases is None else [self._weights, self._biases]
 
     def parameters(self) -> list[Tensor]:
         """The trainable tensors, with gradients."""
-        return [kind.change for parameter in self._parameters for kind in parameter.kinds]
+        return [kind.change for group in self._groups for kind in group.kinds]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -147,40 +162,30 @@ class TrainedSegments:
         try:
             yield
         finally:
-            for parameter in self._parameters:
-                parameter.live.restore()
+            for live in (live for group in self._groups for live in group.lives):
+                live.restore()
 
     def write(self) -> None:
         """Bring the live weights up to date."""
-        for parameter in self._parameters:
-            parameter.write()
+        for group in self._groups:
+            group.write()
 
     def add_gradient(
-        self, kind: int, rows: Tensor, layer: int, matrix: int, residual: Tensor, inner: Tensor
+        self, kind: int, layer: int, matrix: int, residual: Tensor, inner: Tensor
     ) -> None:
-        """Add the gradient of one kind of loss of the requests ``rows`` [b].
+        """Add the gradient of one kind of loss, summed over rows and positions.
 
         ``residual`` [b, T, D] and ``inner`` [b, T, M] are what
         :func:`kmebench.tracing.observe.observed` gives.
         """
-        moved = self._weights[layer, matrix].kinds[kind]
-        rows = rows.to(inner.device)
-        index = moved.chosen[rows].unsqueeze(1).expand(-1, inner.shape[1], -1)
-        inner, residual = at_least_float32(inner.gather(2, index)), at_least_float32(residual)
-        moved.add_gradient(rows, inner.transpose(1, 2) @ residual)
-        if matrix == KEY and layer in self._biases:
-            self._biases[layer].kinds[kind].add_gradient(rows, inner.sum(dim=1))
-
-    @contextmanager
-    def moving(self, rows: Tensor) -> Iterator[None]:
-        """Leave the segments that none of ``rows`` owns as they are, whatever the block does."""
-        kinds = [kind for parameter in self._parameters for kind in parameter.kinds]
-        stills = [kind.still(rows.to(kind.slots.device)) for kind in kinds]
-        values = [kind.change[still] for kind, still in zip(kinds, stills, strict=True)]
-        yield
-        for kind, still, value in zip(kinds, stills, values, strict=True):
-            kind.change[still] = value
+        moved = self._weights.kinds[kind]
+        parameter = 2 * layer + matrix
+        inner = inner.flatten(0, 1).index_select(1, moved.chosen[parameter])
+        inner, residual = at_least_float32(inner), at_least_float32(residual.flatten(0, 1))
+        moved.gradient(parameter).addmm_(inner.T, residual)
+        if matrix == KEY and self._biases is not None:
+            self._biases.kinds[kind].gradient(layer).add_(inner.sum(dim=0))
 
     def delta(self) -> WeightDelta:
         """Return what the segments have become as a delta of the model's weights."""
-        return WeightDelta({p.live.name: p.live.part(p.change()) for p in self._parameters})
+        return WeightDelta({k: v for group in self._groups for k, v in group.parts().items()})
