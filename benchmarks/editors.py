@@ -6,6 +6,7 @@ Second moments are read from the results of the workflow; a model of random weig
 """
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from common import (
 
 from kmebench.editors.base import Editor, build_editor
 from kmebench.experiments.configuration import read_config
-from kmebench.experiments.grid import LOCATE_AND_EDIT, base_hparams, editor_of
+from kmebench.experiments.grid import base_hparams, editor_of, moment_layers
 from kmebench.models.editable import EditableModel
 from kmebench.moments.store import write_moments
 
@@ -34,16 +35,15 @@ HEADER = ["method", "requests", "steps", "learnt", "s/edit", "peak (GiB)", "peak
 FORMATS = ("{:.0f}", "{:.0f}", "{:.0%}", "{:.2f}", "{:.2f}", "{:.2f}")
 
 
-def hparams_of(config: Mapping[str, Any], model: str, method: str) -> dict[str, Any]:
+def hparams_of(config: Mapping[str, Any], model: str, method: str, size: int) -> dict[str, Any]:
     """What is configured; PAC traces in its own time here, instead of reading a cached stage."""
-    known = config if model in config["models"] else config | {"models": {model: {}}}
+    mode = "batch" if size > 1 else "consecutive"
     traced = {"trace_on": "current"} if editor_of(config, method) == "pac" else {}
-    return base_hparams(known, model, method) | traced
+    return base_hparams(config, model, method, mode) | traced
 
 
-def made_up_moments(path: Path, model: EditableModel, hparams: Sequence[Mapping]) -> None:
+def made_up_moments(path: Path, model: EditableModel, layers: Sequence[int]) -> None:
     """Write a diagonal C, half of it unused, for every layer that an editor asks for."""
-    layers = {layer for h in hparams for layer in h.get("layers", [h.get("layer")])}
     diagonal = torch.tensor([1.0, 1e-3]).repeat(model.ffn_width // 2)
     write_moments(path, {layer: diagonal.diag() for layer in layers}, 0, {"source": "made up"})
 
@@ -83,22 +83,16 @@ def measure(model: EditableModel, editor: Editor, size: int, repeats: int) -> li
 def rows(arguments: argparse.Namespace, moments: Path) -> list[list[str]]:
     model, config = build(arguments), read_config(arguments.config)
     name = arguments.architecture or arguments.model.name
-    hparams = {
-        method: hparams_of(config, name, method)
-        for method in arguments.methods or config["methods"]
-    }
-    editors = {method: editor_of(config, method) for method in hparams}
+    methods = arguments.methods or list(config["methods"])
     if arguments.architecture:
-        known = [
-            LOCATE_AND_EDIT[e] | hparams[m] for m, e in editors.items() if e in LOCATE_AND_EDIT
-        ]
-        made_up_moments(moments, model, known)
+        asked = config | {"methods": {method: config["methods"][method] for method in methods}}
+        made_up_moments(moments, model, moment_layers(asked, name))
     found = []
-    for method, editor in editors.items():
-        built = build_editor(editor, hparams[method], {"moments": moments})
-        for size in arguments.sizes:
-            found.append([method, *measure(model, built, size, arguments.repeats)])
-            print(" ".join(found[-1]), flush=True)
+    for method, size in itertools.product(methods, arguments.sizes):
+        hparams = hparams_of(config, name, method, size)
+        editor = build_editor(editor_of(config, method), hparams, {"moments": moments})
+        found.append([method, *measure(model, editor, size, arguments.repeats)])
+        print(" ".join(found[-1]), flush=True)
     return found
 
 

@@ -36,10 +36,11 @@ def dataset_tour():
 
 def one_edit():
     model, (dataset, *_) = first_model_and_datasets()
+    hparams = grid.base_hparams(config, model, "pac", "consecutive")
     parameters = {
         "model": model,
         "dataset": dataset,
-        "hparams": dict(sorted(grid.base_hparams(config, model, "pac").items())),
+        "hparams": dict(sorted(hparams.items())),
         "seed": config["seed"],
         "evaluation": config["evaluation"],
         **load_params(model),

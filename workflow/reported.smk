@@ -49,6 +49,12 @@ def tuning_candidates(wildcards):
     return [asdict(run) | {"values": values} for run, values in runs]
 
 
+def tuned_mode(wildcards):
+    """The mode that a sweep tunes alone; None where its values hold in all."""
+    spec = config["experiments"][wildcards.experiment]
+    return spec["mode"] if spec["tunes"] == "mode" else None
+
+
 def labels(section, name):
     """The names of a model, data set or method in tables: {label, paper_name}.
 

@@ -90,6 +90,23 @@ def test_the_models_values_go_before_the_methods(config):
     assert grid.hparams_of(config, run) == {"learning_rate": 2e-3, "steps": 7}
 
 
+def test_values_of_the_runs_mode_go_before_general_ones_and_the_models_before_the_methods(config):
+    method = {"steps": 7, "batch": {"steps": 8, "learning_rate": 1.0, "tolerance": 0.2}}
+    config["methods"]["pac"]["hparams"] = method
+    config["models"]["tiny-gptj"]["hparams"]["pac"]["batch"] = {"tolerance": 0.1}
+    (tuning,) = grid.runs_of(config, "tuning")
+    expected = {"learning_rate": 2e-3, "steps": 8, "tolerance": 0.1}
+    assert (tuning.mode, grid.hparams_of(config, tuning)) == ("batch", expected)
+    consecutive = grid.runs_of(config, "main")[1]
+    assert grid.hparams_of(config, consecutive) == {"learning_rate": 2e-3, "steps": 7}
+
+
+def test_a_swept_value_equal_to_that_of_the_mode_is_the_default_run(config):
+    config["methods"]["pac"]["hparams"] = {"consecutive": {"paths": 5}, "batch": {"paths": 3}}
+    variants = [run.variant for run in grid.runs_of(config, "sweep")]
+    assert variants == ["default", "lambda=0.0", "paths=15", "paths=15+lambda=0.0"]
+
+
 def test_lambda_does_not_name_a_path_file_but_paths_do(config):
     names = [grid.selection_of(config, run) for run in grid.runs_of(config, "sweep")]
     assert len(set(names)) == 2
@@ -225,7 +242,7 @@ def test_a_default_is_its_editors_own():
     config = {"methods": methods, "models": {"m": {"hparams": {"mine": {"lambda": 0.3}}}}}
 
     def name(method, **values):
-        return grid.variant_name(config, "m", method, values)
+        return grid.variant_name(config, "m", method, "batch", values)
 
     assert name("pac", score="l2", paths=15) == name("pac", **{"lambda": 0.1}) == "default"
     assert name("mine", **{"lambda": 0.3}) == "default"
@@ -277,11 +294,13 @@ def test_a_models_moments_cover_every_configured_method():
     }
     assert grid.moment_layers(config, "small") == [1, 2, 3]
     assert grid.moment_layers(config, "big") == [2, 3, 5]
+    config["models"]["big"]["hparams"] = {"memit": {"batch": {"layers": [7]}}}
+    assert grid.moment_layers(config, "big") == [2, 3, 5, 7]
 
 
 @pytest.mark.parametrize("value", [[1, 2], "a,b", "a+b", "../up", "$(x)", "a b"])
 def test_what_cannot_be_part_of_a_files_name_is_refused(value):
     with pytest.raises(ConfigError, match=r"layers: .* cannot be part of a file's name"):
         grid.variant_name(
-            {"methods": {"pac": {}}, "models": {"m": {}}}, "m", "pac", {"layers": value}
+            {"methods": {"pac": {}}, "models": {"m": {}}}, "m", "pac", "batch", {"layers": value}
         )

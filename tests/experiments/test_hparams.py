@@ -35,9 +35,19 @@ def in_a_comparison(config, hparams):
     config["comparisons"]["mine"] = {"pairs": {"one": sides}}
 
 
+def in_a_mode_of_a_method(config, hparams):
+    config["methods"]["pac"]["hparams"] = {"paths": 5, "batch": hparams}
+
+
+def in_a_mode_of_a_model(config, hparams):
+    config["models"]["tiny-gptj"]["hparams"]["pac"] = {"consecutive": hparams}
+
+
 PLACES = {
     "methods.pac.hparams": in_a_method,
+    "methods.pac.hparams.batch": in_a_mode_of_a_method,
     "models.tiny-gptj.hparams.pac": in_a_model,
+    "models.tiny-gptj.hparams.pac.consecutive": in_a_mode_of_a_model,
     "experiments.ablation-paths.sweep": in_a_sweep,
     "comparisons.mine.pairs.one.a.hparams": in_a_comparison,
 }

@@ -73,6 +73,11 @@ def test_the_best_mean_over_data_sets_is_chosen_and_the_search_is_kept():
     assert comments[0].endswith("2.0 steps  rate=2")
 
 
+def test_values_of_one_mode_are_kept_apart():
+    text = tuned_config(search_table(metrics(), candidates()), "batch")
+    assert yaml.safe_load(text) == {"models": {"m": {"hparams": {"edit": {"batch": {"rate": 2}}}}}}
+
+
 def test_within_a_standard_error_that_of_fewer_steps_is_chosen():
     assert chosen(spread=0.2) == 2  # standard error 7.2: the difference of 10 counts
     assert chosen(spread=0.3) == 1  # standard error 10.8: it does not

@@ -134,10 +134,8 @@ def _editor(arguments: argparse.Namespace, config: dict[str, Any]) -> Editor:
     name = arguments.method
     if name in config.get("methods", {}):
         method = config["methods"][name]
-        if arguments.model in config["models"]:
-            hparams = base_hparams(config, arguments.model, name)
-        else:  # a folder, which the config knows nothing about
-            hparams = dict(method.get("hparams", {}))
+        # Of a folder, which the config knows nothing about, the method's own.
+        hparams = base_hparams(config, arguments.model, name, "consecutive")
         name = method.get("editor", name)
     else:
         check_name(name, EDITORS, "the list of editors", "--method")

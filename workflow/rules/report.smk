@@ -249,6 +249,7 @@ rule tune:
         "../../envs/report.yaml"
     params:
         candidates=tuning_candidates,
+        mode=tuned_mode,
     message:
         "Choosing hyper-parameters from {wildcards.experiment}"
     script:

@@ -8,4 +8,4 @@ from kmebench.reading import read_parquet
 with script_log(snakemake):
     metrics = read_parquet(snakemake.input.metrics)
     table = search_table(metrics, snakemake.params.candidates)
-    write_text(snakemake.output.config, tuned_config(table))
+    write_text(snakemake.output.config, tuned_config(table, snakemake.params.mode))

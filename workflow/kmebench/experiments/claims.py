@@ -83,7 +83,7 @@ def _sides(
             if method not in config["methods"]:
                 return {}
             hparams = test[side].get("hparams", {})
-            wanted[side] = (method, grid.variant_name(config, model, method, hparams))
+            wanted[side] = (method, grid.variant_name(config, model, method, test["mode"], hparams))
         return _all({side: of_mode.get(key) for side, key in wanted.items()})
     default = {method: run for (method, variant), run in of_mode.items() if variant == grid.DEFAULT}
     if test["kind"] in ("best", "least", "slowest"):

@@ -21,6 +21,8 @@ JOIN = "+"
 _NAMEABLE = re.compile(r"[\w.-]+")
 #: Bytes of a number by dtype.
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+#: Pipelines. The name of one among a method's hyper-parameters holds values for it alone.
+MODES = ("batch", "consecutive", "breadth_first")
 #: ``{dataset}.development`` is the held-out split of a data set, itself a data set to run on.
 DEVELOPMENT = ".development"
 
@@ -123,8 +125,9 @@ def pairs_of(config: Mapping[str, Any], comparison: str) -> list[tuple[str, Run,
             for side in (pair["a"], pair["b"]):
                 method = side["method"]
                 check_name(method, config["methods"], "methods", f"{where}.pairs.{name}")
-                variant = variant_name(config, model, method, side.get("hparams", {}))
-                runs.append(Run(model, dataset, side["mode"], method, variant, config["seed"]))
+                mode, values = side["mode"], side.get("hparams", {})
+                variant = variant_name(config, model, method, mode, values)
+                runs.append(Run(model, dataset, mode, method, variant, config["seed"]))
             found.append((name, *runs))
     return found
 
@@ -178,11 +181,11 @@ def _variants(
         if dataset.endswith(DEVELOPMENT):
             yield _spell(values), values
         else:
-            yield variant_name(config, model, method, values), values
+            yield variant_name(config, model, method, spec["mode"], values), values
 
 
 def variant_name(
-    config: Mapping[str, Any], model: str, method: str, values: Mapping[str, Any]
+    config: Mapping[str, Any], model: str, method: str, mode: str, values: Mapping[str, Any]
 ) -> str:
     """Spell out values that differ from a method's own; ``default`` if none does.
 
@@ -191,7 +194,7 @@ def variant_name(
     """
     editor = editor_of(config, method)
     defaults = PAC_DEFAULTS if editor == "pac" else LOCATE_AND_EDIT.get(editor, {})
-    known = defaults | base_hparams(config, model, method)
+    known = defaults | base_hparams(config, model, method, mode)
     return _spell({k: v for k, v in values.items() if k not in known or known[k] != v})
 
 
@@ -210,20 +213,31 @@ def _spell(values: Mapping[str, Any]) -> str:
     return JOIN.join(f"{key}={value}" for key, value in values.items()) or DEFAULT
 
 
-def base_hparams(config: Mapping[str, Any], model: str, method: str) -> dict[str, Any]:
-    """Merge a method's hyper-parameters with the model's own values for it."""
-    return {
-        **config["methods"][method].get("hparams", {}),
-        **config["models"][model].get("hparams", {}).get(method, {}),
-    }
+def base_hparams(config: Mapping[str, Any], model: str, method: str, mode: str) -> dict[str, Any]:
+    """Merge a method's hyper-parameters in one mode with the model's own values for it."""
+    own = config["models"].get(model, {}).get("hparams", {}).get(method, {})
+    merged: dict[str, Any] = {}
+    for section in (config["methods"][method].get("hparams", {}), own):
+        general, by_mode = split_modes(section)
+        merged |= general | by_mode.get(mode, {})
+    return merged
+
+
+def split_modes(section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Split what a config sets for a method: for all modes, and by mode."""
+    general = {key: value for key, value in section.items() if key not in MODES}
+    return general, {key: dict(section[key]) for key in MODES if key in section}
 
 
 def hparams_of(config: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Return the hyper-parameters of a run: method < model < variant; sorted by name.
 
+    Of a method's and of a model's own values those for the run's mode go before the general ones.
+
     Sorted, because Snakemake takes another order of a parameter for a change.
     """
-    merged = base_hparams(config, run.model, run.method) | parse_variant(run.variant)
+    base = base_hparams(config, run.model, run.method, run.mode)
+    merged = base | parse_variant(run.variant)
     return dict(sorted(merged.items()))
 
 
@@ -276,10 +290,10 @@ def needs_moments(config: Mapping[str, Any], run: Run) -> bool:
 def moment_layers(config: Mapping[str, Any], model: str) -> list[int]:
     """Return the layers of a model whose second moments any configured method may read."""
     layers: set[int] = set()
-    for method in config["methods"]:
+    for method, mode in itertools.product(config["methods"], MODES):
         editor = editor_of(config, method)
         if editor in LOCATE_AND_EDIT:
-            hparams = LOCATE_AND_EDIT[editor] | base_hparams(config, model, method)
+            hparams = LOCATE_AND_EDIT[editor] | base_hparams(config, model, method, mode)
             layers |= {hparams["layer"]} if "layer" in hparams else set(hparams["layers"])
     return sorted(layers)
 

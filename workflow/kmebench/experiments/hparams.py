@@ -31,12 +31,12 @@ def check_hparams(config: Mapping[str, Any]) -> None:
 def _places(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Yield (key, method, hyper-parameters) of every place that sets some."""
     for method, spec in config["methods"].items():
-        yield f"methods.{method}.hparams", method, spec.get("hparams", {})
+        yield from _sections(f"methods.{method}.hparams", method, spec.get("hparams", {}))
     for model, spec in config["models"].items():
         for method, hparams in spec.get("hparams", {}).items():
             where = f"models.{model}.hparams"
             grid.check_name(method, config["methods"], "methods", where)
-            yield f"{where}.{method}", method, hparams
+            yield from _sections(f"{where}.{method}", method, hparams)
     for name, spec in config["experiments"].items():
         for parameter, values in spec.get("sweep", {}).items():
             for method in spec["methods"]:
@@ -47,6 +47,16 @@ def _places(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, 
             for side in "ab":
                 where = f"comparisons.{name}.pairs.{pair}.{side}.hparams"
                 yield where, sides[side]["method"], sides[side].get("hparams", {})
+
+
+def _sections(
+    where: str, method: str, hparams: Mapping[str, Any]
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yield what holds in every mode, then what holds in one."""
+    general, by_mode = grid.split_modes(hparams)
+    yield where, method, general
+    for mode, values in by_mode.items():
+        yield f"{where}.{mode}", method, values
 
 
 def _check(where: str, editor: str, hparams: Mapping[str, Any]) -> None:

@@ -51,10 +51,11 @@ def search_table(metrics: pd.DataFrame, candidates: Sequence[Mapping[str, Any]])
     return table.reset_index(drop=True)
 
 
-def tuned_config(table: pd.DataFrame) -> str:
+def tuned_config(table: pd.DataFrame, mode: str | None = None) -> str:
     """Return a config overlay with the chosen values of each model and method, as YAML.
 
-    The search itself stands above it as comments, what was chosen marked by ``>``.
+    The values hold in one ``mode`` alone, or in all. The search itself stands above it as
+    comments, what was chosen marked by ``>``.
     """
     lines = [
         "# Chosen on development splits: among those whose mean Score over data sets (percent) is",
@@ -74,5 +75,6 @@ def tuned_config(table: pd.DataFrame) -> str:
                 f"{row['steps']:.1f} steps  {swept}"
             )
         values = dict(rows.loc[taken, "values"])
-        chosen.setdefault(model, {"hparams": {}})["hparams"][method] = values
+        held = values if mode is None else {mode: values}
+        chosen.setdefault(model, {"hparams": {}})["hparams"][method] = held
     return "\n".join(lines) + "\n" + yaml.safe_dump({"models": chosen}, sort_keys=False)
