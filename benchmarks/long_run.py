@@ -81,7 +81,7 @@ def main() -> None:
     arguments = options.parse_args()
     model, config = build(arguments), read_config(arguments.config)
     name = arguments.architecture or arguments.model.name
-    hparams = hparams_of(config, name, arguments.method)
+    hparams = hparams_of(config, name, arguments.method, 1)
     if arguments.steps:
         hparams["steps"] = arguments.steps
     moments = Path(f"results/moments/{name}.safetensors")

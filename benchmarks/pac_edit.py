@@ -3,8 +3,10 @@
 python benchmarks/pac_edit.py [--architecture llama3-8b --device cuda --dtype bfloat16]
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from common import (
     build,
@@ -17,12 +19,10 @@ from common import (
     table,
     weight_bytes,
 )
-from dense_released import DenseReleased
+from editors import hparams_of
 
-from kmebench.editors.base import Editor
-from kmebench.editors.full_c import FullC, FullCHparams
-from kmebench.editors.pac import PAC, PACHparams
-from kmebench.editors.pac_released import PACReleased, PACReleasedHparams
+from kmebench.editors.base import Editor, build_editor
+from kmebench.experiments.configuration import read_config
 from kmebench.models.editable import EditableModel
 
 FORMATS = ("{:.0%}", "{:.3f}", "{:.0f}", "{:.2f}", "{:.2f}")
@@ -30,21 +30,24 @@ HEADER = ["editor", "requests", "steps", "learnt", "s/edit", "tokens/s", "peak (
 HEADER += ["peak / weights"]
 
 
-#: Learning rates chosen for SmolLM2 (config/tuned).
-RATES = {"pac": 3e-4, "pac-released": 1e-3, "full-c": 1e-4}
+#: Row -> (editor, method whose configured hyper-parameters it has, others that it has instead).
+ROWS = {
+    "PAC": ("pac", "pac", {}),
+    "PAC, learning rate 1e-3": ("pac", "pac", {"learning_rate": 1e-3}),
+    "PAC, learning rate 2e-3": ("pac", "pac", {"learning_rate": 2e-3}),
+    "PAC, released schedule": ("pac-released", "pac-released", {}),
+    "PAC, released schedule, dense": ("dense_released:DenseReleased", "pac-released", {}),
+    "Full-C": ("full-c", "full-c", {}),
+}
 
 
-def editors(steps: int | None) -> dict[str, Editor]:
-    """PAC as it is used (it stops when the fact is learnt), or with a fixed number of steps."""
-    fixed = {} if steps is None else {"steps": steps, "tolerance": 0.0}
-    released = PACReleasedHparams(learning_rate=RATES["pac-released"])
-    full_c = FullCHparams(learning_rate=RATES["full-c"], norm_constraint=None, **fixed)
-    return {
-        "PAC": PAC(PACHparams(trace_on="current", learning_rate=RATES["pac"], **fixed), {}),
-        "PAC, released schedule": PACReleased(released, {}),
-        "PAC, released schedule, dense": DenseReleased(released, {}),
-        "Full-C": FullC(full_c, {}),
-    }
+def build_row(row: str, model: str, size: int, steps: int | None) -> Editor:
+    """An editor that stops when the facts are learnt, or after a fixed number of steps."""
+    editor, method, other = ROWS[row]
+    hparams = hparams_of(read_config(Path("config.yaml")), model, method, size) | other
+    if steps is not None and method in ("pac", "full-c"):
+        hparams |= {"steps": steps, "tolerance": 0.0}
+    return build_editor(editor, hparams, {})
 
 
 @contextmanager
@@ -81,17 +84,16 @@ def measure(model: EditableModel, editor: Editor, size: int, repeats: int) -> tu
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--sizes", type=int, nargs="+", default=[1, 20])
-    options.add_argument("--editors", nargs="+", help="some of the rows (default: all)")
+    options.add_argument("--editors", nargs="+", choices=ROWS, help="some of the rows")
     options.add_argument("--steps", type=int, help="fixed steps of PAC and Full-C")
     arguments = options.parse_args()
     model = build(arguments)
+    name = arguments.architecture or arguments.model.name
     rows = []
-    for name, editor in editors(arguments.steps).items():
-        if arguments.editors and name not in arguments.editors:
-            continue
-        for size in arguments.sizes:
-            rows.append([name, *measure(model, editor, size, arguments.repeats)])
-            print(" ".join(rows[-1]), flush=True)
+    for row, size in itertools.product(arguments.editors or ROWS, arguments.sizes):
+        editor = build_row(row, name, size, arguments.steps)
+        rows.append([row, *measure(model, editor, size, arguments.repeats)])
+        print(" ".join(rows[-1]), flush=True)
     print(table(HEADER, rows))
 
 

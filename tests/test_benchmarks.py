@@ -53,7 +53,8 @@ def test_pac_edit_prints_a_row_for_every_editor_and_size(family, benchmark, caps
     benchmark("pac_edit", "--architecture", family, "--sizes", "1", "2", "--steps", "2")
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     named = [line.split("|")[1].strip() for line in table[2:]]
-    editors = ["PAC", "PAC, released schedule", "PAC, released schedule, dense", "Full-C"]
+    editors = ["PAC", "PAC, learning rate 1e-3", "PAC, learning rate 2e-3"]
+    editors += ["PAC, released schedule", "PAC, released schedule, dense", "Full-C"]
     assert named == [editor for editor in editors for _ in range(2)]
 
 

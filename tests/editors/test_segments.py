@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kmebench.editors import segments as segments_module
 from kmebench.editors.segments import TrainedSegments
 from kmebench.tracing.observe import observed
 from kmebench.weights.delta import Rows, WeightDelta
@@ -58,9 +59,12 @@ def test_bits_come_back_after_a_failure(make_model):
     assert all(torch.equal(before[n], p) for n, p in model.model.named_parameters())
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_dense_autograd(family, make_model):
+def test_gradients_are_those_of_dense_autograd(family, spread, make_model, monkeypatch):
     """Two requests, two kinds of loss: all rows' gradients, on the segments of either request."""
+    if spread:  # as if every parameter were on a device of its own
+        monkeypatch.setattr(segments_module, "group_key", id)
     model = make_model(family)
     ids = torch.randint(0, 50, (2, 7))
     kinds = [choices(model, 2, 4, 0), choices(model, 2, 3, 1)]
@@ -78,20 +82,32 @@ def test_gradients_are_those_of_dense_autograd(family, make_model):
                 logits = model.model(input_ids=ids[rows]).logits
                 (logits.square().mean(dim=(1, 2)).sum() * (number + 1)).backward()
     dense = _dense_gradients(model, ids)
-    weights, biases = segments.parameters()[:2], segments.parameters()[2:]
-    assert bool(biases) == (family != "llama")
-    for tensors, is_bias in ((weights, False), (biases, True)):
-        for number, change in enumerate(tensors):
-            expected = [
-                dense[projection.bias_name if is_bias else projection.weight_name]
-                .movedim(0 if is_bias else projection.axis, 0)[
-                    kinds[number][:, layer, matrix].unique()
-                ]
-                .mul(number + 1)
-                for layer, matrix, projection in _projections(model)
-                if not is_bias or matrix == 0
-            ]
-            torch.testing.assert_close(change.grad, torch.cat(expected), rtol=1e-9, atol=1e-12)
+    expected = {
+        name: [
+            dense[name].movedim(axis, 0)[kind.unique()] * (n + 1) for n, kind in enumerate(chosen)
+        ]
+        for name, axis, chosen in _trained(model, kinds)
+    }
+    groups = [list(expected)]
+    if spread:
+        groups = [[name] for name in expected]
+    elif family != "llama":
+        groups = [[n for n in expected if dense[n].dim() == dim] for dim in (2, 1)]
+    changes = iter(segments.parameters())
+    for names in groups:
+        for number in range(2):
+            gradient = torch.cat([expected[name][number] for name in names]) * (number + 1)
+            torch.testing.assert_close(next(changes).grad, gradient, rtol=1e-9, atol=1e-12)
+    assert next(changes, None) is None
+
+
+def _trained(model, kinds):
+    """(name, axis, segments [R, N] of each kind) of every trained parameter."""
+    for layer, matrix, projection in _projections(model):
+        chosen = [kind[:, layer, matrix] for kind in kinds]
+        yield projection.weight_name, projection.axis, chosen
+        if matrix == 0 and projection.bias_name:
+            yield projection.bias_name, 0, chosen
 
 
 def _projections(model):

@@ -7,8 +7,9 @@ size exists.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,31 +60,34 @@ class LiveSegments:
         return kind.summed(self.index, change[: len(self.index)])
 
 
+class _Chosen(NamedTuple):
+    """A parameter, and which of its segments each kind of loss moves (distinct, ascending)."""
+
+    name: str
+    axis: int
+    by_kind: list[Tensor]
+
+
 class _Group:
-    """What is trained of parameters with segments of one shape: all weights, or all key biases.
+    """What is trained of parameters with segments of one shape, on one device.
 
     ``lives[p]`` holds the segments of parameter ``p`` that any kind of loss moves, and the part
     ``spans[p]`` of ``start`` [n, ...] their masters before the edit. ``kinds`` says how far each
     kind has moved its own. One tensor for all layers: small operations cost more than their bytes.
     """
 
-    def __init__(
-        self,
-        model: EditableModel,
-        parameters: Mapping[tuple[str, int], Sequence[Tensor]],
-    ) -> None:
+    def __init__(self, model: EditableModel, parameters: Sequence[_Chosen]) -> None:
         self.lives = []
-        for (name, axis), chosen in parameters.items():
-            index = torch.cat(list(chosen)).unique()
-            live = LiveSegments(model, name, axis, len(index))
-            live.begin(index)
-            self.lives.append(live)
+        for name, axis, by_kind in parameters:
+            index = torch.cat(by_kind).unique()
+            self.lives.append(LiveSegments(model, name, axis, len(index)))
+            self.lives[-1].begin(index)
         self.start = torch.cat([live.start for live in self.lives])
         self.spans = _spans([len(live.index) for live in self.lives])
         for live, span in zip(self.lives, self.spans, strict=True):
             live.start = self.start[span]  # one copy is enough
-        of_kinds = zip(*parameters.values(), strict=True)
-        self.kinds = [_Moved(self, [index.unique() for index in chosen]) for chosen in of_kinds]
+        by_kind = zip(*(parameter.by_kind for parameter in parameters), strict=True)
+        self.kinds = [_Moved(self, chosen) for chosen in by_kind]
 
     def masters(self) -> Tensor:
         """Return the segments as they are by now, [n, ...]."""
@@ -108,8 +112,8 @@ class _Group:
 class _Moved:
     """How far one kind of loss has moved its segments of a group.
 
-    The part ``spans[p]`` of ``change`` [m, ...] belongs to the distinct segments ``chosen[p]`` of
-    parameter ``p``; ``places`` [m] finds them in the group. ``change`` has a gradient.
+    The part ``spans[p]`` of ``change`` [m, ...] belongs to the segments ``chosen[p]`` of parameter
+    ``p``; ``places`` [m] finds them in the group. ``change`` has a gradient.
     """
 
     def __init__(self, group: _Group, chosen: Sequence[Tensor]) -> None:
@@ -129,6 +133,11 @@ def _spans(sizes: Sequence[int]) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
+def group_key(weight: Tensor) -> Hashable:
+    """What parameters of one group have in common."""
+    return weight.device, weight.dim()
+
+
 class TrainedSegments:
     """The segments that some requests move together, for each of several kinds of loss.
 
@@ -137,23 +146,28 @@ class TrainedSegments:
     """
 
     def __init__(self, model: EditableModel, choices: Sequence[Tensor]) -> None:
-        weights, biases = {}, {}  # of keys, where the family has them
+        members: dict[Hashable, list[_Chosen]] = {}
+
+        def join(name: str, axis: int, chosen: list[Tensor]) -> tuple[Hashable, int]:
+            weight = model.parameter(name)
+            group = members.setdefault(group_key(weight), [])
+            group.append(_Chosen(name, axis, [index.to(weight.device) for index in chosen]))
+            return group_key(weight), len(group) - 1
+
+        self._weights: dict[tuple[int, int], tuple[Hashable, int]] = {}  # group, place in it
+        self._biases: dict[int, tuple[Hashable, int]] = {}  # of keys, where the family has them
         for layer, ffn in enumerate(model.ffn):
             for matrix, projection in ((KEY, ffn.key), (VALUE, ffn.value)):
-                chosen = [kind[:, layer, matrix].flatten().to(model.device) for kind in choices]
-                weights[projection.weight_name, projection.axis] = chosen
+                chosen = [kind[:, layer, matrix].unique() for kind in choices]
+                place = join(projection.weight_name, projection.axis, chosen)
+                self._weights[layer, matrix] = place
                 if matrix == KEY and projection.bias_name is not None:
-                    biases[projection.bias_name, 0] = chosen
-        self._weights = _Group(model, weights)
-        self._biases = _Group(model, biases) if biases else None
-
-    @property
-    def _groups(self) -> list[_Group]:
-        return [self._weights] if self._biases is None else [self._weights, self._biases]
+                    self._biases[layer] = join(projection.bias_name, 0, chosen)
+        self._groups = {key: _Group(model, group) for key, group in members.items()}
 
     def parameters(self) -> list[Tensor]:
         """The trainable tensors, with gradients."""
-        return [kind.change for group in self._groups for kind in group.kinds]
+        return [kind.change for group in self._groups.values() for kind in group.kinds]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -162,12 +176,12 @@ class TrainedSegments:
         try:
             yield
         finally:
-            for live in (live for group in self._groups for live in group.lives):
+            for live in (live for group in self._groups.values() for live in group.lives):
                 live.restore()
 
     def write(self) -> None:
         """Bring the live weights up to date."""
-        for group in self._groups:
+        for group in self._groups.values():
             group.write()
 
     def add_gradient(
@@ -178,14 +192,16 @@ class TrainedSegments:
         ``residual`` [b, T, D] and ``inner`` [b, T, M] are what
         :func:`kmebench.tracing.observe.observed` gives.
         """
-        moved = self._weights.kinds[kind]
-        parameter = 2 * layer + matrix
-        inner = inner.flatten(0, 1).index_select(1, moved.chosen[parameter])
-        inner, residual = at_least_float32(inner), at_least_float32(residual.flatten(0, 1))
-        moved.gradient(parameter).addmm_(inner.T, residual)
-        if matrix == KEY and self._biases is not None:
-            self._biases.kinds[kind].gradient(layer).add_(inner.sum(dim=0))
+        group, place = self._weights[layer, matrix]
+        moved = self._groups[group].kinds[kind]
+        inner = at_least_float32(inner.flatten(0, 1).index_select(1, moved.chosen[place]))
+        residual = at_least_float32(residual.flatten(0, 1))
+        moved.gradient(place).addmm_(inner.T, residual)
+        if matrix == KEY and layer in self._biases:
+            group, place = self._biases[layer]
+            self._groups[group].kinds[kind].gradient(place).add_(inner.sum(dim=0))
 
     def delta(self) -> WeightDelta:
         """Return what the segments have become as a delta of the model's weights."""
-        return WeightDelta({k: v for group in self._groups for k, v in group.parts().items()})
+        parts = [group.parts() for group in self._groups.values()]
+        return WeightDelta({name: part for each in parts for name, part in each.items()})
