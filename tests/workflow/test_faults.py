@@ -1,6 +1,7 @@
 """What goes wrong on real machines: killed jobs, damaged caches, two commands in one folder."""
 
 import os
+import signal
 import subprocess
 import time
 
@@ -144,9 +145,11 @@ def test_a_second_command_in_the_same_folder_is_refused(copy_of_finished):
         assert first.poll() is None, "the first command ended before the second could begin"
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # so that it cannot end before the second has begun
     output = copy_of_finished.run(
         f"{RUN}/timing.json", "--forcerun", "edit_consecutive", check=False
     )
+    first.send_signal(signal.SIGCONT)
     assert "cannot be locked" in output
     assert first.wait(timeout=120) == 0
     assert (copy_of_finished.folder / f"{RUN}/predictions.parquet").exists()
