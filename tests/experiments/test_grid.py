@@ -99,6 +99,10 @@ def test_values_of_the_runs_mode_go_before_general_ones_and_the_models_before_th
     assert (tuning.mode, grid.hparams_of(config, tuning)) == ("batch", expected)
     consecutive = grid.runs_of(config, "main")[1]
     assert grid.hparams_of(config, consecutive) == {"learning_rate": 2e-3, "steps": 7}
+    config["methods"]["pac"]["hparams"]["batch"] = None
+    check_config(config, SCHEMA)
+    expected = {"learning_rate": 2e-3, "steps": 7, "tolerance": 0.1}
+    assert grid.hparams_of(config, tuning) == expected
 
 
 def test_a_swept_value_equal_to_that_of_the_mode_is_the_default_run(config):

@@ -89,22 +89,22 @@ class _Group:
         by_kind = zip(*(parameter.by_kind for parameter in parameters), strict=True)
         self.kinds = [_Moved(self, chosen) for chosen in by_kind]
 
-    def masters(self) -> Tensor:
-        """Return the segments as they are by now, [n, ...]."""
-        masters = self.start.clone()
+    def change(self) -> Tensor:
+        """Sum the changes over the kinds of losses, [n, ...]."""
+        total = torch.zeros_like(self.start)
         for kind in self.kinds:
-            masters.index_add_(0, kind.places, kind.change)
-        return masters
+            total.index_add_(0, kind.places, kind.change)
+        return total
 
     def write(self) -> None:
         """Bring the live weights up to date."""
-        masters = self.masters()
+        masters = self.start + self.change()
         for live, span in zip(self.lives, self.spans, strict=True):
             live.write(masters[span])
 
     def parts(self) -> dict[str, Part]:
         """Return the changes by parameter."""
-        change = self.masters() - self.start
+        change = self.change()
         pairs = zip(self.lives, self.spans, strict=True)
         return {live.name: live.part(change[span]) for live, span in pairs}
 

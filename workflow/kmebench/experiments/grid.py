@@ -226,7 +226,7 @@ def base_hparams(config: Mapping[str, Any], model: str, method: str, mode: str) 
 def split_modes(section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Split what a config sets for a method: for all modes, and by mode."""
     general = {key: value for key, value in section.items() if key not in MODES}
-    return general, {key: dict(section[key]) for key in MODES if key in section}
+    return general, {key: dict(section[key] or {}) for key in MODES if key in section}
 
 
 def hparams_of(config: Mapping[str, Any], run: Run) -> dict[str, Any]:
