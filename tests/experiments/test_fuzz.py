@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from kmebench.errors import ConfigError
@@ -77,6 +77,7 @@ def test_any_config_is_taken_or_refused_in_one_sentence(path, value, key):
 
 @pytest.mark.parametrize("section", ["models", "datasets", "methods", "experiments", "tables"])
 @given(name=st.text(min_size=1, max_size=12))
+@example(name="0\n")  # Python's $ also matches before a last newline
 @settings(max_examples=30, deadline=None)
 def test_a_name_is_small_letters_digits_points_and_hyphens(section, name):
     config = copy.deepcopy(CONFIG)
