@@ -1,5 +1,6 @@
 """The command line on a model that knows its facts."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kmebench import fact_commands
 from kmebench.cli import main
 from kmebench.editors.base import Editor, build_editor
+from kmebench.experiments.configuration import read_checked_config
 from kmebench.models.editable import EditableModel
 from kmebench.models.sources import save_model
 from kmebench.moments.store import write_moments
@@ -68,6 +71,15 @@ def test_edit_equals_the_editor(folder, tmp_path, capital_requests):
     saved = AutoModelForCausalLM.from_pretrained(out).state_dict()
     for name, parameter in model.model.named_parameters():
         torch.testing.assert_close(saved[name], parameter.detach(), rtol=0, atol=1e-6)
+
+
+def test_one_fact_is_edited_with_the_values_of_consecutive_editing():
+    config = read_checked_config(Path("config.yaml"))
+    tuned = config["models"]["smollm2-135m"]["hparams"]["pac"]
+    assert tuned["batch"]["learning_rate"] != tuned["learning_rate"]
+    arguments = argparse.Namespace(method="pac", model="smollm2-135m", set=[], moments=None)
+    editor = fact_commands._editor(arguments, config)
+    assert editor.hparams.learning_rate == tuned["learning_rate"]
 
 
 def test_edit_reads_second_moments_from_a_file(folder, tmp_path, capsys):

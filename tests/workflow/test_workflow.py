@@ -10,6 +10,7 @@ import time
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from kmebench.weights.delta import WeightDelta
 
@@ -146,6 +147,7 @@ def test_tuning_takes_the_development_split(finished):
         experiments={
             "tune": {
                 "mode": "consecutive",
+                "tunes": "mode",
                 "models": ["tiny-gptj"],
                 "datasets": ["openfacts-zsre.development"],
                 "methods": ["pac"],
@@ -155,8 +157,10 @@ def test_tuning_takes_the_development_split(finished):
         tables={"tune": {"title": "Tuning", "experiment": "tune", "protocol": "token"}},
         datasets={"openfacts-zsre": {"development": 10}},
     )
-    wanted = "results/tables/tune.md"
-    finished.run(wanted, configs=("config/ci.yaml", tuning))
+    chosen = "results/tuning/tune.yaml"
+    finished.run("results/tables/tune.md", chosen, configs=("config/ci.yaml", tuning))
+    section = yaml.safe_load((finished.folder / chosen).read_text())["models"]["tiny-gptj"]
+    assert section["hparams"]["pac"]["consecutive"]["learning_rate"] in (0.001, 0.002)
     table = pd.read_csv(finished.folder / "results/tables/tune.csv")
     assert table["variant"].tolist() == [
         "default",  # the original model
