@@ -39,18 +39,21 @@ def test_texts_are_sampled_one_by_one_from_the_five_best_tokens(family, make_mod
         "decode",
         lambda ids, **kw: (spoken.append(list(ids)), decode(ids, **kw))[1],
     )
-    sample_contexts(model, ((4, 7),), seed=3)
+    sample_contexts(model, ((6, 7),), seed=3)
     monkeypatch.undo()
     rows = [model.tokenizer(STARTS[i % 5])["input_ids"] for i in range(7)]
+    sizes = [max(6, len(row)) for row in rows]
+    assert len({len(row) for row in rows}) > 1  # first words of one token and of several
     generator = torch.Generator().manual_seed(3)
-    for _ in range(4):
-        logits = [model.model(torch.tensor([row])).logits[0, -1] for row in rows]
+    while short := [row for row in rows if len(row) < 6]:
+        logits = [model.model(torch.tensor([row])).logits[0, -1] for row in short]
         best = torch.stack(logits).sort(descending=True)
         chances = best.values[:, :5].exp() / best.values[:, :5].exp().sum(dim=1, keepdim=True)
         draws = torch.multinomial(chances, 1, generator=generator)
-        for row, ranked, draw in zip(rows, best.indices.tolist(), draws.tolist(), strict=True):
+        for row, ranked, draw in zip(short, best.indices.tolist(), draws.tolist(), strict=True):
             row.append(ranked[draw[0]])
     assert spoken == rows
+    assert [len(row) for row in rows] == sizes  # the first word counts, as released
 
 
 def test_the_seed_decides_and_the_global_generator_does_not(make_model):

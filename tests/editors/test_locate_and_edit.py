@@ -1,6 +1,7 @@
 """ROME, MEMIT and their family against literal dense computations, in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,6 +106,7 @@ def literal(name, model, requests, moments, solve):
     site = "attention-value" if name == "pmet" else "layer"
     targets = optimise_targets(model, requests, groups, settings(name, LAYERS[-1], site), name)
     last = LAYERS[-1]
+    before = {layer: dense_w2(model, layer).clone() for layer in LAYERS}
     where = model.ffn[last].value.module if name == "pmet" else model.layers[last]
     for done, layer in enumerate(LAYERS):
         module = model.ffn[layer].value.module
@@ -114,7 +116,13 @@ def literal(name, model, requests, moments, solve):
         residual = (targets.values.T - current) / (math.sqrt(left) if name == "pmet" else left)
         weight = dense_w2(model, layer)
         weight += solve(layer, residual, keys, weight)
-    return {layer: dense_w2(model, layer).clone() for layer in LAYERS}
+    edited = {layer: dense_w2(model, layer).clone() for layer in LAYERS}
+    if name == "rect":  # once, when all layers are solved
+        for layer, weight in before.items():
+            delta = edited[layer] - weight
+            relative = (delta / (weight + 1e-8)).abs()
+            edited[layer] = weight + torch.where(relative >= relative.quantile(0.6), delta, 0.0)
+    return edited
 
 
 def solver(name, moments, earlier):
@@ -128,13 +136,10 @@ def solver(name, moments, earlier):
 
     def emmet(layer, residual, keys, weight):
         inverse = torch.linalg.inv(20.0 * moments[1][layer])
-        gram = keys.T @ inverse @ keys + 0.05 * torch.eye(keys.shape[1], dtype=keys.dtype)
+        gram = keys.T @ inverse @ keys
+        if keys.shape[1] > 1:
+            gram += 0.05 * torch.eye(keys.shape[1], dtype=keys.dtype)
         return residual @ torch.linalg.inv(gram) @ keys.T @ inverse
-
-    def rect(layer, residual, keys, weight):
-        delta = memit(layer, residual, keys, weight)
-        relative = (delta / (weight + 1e-8)).abs()
-        return torch.where(relative >= relative.quantile(0.6), delta, 0.0)
 
     def alphaedit(layer, residual, keys, weight):
         values, vectors = torch.linalg.eigh(moments[1][layer])
@@ -144,7 +149,7 @@ def solver(name, moments, earlier):
         earlier.setdefault(layer, []).append(keys)
         return torch.linalg.solve(left, projector @ keys @ residual.T).T
 
-    return {"pmet": memit, "prune": memit}.get(name) or locals()[name]
+    return {"emmet": emmet, "alphaedit": alphaedit}.get(name, memit)
 
 
 CHOICES = {
@@ -169,6 +174,39 @@ def test_every_layer_learns_its_share_as_defined(family, name, make_model, reque
     model.apply(delta)
     for layer in LAYERS:
         torch.testing.assert_close(dense_w2(model, layer), expected[layer], rtol=1e-8, atol=1e-9)
+
+
+def test_emmets_epsilon_is_for_two_requests_or_more_unless_asked_for(make_model, requests, moments):
+    model, request = make_model("llama"), requests[:1]
+    wanted = literal("emmet", make_model("llama"), request, moments, solver("emmet", moments, {}))
+    choices = {"layers": LAYERS} | CHOICES["emmet"]
+    alone = editor_of("emmet", moments, **choices).edit(model, request)
+    damped = editor_of("emmet", moments, epsilon_single=True, **choices).edit(model, request)
+    first = model.ffn[LAYERS[0]].value.weight_name
+    shape = model.ffn[LAYERS[0]].value.weight.shape
+    # In the first layer the keys and residuals of both are the same: 1 / D against 1 / (D + ε).
+    key = mean_at_subject(
+        model,
+        request[0],
+        model.ffn[LAYERS[0]].value.module,
+        sample_contexts(model, MEMIT_LENGTHS, seed=0),
+    )[0]
+    d = key @ torch.linalg.solve(20.0 * moments[1][LAYERS[0]], key)
+    torch.testing.assert_close(
+        damped[first].dense(shape) * (d + 0.05) / d, alone[first].dense(shape)
+    )
+    model.apply(alone)
+    for layer in LAYERS:
+        torch.testing.assert_close(dense_w2(model, layer), wanted[layer], rtol=1e-8, atol=1e-9)
+
+
+def test_emmet_names_the_two_requests_whose_keys_are_the_same(make_model, requests, moments):
+    same = replace(requests[1], case_id="again", target_new="Rome")
+    editor = editor_of("emmet", moments, layers=(1,), epsilon=0.0)
+    with pytest.raises(
+        EditError, match=r"^emmet: layer 1, requests 'b' and 'again': .*dependent.*set epsilon"
+    ):
+        editor.edit(make_model("llama"), [*requests, same])
 
 
 @pytest.mark.parametrize("name", ["memit", "alphaedit"])

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
+from kmebench.editors.target_rows import TargetRows
 from kmebench.editors.targets import TargetSettings, optimise_targets
 from kmebench.errors import EditError
 from kmebench.models.encoding import SubjectText, encode_subjects
@@ -65,10 +66,10 @@ def forward(model, item, changes):
 class Plain(NamedTuple):
     values: torch.Tensor
     start: torch.Tensor
-    losses: list[float]  # before each step
-    steps: int
+    losses: list[float]  # of each pass
+    steps: int  # updates
     clamped: bool  # the ball was touched
-    was_cut: bool  # PMET's share of the target loss went down
+    shares: list[float]  # PMET's of the target loss, of each pass
 
 
 def plain_targets(model, request, settings, contexts=CONTEXTS) -> Plain:
@@ -86,32 +87,34 @@ def plain_targets(model, request, settings, contexts=CONTEXTS) -> Plain:
     modules = modules_of(model, settings)
     _, seen = forward(model, prompts[0], [(m, None) for m in modules])
     start = [seen[m] for m in modules]
-    log_p0 = forward(model, kl_prompt, [])[0][-1].log_softmax(dim=-1)
+    place = kl_prompt.subject_last if settings.kl_position == "subject_last" else -1
+    log_p0 = forward(model, kl_prompt, [])[0][place].log_softmax(dim=-1)
     deltas = [torch.zeros_like(h, requires_grad=True) for h in start]
     adam = torch.optim.Adam(deltas, lr=settings.learning_rate)
-    losses, steps, clamped, share, was_cut = [], 0, False, 1.0, False
-    for _ in range(settings.steps):
+    losses, steps, clamped, share, shares = [], 0, False, 1.0, []
+    for step in range(settings.steps):
         changes = list(zip(modules, deltas, strict=True))
-        nll = 0
+        nll, said = 0, True
         for item in prompts:
             logits = forward(model, item, changes)[0]
             answers = logits[len(item.ids) - item.n_target - 1 : -1]
             nll = nll + cross_entropy(answers, torch.tensor(item.target_ids)) / len(prompts)
-        log_p = forward(model, kl_prompt, changes)[0][-1].log_softmax(dim=-1)
-        kl = kl_div(log_p, log_p0, log_target=True, reduction="sum")
+            said &= answers.argmax(dim=-1).tolist() == list(item.target_ids)
+        log_p = forward(model, kl_prompt, changes)[0][place].log_softmax(dim=-1)
+        kl = (log_p.exp() * (log_p - log_p0)).sum()  # KL(edited ‖ original): Meng et al., eq. 4b
         loss = share * nll + settings.kl_factor * kl
         for delta, h in zip(deltas, start, strict=True):
             loss = loss + settings.weight_decay * delta.norm() / h.norm() ** 2
         losses.append(loss.item())
-        if settings.site != "attention-value":
-            if loss < settings.stop_loss:
+        shares.append(share)
+        if loss < settings.stop_loss:
+            break
+        if settings.site == "attention-value":
+            share = 0.1 if said else 1.0
+            if said and settings.kl_factor * kl <= 0.01:
                 break
-        elif kl <= 0.01:
-            if loss < settings.stop_loss:
-                break
-            share = 1.0
-        elif loss < settings.stop_loss:
-            share, was_cut = 0.1, True
+        if step == settings.steps - 1:
+            break
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -122,7 +125,7 @@ def plain_targets(model, request, settings, contexts=CONTEXTS) -> Plain:
                     delta *= settings.clamp_factor * h.norm() / delta.norm()
                     clamped = True
     values = (start[0] + deltas[0]).detach()
-    return Plain(values, start[0], losses, steps, clamped, was_cut)
+    return Plain(values, start[0], losses, steps, clamped, shares)
 
 
 def between(losses):
@@ -139,9 +142,10 @@ def compare(model, requests, settings, contexts=CONTEXTS):
         plain = plain_targets(model, request, settings, contexts)
         mine = got.losses[:, i][got.losses[:, i].isfinite()]
         losses = torch.tensor(plain.losses, dtype=mine.dtype)
-        torch.testing.assert_close(mine, losses, rtol=1e-9, atol=1e-9)
+        # Adam makes the rounding of gradients near zero larger.
+        torch.testing.assert_close(mine, losses, rtol=1e-7, atol=1e-7)
         torch.testing.assert_close(got.start[i], plain.start, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(got.values[i], plain.values, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(got.values[i], plain.values, rtol=1e-7, atol=1e-7)
         assert int(got.steps[i]) == plain.steps
         everything.append(plain)
     return got, everything
@@ -203,23 +207,103 @@ def test_kl_holds_what_is_said_after_the_subject(kl_factor, make_model, requests
     compare(model, requests, replace(SETTINGS, kl_factor=kl_factor, weight_decay=0.0))
 
 
+#: Where the subject ends the prompt a random model can be brought to say anything.
+PMET = replace(
+    SETTINGS,
+    site="attention-value",
+    steps=25,
+    learning_rate=1.0,
+    weight_decay=1e-3,
+    clamp_factor=1e4,
+    stop_loss=0.0,
+)
+REACHABLE = [EditRequest("e", "Japan", "The capital of {}", "Paris")]
+
+
+@pytest.mark.parametrize(("family", "kl_factor"), [("gptj", 0.3), ("llama", 3.0), ("gpt2", 3.0)])
+def test_pmet_cuts_the_target_loss_after_every_context_has_said_the_target(
+    family, kl_factor, make_model
+):
+    """With a large κ the KL stays above its bound; the share goes down, and up again."""
+    settings = replace(PMET, kl_factor=kl_factor)
+    _, (plain,) = compare(make_model(family), REACHABLE, settings, CONTEXTS[:2])
+    assert set(plain.shares) == {0.1, 1.0}
+    assert 1.0 in plain.shares[plain.shares.index(0.1) :]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pmet_goes_on_at_a_tenth_of_the_loss_until_kl_is_small(family, make_model, requests):
-    model = make_model(family)
-    settings = replace(
-        SETTINGS, site="attention-value", steps=15, kl_factor=0.01, learning_rate=0.8
-    )
-    losses = optimise_targets(model, requests, CONTEXTS, settings, "pmet").losses
-    settings = replace(settings, stop_loss=between(losses[4]))
-    _, plain = compare(model, requests, settings)
-    assert any(p.was_cut for p in plain)
+def test_pmet_ends_once_the_target_is_said_and_kl_is_small(family, make_model):
+    settings = replace(PMET, kl_factor=1e-4)
+    got, (plain,) = compare(make_model(family), REACHABLE, settings, CONTEXTS[:2])
+    assert len(plain.losses) < 10
+    assert got.losses[len(plain.losses) - 1] > 0.05  # far from learnt by the loss
+
+
+@pytest.mark.parametrize("kl_factor", [0.6, 5.0])
+def test_pmet_ends_below_the_loss_whatever_kl_is(kl_factor, make_model):
+    model, settings = make_model("llama"), replace(PMET, kl_factor=kl_factor)
+    losses = optimise_targets(model, REACHABLE, CONTEXTS[:2], settings, "pmet").losses[:, 0]
+    settings = replace(settings, stop_loss=float(losses[5]) + 1e-6)
+    compare(model, REACHABLE, settings, CONTEXTS[:2])
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_first_gradient_of_kl_is_that_of_the_edited_distribution_first(
+    site, make_model, requests
+):
+    """KL alone, from a δ of the first step on: Σ p_δ (log p_δ − log p0), not the reverse."""
+    settings = replace(SETTINGS, site=site, kl_factor=1e4, steps=3, weight_decay=0.0)
+    model = make_model("llama")
+    for position in ("subject_last", "prompt_last"):
+        compare(model, requests, replace(settings, kl_position=position))
+
+
+def test_the_kl_of_a_distribution_made_by_hand(make_model, requests):
+    """log p0 is put in by hand, so value and gradient are known in closed form."""
+    model, request = make_model("llama"), requests[0]
+    texts = [
+        SubjectText("", request.prompt, request.subject, request.target_new),
+        SubjectText("", "{} is a", request.subject, None),
+    ]
+    encoded = model.encode_subjects(texts)
+    rows = TargetRows.of(model, [encoded], 1, "layer")
+    size = model.model.config.vocab_size
+    p0 = torch.arange(1, size + 1, dtype=torch.float64)
+    p0 /= p0.sum()
+    rows.log_p0 = p0.log()[None]
+    delta = torch.full((1, 1, 16), 0.1, dtype=torch.float64, requires_grad=True)
+    kl = rows.losses(delta).kl
+    (gradient,) = torch.autograd.grad(kl, delta)
+
+    again = delta.detach().clone().requires_grad_()
+    logits = forward(model, encoded[1], [(model.layers[1], again[0, 0])])[0][-1]
+    p = logits.softmax(dim=-1)
+    torch.testing.assert_close(kl[0], (p * (p / p0).log()).sum())
+    # d KL / d logit_i = p_i (log(p_i / p0_i) − KL)
+    slope = p * ((p / p0).log() - (p * (p / p0).log()).sum())
+    (expected,) = torch.autograd.grad(logits, again, slope.detach())
+    torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_steps_are_forward_passes_and_one_pass_changes_nothing(site, make_model, requests):
+    model = make_model("gptj")
+    once = optimise_targets(model, requests, CONTEXTS, replace(SETTINGS, site=site, steps=1), "m")
+    assert torch.equal(once.values, once.start)
+    assert once.losses.isfinite().all()
+    thrice = optimise_targets(model, requests, CONTEXTS, replace(SETTINGS, site=site, steps=3), "m")
+    assert thrice.steps.tolist() == [2, 2, 2]
+    assert thrice.losses.isfinite().all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("site", SITES)
 def test_the_lowest_and_the_highest_layer_can_be_edited(family, layer, site, make_model, requests):
-    compare(make_model(family), requests, replace(SETTINGS, layer=layer, site=site, steps=3))
+    # In the highest layer no δ reaches what is said after the subject, and KL there has no slope
+    # at first: Adam would make steps of the rounding of zero.
+    above = {"site": site, "steps": 3, "kl_position": "prompt_last"}
+    compare(make_model(family), requests, replace(SETTINGS, **above, layer=layer))
 
 
 def test_the_batch_does_not_matter(make_model, varied):
@@ -287,6 +371,6 @@ def test_a_loss_that_is_no_number_names_editor_request_and_layer(make_model, req
 
 
 def test_a_delta_that_is_no_number_is_refused(make_model, requests):
-    model, settings = make_model("gptj"), replace(SETTINGS, learning_rate=float("inf"), steps=1)
+    model, settings = make_model("gptj"), replace(SETTINGS, learning_rate=float("inf"), steps=2)
     with pytest.raises(EditError, match=r"rome: .* 'a' at layer 1 .* \(now inf\)"):
         optimise_targets(model, requests[:1], CONTEXTS, settings, "rome")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kmebench.editors.updates import (
+    DependentKeysError,
     alphaedit_update,
     emmet_update,
     largest_relative,
@@ -89,11 +90,24 @@ def test_emmets_epsilon_damps_the_gram_matrix(given):
     close(u @ v, residual @ torch.linalg.inv(gram) @ keys.T @ inverse)
 
 
-def test_emmet_refuses_dependent_keys(given):
+@pytest.mark.parametrize("gap", [0.0, 1e-9, 1e-7, 1e-5])
+@pytest.mark.parametrize("length", [1.0, 1e-3])
+def test_emmet_refuses_keys_that_are_nearly_the_same_whatever_their_length(given, gap, length):
+    """Two keys equal up to 1e-7 used to pass, with a change of norm 7e6."""
     keys = given["keys"].clone()
-    keys[:, 1] = 0
-    with pytest.raises(EditError, match="linearly dependent"):
-        emmet_update(given["residual"], keys, moment_factor(given["moment"], 1.0), 0.0)
+    keys[:, 2] = length * (keys[:, 0] + gap * keys[:, 2])
+    factor = moment_factor(given["moment"], 1.0)
+    with pytest.raises(DependentKeysError, match=r"dependent.*condition number.*epsilon") as caught:
+        emmet_update(given["residual"], keys, factor, 0.0)
+    assert caught.value.pair == (0, 2)
+    assert all(f.isfinite().all() for f in emmet_update(given["residual"], keys, factor, 0.1))
+
+
+def test_emmet_takes_keys_that_differ_by_a_hundredth(given):
+    keys = given["keys"].clone()
+    keys[:, 2] = keys[:, 0] + 0.01 * keys[:, 2]
+    u, v = emmet_update(given["residual"], keys, moment_factor(given["moment"], 1.0), 0.0)
+    torch.testing.assert_close(u @ v @ keys, given["residual"], rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("n_earlier", [0, 4])

@@ -273,7 +273,7 @@ def test_batches_share_targets_where_layer_and_loss_agree():
     memit = target("memit")
     assert memit == (
         "site=layer+layer=8+steps=25+learning_rate=0.5+kl_factor=0.0625+weight_decay=0.001+"
-        "clamp_factor=4.0"
+        "clamp_factor=4.0+kl_position=subject_last"
     )
     assert grid.parse_variant(memit)["layer"] == 8
     assert target("memit", variant="clamp_factor=4") == memit

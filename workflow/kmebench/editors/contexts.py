@@ -18,7 +18,7 @@ from kmebench.models.encoding import Encoded, SubjectText
 #: Groups of templates that end in the slot of the prompt; the first group is the bare prompt.
 Contexts = tuple[tuple[str, ...], ...]
 
-#: (tokens to sample, number of texts) of each group.
+#: (tokens of a text, number of texts) of each group; as released, its first word counts.
 ROME_LENGTHS = ((5, 10), (10, 10))
 MEMIT_LENGTHS = ((10, 5),)
 
@@ -34,8 +34,8 @@ def sample_contexts(
 ) -> Contexts:
     """Sample texts by top-k sampling, k = 5.
 
-    ``lengths`` gives (tokens, texts) of each group: every text is one of :data:`STARTS` and so
-    many sampled tokens. The generator is its own; the global one is left alone. Returns
+    ``lengths`` gives (tokens, texts) of each group: every text is one of :data:`STARTS` and sampled
+    tokens, so many in all. The generator is its own; the global one is left alone. Returns
     ``(("{}",), ("The text. {}", ...), ...)``.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -53,13 +53,13 @@ def _sample_texts(
     starts = [STARTS[i % len(STARTS)] for i in range(n_texts)]
     encoded = model.encode_subjects([SubjectText("", SLOT, start, None) for start in starts])
     rows = [item.ids for item in encoded]
-    for _ in range(n_tokens):
+    while short := [i for i, row in enumerate(rows) if len(row) < n_tokens]:
         # The padding stands for the token to predict; causal attention keeps it from being read.
-        batch = model.collate([Encoded((*row, model.pad_id), n_target=1) for row in rows])
+        batch = model.collate([Encoded((*rows[i], model.pad_id), n_target=1) for i in short])
         best = model.answer_logits(batch).cpu().topk(TOP_K)
         choice = best.values.softmax(dim=-1).multinomial(1, generator=generator)
-        sampled = best.indices.gather(1, choice).flatten().tolist()
-        rows = [(*row, token) for row, token in zip(rows, sampled, strict=True)]
+        for i, token in zip(short, best.indices.gather(1, choice).flatten().tolist(), strict=True):
+            rows[i] = (*rows[i], token)
     for row in rows:
         yield model.tokenizer.decode(
             row, skip_special_tokens=True, clean_up_tokenization_spaces=False

@@ -1,8 +1,8 @@
 """EMMET (Gupta et al. 2024, "A unified framework for model editing").
 
 MEMIT with equality constraints: minimise tr(Δ C0 Δᵀ) subject to (W + Δ) K = W K + R, so
-Δ = R (Kᵀ C0⁻¹ K + ε I)⁻¹ Kᵀ C0⁻¹ with C0 = λC. ε = 0 is exact; the released code has 0.1, which
-together with a large λ damps strongly.
+Δ = R (Kᵀ C0⁻¹ K + ε I)⁻¹ Kᵀ C0⁻¹ with C0 = λC. ε = 0 is exact. The authors' code adds ε = 0.1 for
+two or more requests, whose keys may be nearly dependent; together with a large λ it damps strongly.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ class EMMETHparams(MEMITHparams):
 
     layers: tuple[int, ...] = (5,)
     moment_weight: float = 100_000.0
-    epsilon: float = 0.1  # as released; 0 is exact
+    epsilon: float = 0.1  # ε for two or more requests, as released; 0 is exact
+    epsilon_single: bool = False  # ε for one request too, as one public toolkit has it
 
 
 class EMMET(MEMIT):
@@ -31,4 +32,5 @@ class EMMET(MEMIT):
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
         factor = self.factor(model, layer, self.hparams.moment_weight)
-        return emmet_update(residual, keys, factor, self.hparams.epsilon)
+        damped = keys.shape[1] > 1 or self.hparams.epsilon_single
+        return emmet_update(residual, keys, factor, self.hparams.epsilon if damped else 0.0)

@@ -35,7 +35,7 @@ from kmebench.weights.delta import Columns, Part, Rows, WeightDelta
 
 logger = logging.getLogger("kmebench")
 
-#: Sampled tokens of the texts that stand before the prompt.
+#: Tokens of the texts that stand before the prompt.
 CONTEXT_TOKENS = 10
 
 
@@ -46,7 +46,7 @@ class KNHparams:
     steps: int = 20  # m, points of the integral
     threshold: float = 0.2  # of the largest attribution in a prompt
     prompts: int = 10  # n, the bare edit prompt included
-    share: float = 0.4  # p, of the prompts in which a neuron must be above the threshold
+    share: float = 0.4  # p; a neuron must be above the threshold in more of the prompts than this
     scale: float = 2.0  # of both embeddings
     micro_batch: int = 100  # points of the integrals (of all layers) in one forward pass
 
@@ -62,6 +62,11 @@ class KN(Editor):
             raise ConfigError(
                 f"kn: steps {hparams.steps} and prompts {hparams.prompts} are too few; one point "
                 "is no integral (steps must be 2 or more), and prompts counts the bare one."
+            )
+        if hparams.share >= 1:
+            raise ConfigError(
+                f"kn: share is {hparams.share:g}, but a neuron must be above the threshold in more "
+                "of the prompts than that; it must be below 1."
             )
         self._contexts: Contexts | None = None
 
@@ -109,12 +114,12 @@ class KN(Editor):
 def knowledge_neurons(attributions: Tensor, threshold: float, share: float) -> Tensor:
     """Return which neurons carry a fact, bool [L, M], from attributions [n, L, M].
 
-    Coarse, per prompt: above ``threshold`` times the largest of all layers. Refined: in at least
+    Coarse, per prompt: above ``threshold`` times the largest of all layers. Refined: in more than
     ``share`` of the n prompts. Where no attribution is positive there is none.
     """
     coarse = attributions > threshold * attributions.amax(dim=(1, 2), keepdim=True)
-    # In floating point 0.28 * 25 is a little above 7.
-    return coarse.sum(dim=0) >= math.ceil(share * len(attributions) - 1e-9)
+    # In floating point 0.29 * 100 is a little below 29.
+    return coarse.sum(dim=0) > math.floor(share * len(attributions) + 1e-9)
 
 
 def _answers(model: EditableModel, request: EditRequest) -> tuple[int, int]:

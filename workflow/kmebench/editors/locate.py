@@ -15,7 +15,7 @@ from kmebench.editors.contexts import (
     contexts_state,
     sample_contexts,
 )
-from kmebench.editors.updates import Factors, moment_factor
+from kmebench.editors.updates import DependentKeysError, Factors, moment_factor
 from kmebench.errors import ConfigError, EditError
 from kmebench.models.editable import EditableModel
 from kmebench.models.layouts import Projection
@@ -26,7 +26,7 @@ from kmebench.weights.delta import LowRank
 class LocateAndEdit(Editor):
     """An editor of W2 of few layers; remembers the contexts sampled from the original model."""
 
-    #: (tokens to sample, number of texts) of each group of contexts.
+    #: (tokens of a text, number of texts) of each group of contexts.
     lengths: tuple[tuple[int, int], ...]
 
     def __init__(self, hparams, assets) -> None:
@@ -79,6 +79,10 @@ def naming(editor: str, layer: int, requests: Sequence[EditRequest]) -> Iterator
     """Say in an :class:`EditError` of the block which editor, layer and requests it is about."""
     try:
         yield
+    except DependentKeysError as error:
+        first, second = (requests[place].case_id for place in error.pair)
+        where = f"{editor}: layer {layer}, requests {first!r} and {second!r}"
+        raise EditError(f"{where}: {error}") from error
     except EditError as error:
         last = f" to {requests[-1].case_id!r}" if len(requests) > 1 else ""
         where = f"{editor}: layer {layer}, request {requests[0].case_id!r}{last}"

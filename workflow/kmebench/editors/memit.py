@@ -16,11 +16,11 @@ from kmebench.editors.keys import layer_outputs, subject_activations
 from kmebench.editors.locate import LocateAndEdit, check_layers, low_rank, naming
 from kmebench.editors.target_rows import Site
 from kmebench.editors.target_store import stored_targets
-from kmebench.editors.targets import TargetSettings, optimise_targets
+from kmebench.editors.targets import KLPosition, TargetSettings, optimise_targets
 from kmebench.editors.updates import Factors, memit_update, spread
 from kmebench.models.draft import drafted
 from kmebench.models.editable import EditableModel
-from kmebench.weights.delta import Part, WeightDelta
+from kmebench.weights.delta import WeightDelta
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class MEMITHparams:
     """Hyper-parameters of MEMIT."""
 
     layers: tuple[int, ...] = (4, 5, 6, 7, 8)  # from 0, in this order
-    steps: int = 25  # of the optimisation of z*
+    steps: int = 25  # forward passes of the optimisation of z*, one more than updates
     learning_rate: float = 0.5
     kl_factor: float = 0.0625  # κ
     weight_decay: float = 1e-3  # ω
     clamp_factor: float = 4.0  # c
+    kl_position: KLPosition = "subject_last"  # as released; "prompt_last": after "is a"
     moment_weight: float = 15_000.0  # λ
     micro_batch: int = 20  # requests in one forward pass, in all their contexts
 
@@ -60,8 +61,9 @@ class MEMIT(LocateAndEdit):
                 current = self._current(model, requests)
                 residual = spread(targets.T, current.T, len(layers) - done, root=self.root)
                 with naming(self.name, layer, requests):
-                    part = self._part(model, layer, residual, keys.T)
-                draft.add(model.ffn[layer].value.weight_name, part)
+                    factors = self._solve(model, layer, residual, keys.T)
+                value = model.ffn[layer].value
+                draft.add(value.weight_name, low_rank(value, factors))
         return draft.delta
 
     def _targets(self, model: EditableModel, requests: Sequence[EditRequest]) -> Tensor:
@@ -79,6 +81,7 @@ class MEMIT(LocateAndEdit):
             kl_factor=self.hparams.kl_factor,
             weight_decay=self.hparams.weight_decay,
             clamp_factor=self.hparams.clamp_factor,
+            kl_position=self.hparams.kl_position,
             micro_batch=self.hparams.micro_batch,
         )
         with self.stopwatch("optimise"):
@@ -89,10 +92,6 @@ class MEMIT(LocateAndEdit):
     def _current(self, model: EditableModel, requests: Sequence[EditRequest]) -> Tensor:
         """Return what now stands where the targets do, [B, D]."""
         return layer_outputs(model, requests, self.hparams.layers[-1], self.hparams.micro_batch)
-
-    def _part(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Part:
-        """Return the change of a layer's W2 for residuals [D, B] and keys [M, B]."""
-        return low_rank(model.ffn[layer].value, self._solve(model, layer, residual, keys))
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
         """Return Δ for residuals [D, B] and keys [M, B]."""

@@ -1,16 +1,17 @@
 """RECT (Gu et al. 2024, "Model editing harms general abilities of large language models").
 
-MEMIT, of whose change of every weight only the entries with the largest relative change are kept.
+MEMIT, of whose change of every weight only the entries with the largest relative change are kept:
+once, after all layers have been solved, so that no later layer makes up for what was dropped.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from kmebench.data.records import EditRequest
 from kmebench.editors.memit import MEMIT, MEMITHparams
 from kmebench.editors.updates import largest_relative
 from kmebench.models.editable import EditableModel
-from kmebench.weights.delta import Dense, Part
+from kmebench.weights.delta import Dense, WeightDelta
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,11 @@ class RECT(MEMIT):
     Hparams = RECTHparams
     name = "rect"
 
-    def _part(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Part:
-        part = super()._part(model, layer, residual, keys)
-        weight = model.parameter(model.ffn[layer].value.weight_name).detach()
-        delta = part.dense(weight.shape)
-        return Dense(largest_relative(delta, weight.to(delta), self.hparams.share))
+    def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
+        """Edit ``requests`` together; see :meth:`Editor.edit`."""
+        kept = {}
+        for name, part in super().edit(model, requests).items():
+            weight = model.parameter(name).detach()
+            delta = part.dense(weight.shape)
+            kept[name] = Dense(largest_relative(delta, weight.to(delta), self.hparams.share))
+        return WeightDelta(kept)

@@ -12,7 +12,7 @@ from kmebench.data.records import SLOT, EditRequest
 from kmebench.editors.contexts import ROME_LENGTHS
 from kmebench.editors.keys import Activations, subject_activations
 from kmebench.editors.locate import LocateAndEdit, check_layers, low_rank, naming
-from kmebench.editors.targets import TargetSettings, optimise_targets
+from kmebench.editors.targets import KLPosition, TargetSettings, optimise_targets
 from kmebench.editors.updates import rome_update
 from kmebench.models.draft import drafted
 from kmebench.models.editable import EditableModel
@@ -24,11 +24,12 @@ class ROMEHparams:
     """Hyper-parameters of ROME."""
 
     layer: int = 5  # from 0
-    steps: int = 25  # of the optimisation of v*
+    steps: int = 25  # forward passes of the optimisation of v*, one more than updates
     learning_rate: float = 0.5
     kl_factor: float = 0.0625  # κ
     weight_decay: float = 1e-3  # ω
     clamp_factor: float = 4.0  # c
+    kl_position: KLPosition = "subject_last"  # as released; "prompt_last": after "is a"
     second_moment: bool = True  # off: C = I
 
 
@@ -63,6 +64,7 @@ class ROME(LocateAndEdit):
                 kl_factor=self.hparams.kl_factor,
                 weight_decay=self.hparams.weight_decay,
                 clamp_factor=self.hparams.clamp_factor,
+                kl_position=self.hparams.kl_position,
             )
             targets = optimise_targets(model, [request], contexts, settings, self.name)
         self.steps += int(targets.steps)

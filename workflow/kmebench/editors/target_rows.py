@@ -20,6 +20,14 @@ from kmebench.models.replay import Replay
 Site = Literal["layer", "value", "attention-value"]
 
 
+class Losses(NamedTuple):
+    """What b requests lose under their deltas."""
+
+    nll: Tensor  # [b], L(y*), mean over contexts
+    kl: Tensor  # [b], KL(p_δ ‖ p0)
+    said: Tensor  # [b], bool: the target is the argmax at every place of every context
+
+
 @dataclass
 class TargetRows:
     """The texts of b requests, Q each: prompts with a target, then perhaps the KL prompt."""
@@ -56,20 +64,22 @@ class TargetRows:
             None if self.log_p0 is None else self.log_p0[kept.to(self.log_p0.device)],
         )
 
-    def losses(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
-        """Return L(y*) and KL of every request, [b] each, under ``deltas`` [U, b, D]."""
+    def losses(self, deltas: Tensor) -> Losses:
+        """Return the losses of every request under ``deltas`` [U, b, D]."""
         hidden = self._final_states(deltas.repeat_interleave(len(self.encoded[0]), dim=1))
         places = self._places
         logits = self.replay.model.head(hidden[places.rows, places.columns])
         n_answers = len(places.labels)
         nll = cross_entropy(logits[:n_answers], places.labels, reduction="none")
         total = nll.new_zeros(len(self.encoded)).index_add(0, places.owners, nll / places.parts)
+        wrong = (logits[:n_answers].argmax(dim=-1) != places.labels).to(nll.dtype)
+        said = wrong.new_zeros(len(self.encoded)).index_add(0, places.owners, wrong) == 0
         if n_answers == len(logits):
-            return total, torch.zeros_like(total)
+            return Losses(total, torch.zeros_like(total), said)
         log_p = logits[n_answers:].log_softmax(dim=-1)
         if self.log_p0 is None:  # no δ has moved yet
             self.log_p0 = log_p.detach()
-        return total, (self.log_p0.exp() * (self.log_p0 - log_p)).sum(dim=-1)
+        return Losses(total, (log_p.exp() * (log_p - self.log_p0)).sum(dim=-1), said)
 
     def _final_states(self, deltas: Tensor) -> Tensor:
         """Return the normed final states [b * Q, S, D]; ``deltas`` [U, b * Q, D]."""

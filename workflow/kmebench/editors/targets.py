@@ -1,19 +1,21 @@
 """What the edited layer should say at a subject's last token: v* (ROME) and z* (MEMIT, PMET).
 
-    minimise over δ   mean_contexts L(y*)  +  κ KL(p0 ‖ p_δ)  +  ω ‖δ‖ / ‖h0‖²,   ‖δ‖ ≤ c ‖h0‖
+    minimise over δ   mean_contexts L(y*)  +  κ KL(p_δ ‖ p0)  +  ω ‖δ‖ / ‖h0‖²,   ‖δ‖ ≤ c ‖h0‖
 
 with δ added at t(s) to what the layer says there, h0 what it says in the bare prompt, p_δ the next
-token after "{subject} is a" (Meng et al. 2022, eq. 4; Meng et al. 2023, eq. 16). Whether δ is added
-to the output of W2 or of the layer is the same; the two differ in h0 alone. PMET (Li et al. 2024)
-adds one δ to the attention's output and one to W2's, each with a norm of its own, and writes the
-second.
+token's distribution in "{subject} is a" (Meng et al. 2022, eq. 4; Meng et al. 2023, eq. 16). The
+papers' words take it after "is a"; every released code takes it after the subject, and so do
+published numbers (``kl_position``). Whether δ is added to the output of W2 or of the layer is the
+same; the two differ in h0 alone. PMET (Li et al. 2024) adds one δ to the attention's output and one
+to W2's, each with a norm of its own, and writes the second.
 
 Requests are independent: they share forward passes of their upper layers (see
 :mod:`kmebench.models.replay`) and nothing else, and leave the batch when they are learnt.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +23,20 @@ from torch import Tensor, nn
 from kmebench.data.records import SLOT, EditRequest
 from kmebench.editors.contexts import Contexts, prefixes
 from kmebench.editors.keys import module_outputs
-from kmebench.editors.target_rows import Site, TargetRows
+from kmebench.editors.target_rows import Losses, Site, TargetRows
 from kmebench.errors import EditError
 from kmebench.logs import track
 from kmebench.models.editable import EditableModel
-from kmebench.models.encoding import SubjectText, length_sorted_chunks
+from kmebench.models.encoding import Encoded, SubjectText, length_sorted_chunks
 
-#: After which the next token is to stay what it was.
+#: In which the next token is to stay what it was.
 KL_PROMPT = f"{SLOT} is a"
 
-#: PMET goes on where the target is learnt but KL is above this, with L(y*) cut to this share.
+#: After which token of the KL prompt: the subject's last, or the prompt's.
+KLPosition = Literal["subject_last", "prompt_last"]
+
+#: Where every context says the target, PMET ends if κ KL is at most this; else L(y*) counts this
+#: share in the next step. Constants of the authors' code.
 PMET_KL = 0.01
 PMET_SHARE = 0.1
 
@@ -41,11 +47,12 @@ class TargetSettings:
 
     layer: int
     site: Site
-    steps: int
+    steps: int  # forward passes; the last one makes no update
     learning_rate: float
     kl_factor: float  # κ
     weight_decay: float  # ω
     clamp_factor: float  # c
+    kl_position: KLPosition = "subject_last"
     stop_loss: float = 0.05
     micro_batch: int = 20  # requests optimised together
 
@@ -56,8 +63,8 @@ class Targets:
 
     values: Tensor  # [B, D], h0 + δ; PMET: of W2's output
     start: Tensor  # [B, D], h0
-    steps: Tensor  # [B], steps that each request took
-    losses: Tensor  # [steps, B], before each step; NaN after a request has stopped
+    steps: Tensor  # [B], updates that each request took
+    losses: Tensor  # [steps, B], of each forward pass; NaN after a request has stopped
 
 
 def optimise_targets(
@@ -75,7 +82,10 @@ def optimise_targets(
     """
     texts = [_texts(request, prefixes(contexts), settings) for request in requests]
     n_texts = len(texts[0])
-    encoded = model.encode_subjects([text for group in texts for text in group])
+    encoded = [
+        _until_subject(e) if e.n_target == 0 and settings.kl_position == "subject_last" else e
+        for e in model.encode_subjects([text for group in texts for text in group])
+    ]
     encoded = [encoded[i : i + n_texts] for i in range(0, len(encoded), n_texts)]
     start = torch.stack(
         [module_outputs(model, requests, m, settings.micro_batch) for m in _sites(model, settings)]
@@ -102,6 +112,11 @@ def _texts(
     return texts + kl if settings.kl_factor > 0 else texts
 
 
+def _until_subject(encoded: Encoded) -> Encoded:
+    """Cut a text after its subject: what follows is neither read nor predicted."""
+    return replace(encoded, ids=encoded.ids[: encoded.subject_last + 1])
+
+
 def _sites(model: EditableModel, settings: TargetSettings) -> list[nn.Module]:
     """Return the U modules whose outputs are measured; the first one's is the target."""
     value = model.ffn[settings.layer].value.module
@@ -126,16 +141,16 @@ class _Run:
         self.steps = torch.zeros_like(self.norms[0], dtype=torch.long)  # [b]
 
     def optimise(self, rows: TargetRows) -> Tensor:
-        """Move the deltas; return the losses before each step, [steps, b]."""
+        """Move the deltas; return the losses of each forward pass, [steps, b]."""
         losses = self.norms.new_full((self.settings.steps, len(self.requests)), torch.nan)
         learning = torch.arange(len(self.requests), device=losses.device)
         for step in range(self.settings.steps):
             with torch.enable_grad():
-                loss, kl = self._loss(rows, learning)
+                loss, parts = self._loss(rows, learning)
             losses[step, learning] = loss.detach()
             self._check_finite(loss.detach(), learning, step)
-            goes_on = self._goes_on(loss.detach(), kl.detach(), learning)
-            if not goes_on.any():
+            goes_on = self._goes_on(loss.detach(), parts, learning)
+            if step == self.settings.steps - 1 or not goes_on.any():
                 break
             self.adam.zero_grad()
             loss.backward(goes_on.to(loss.dtype))
@@ -146,23 +161,21 @@ class _Run:
                 rows = rows.select(goes_on.nonzero().flatten())
         return losses
 
-    def _loss(self, rows: TargetRows, learning: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of each request that is still learning, and its KL."""
+    def _loss(self, rows: TargetRows, learning: Tensor) -> tuple[Tensor, Losses]:
+        """Return the loss of each request that is still learning, and what it consists of."""
         deltas = self.deltas[:, learning]
-        nll, kl = (part.to(deltas.device) for part in rows.losses(deltas))
+        parts = Losses(*(part.to(deltas.device) for part in rows.losses(deltas)))
         decay = (deltas.norm(dim=2) / self.norms[:, learning] ** 2).sum(dim=0)
-        loss = self.share[learning] * nll + self.settings.kl_factor * kl
-        return loss + self.settings.weight_decay * decay, kl
+        loss = self.share[learning] * parts.nll + self.settings.kl_factor * parts.kl
+        return loss + self.settings.weight_decay * decay, parts
 
-    def _goes_on(self, loss: Tensor, kl: Tensor, learning: Tensor) -> Tensor:
+    def _goes_on(self, loss: Tensor, parts: Losses, learning: Tensor) -> Tensor:
         """Say which requests are not learnt yet."""
         learnt = loss < self.settings.stop_loss
-        if self.settings.site != "attention-value":
-            return ~learnt
-        near = kl <= PMET_KL
-        share = torch.where(learnt, PMET_SHARE, self.share[learning])
-        self.share[learning] = torch.where(near, 1.0, share)
-        return ~(learnt & near)
+        if self.settings.site == "attention-value":
+            learnt |= parts.said & (self.settings.kl_factor * parts.kl.detach() <= PMET_KL)
+            self.share[learning] = torch.where(parts.said, PMET_SHARE, 1.0).to(self.share)
+        return ~learnt
 
     @torch.no_grad()
     def _step(self, learning: Tensor) -> None:

@@ -13,6 +13,21 @@ from torch import Tensor
 
 from kmebench.errors import EditError
 
+#: Equality constraints are refused above this condition number of Kᵀ C0⁻¹ K + ε I, each key taken
+#: at length one: two keys then differ by less than a part in ten thousand.
+MAX_CONDITION = 1e8
+
+
+class DependentKeysError(EditError):
+    """The keys of two requests of a batch cannot be told apart; ``pair`` are their places in it."""
+
+    def __init__(self, pair: tuple[int, int], condition: float) -> None:
+        super().__init__(
+            f"their keys are (nearly) linearly dependent (condition number {condition:.1e}), so "
+            "their equality constraints contradict each other; set epsilon above 0."
+        )
+        self.pair = pair
+
 
 class Factors(NamedTuple):
     """``u @ v``."""
@@ -64,7 +79,7 @@ def memit_update(residual: Tensor, keys: Tensor, factor: Tensor) -> Factors:
 
     It minimises ‖(W + Δ) K − (W K + R)‖² + tr(Δ λC Δᵀ). ``factor`` is that of λC.
     """
-    return _weighted(residual, keys, factor, 1.0)
+    return _weighted(residual, *_gram(keys, factor, 1.0))
 
 
 def emmet_update(residual: Tensor, keys: Tensor, factor: Tensor, epsilon: float) -> Factors:
@@ -73,23 +88,35 @@ def emmet_update(residual: Tensor, keys: Tensor, factor: Tensor, epsilon: float)
     With ε = 0 it meets (W + Δ) K = W K + R. ``factor`` is that of C0.
 
     Raises:
-        EditError: the keys are linearly dependent (with ε = 0).
+        DependentKeysError: the keys are nearly linearly dependent (with ε at or near 0).
     """
-    return _weighted(residual, keys, factor, epsilon)
+    solved, gram = _gram(keys, factor, epsilon)
+    _check_independent(gram)
+    return _weighted(residual, solved, gram)
 
 
-def _weighted(residual: Tensor, keys: Tensor, factor: Tensor, ridge: float) -> Factors:
-    """R (Kᵀ A⁻¹ K + ridge I)⁻¹ Kᵀ A⁻¹, with A = factor factorᵀ."""
-    solved = torch.cholesky_solve(keys.double(), factor)  # A⁻¹ K, [M, B]
+def _gram(keys: Tensor, factor: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return A⁻¹ K [M, B] and Kᵀ A⁻¹ K + ridge I [B, B], with A = factor factorᵀ."""
+    solved = torch.cholesky_solve(keys.double(), factor)
     gram = keys.double().T @ solved
     gram.diagonal().add_(ridge)
-    inner, info = torch.linalg.cholesky_ex(gram)
-    if info:
-        raise EditError(
-            "The keys of a batch are linearly dependent, so its equality constraints contradict "
-            "each other; set epsilon above 0."
-        )
+    return solved, gram
+
+
+def _weighted(residual: Tensor, solved: Tensor, gram: Tensor) -> Factors:
+    """Return R ``gram``⁻¹ ``solved``ᵀ."""
+    inner = torch.linalg.cholesky(gram)
     return Factors(torch.cholesky_solve(residual.double().T, inner).T, solved.T)
+
+
+def _check_independent(gram: Tensor) -> None:
+    scale = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
+    values, vectors = torch.linalg.eigh(scale[:, None] * gram * scale)
+    smallest = values[0].clamp(min=torch.finfo(gram.dtype).tiny)
+    condition = float(values[-1] / smallest)
+    if condition > MAX_CONDITION:
+        first, second = sorted(vectors[:, 0].abs().topk(2).indices.tolist())
+        raise DependentKeysError((first, second), condition)
 
 
 def null_space(moment: Tensor, threshold: float) -> Tensor:

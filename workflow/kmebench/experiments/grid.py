@@ -46,6 +46,7 @@ _MEMIT: dict[str, Any] = {
     "kl_factor": 0.0625,
     "weight_decay": 1e-3,
     "clamp_factor": 4.0,
+    "kl_position": "subject_last",
 }
 #: Editors that read second moments, with the defaults of what decides which: the layers that they
 #: edit and, for MEMIT's family, the loss that makes its targets.
