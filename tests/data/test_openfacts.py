@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kmebench.data.edit_sets import read_records
 from kmebench.data.openfacts import (
     NEIGHBOURS,
     counterfact_records,
@@ -17,7 +18,6 @@ from kmebench.data.openfacts import (
     zsre_records,
 )
 from kmebench.data.prepare import conflicts
-from kmebench.data.records import read_records
 from kmebench.errors import DataError
 
 FOLDER = Path(__file__).parents[2] / "resources" / "openfacts"

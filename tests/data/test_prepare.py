@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from kmebench.data.edit_sets import read_records
 from kmebench.data.prepare import Selection, conflicts, prepare
-from kmebench.data.records import EditRequest, read_records
+from kmebench.data.records import EditRequest
 from kmebench.errors import DataError
 
 

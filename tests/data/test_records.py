@@ -1,190 +1,154 @@
-"""The three public schemas, their bad records, and the JSON lines between stages."""
+"""Edit requests: what is cleaned and refused, the slot, and the JSON lines between stages."""
 
-import copy
-import json
-import tempfile
-from pathlib import Path
+import unicodedata
+from dataclasses import asdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kmebench.data.records import (
-    SLOT,
-    EditRequest,
-    read_records,
-    read_requests,
-    write_requests,
-)
-from kmebench.errors import DataError
+from kmebench.data.records import SLOT, EditRequest, read_requests, write_requests
 from kmebench.reading import DamagedFileError
+from tests.data.strategies import texts
 
-EASYEDIT = {
-    "case_id": 7,
-    "prompt": "The mother tongue of Ada is",
-    "subject": "Ada",
-    "target_new": "French",
-    "ground_truth": ["English"],
-    "rephrase_prompt": "Ada speaks",
-    "locality_prompt": "Bob speaks",
-    "locality_ground_truth": "Dutch",
-}
-MEND = {
-    "subject": "Ada",
-    "src": "What does Ada speak?",
-    "alt": "French",
-    "answers": ["English", "british English"],
-    "rephrase": "Which language does Ada use?",
-    "loc": "nq question: who is Bob",
-    "loc_ans": "nobody",
-    "portability": {"New Question": "Where is Ada understood?", "New Answer": "Paris"},
-}
-ROME = {
-    "case_id": 9,
-    "requested_rewrite": {
-        "prompt": "The mother tongue of {} is",
-        "relation_id": "P103",
-        "target_new": {"str": "French"},
-        "target_true": {"str": "English"},
-        "subject": "Ada",
-    },
-    "paraphrase_prompts": ["Ada speaks", " Born in London, Ada speaks "],
-    "neighborhood_prompts": ["Bob speaks", "Eve speaks"],
-}
-RECORDS = {"easyedit": EASYEDIT, "mend": MEND, "rome": ROME}
+PLAIN = {"case_id": "a", "subject": "Ada", "prompt": "{} speaks", "target_new": "French"}
 
 
-def write(folder, records):
-    path = folder / "set.json"
-    path.write_text(json.dumps(records), encoding="utf-8")
-    return path
+@pytest.mark.parametrize("field", ["case_id", "subject", "prompt", "target_new", "target_true"])
+def test_blanks_around_a_text_are_taken_off(field):
+    clean = PLAIN | {"target_true": "English"}
+    padded = clean | {field: f" \n\u00a0\u200b {clean[field]}\t\u2028\ufeff"}
+    assert EditRequest(**padded) == EditRequest(**clean)
 
 
-@pytest.mark.parametrize("schema", RECORDS)
-def test_every_schema_gives_the_same_request(schema, tmp_path):
-    ((index, request),), bad = read_records(write(tmp_path, [RECORDS[schema]]), schema)
-    assert (index, bad) == (0, [])
-    assert request.subject == "Ada"
-    assert request.target_new == "French"
-    assert request.target_true == "English"
-    assert request.prompt.count(SLOT) == 1
-    assert request.filled_prompt.count("Ada") == 1
-    assert "Ada" in request.paraphrases[0]
+def test_blanks_around_listed_texts_are_taken_off():
+    request = EditRequest(
+        **PLAIN,
+        paraphrases=[" Ada says "],
+        locality=[(" Bob speaks", "Dutch ")],
+        portability=[("Where\n", "\u3000Paris")],
+        relation=" P103",
+    )
+    assert request.paraphrases == ("Ada says",)
+    assert request.locality == (("Bob speaks", "Dutch"),)
+    assert request.portability == (("Where", "Paris"),)
+    assert request.relation == "P103"
 
 
-def test_what_only_some_schemas_carry(tmp_path):
-    ((_, mend),), _ = read_records(write(tmp_path, [MEND]), "mend")
-    assert mend.case_id == "0"
-    assert mend.portability == (("Where is Ada understood?", "Paris"),)
-    ((_, rome),), _ = read_records(write(tmp_path, [ROME]), "rome")
-    assert rome.relation == "P103"
-    assert rome.paraphrases[1] == "Born in London, Ada speaks"
-    assert rome.locality == (("Bob speaks", "English"), ("Eve speaks", "English"))
-    own = ROME | {"neighborhood_targets": ["Dutch", "German"]}
-    ((_, rome),), _ = read_records(write(tmp_path, [own]), "rome")
-    assert rome.locality == (("Bob speaks", "Dutch"), ("Eve speaks", "German"))
+def test_accents_are_the_same_however_they_are_typed():
+    composed = EditRequest("a", "Zo\u00eb", "Caf\u00e9 of {} is", "\u00c5rhus")
+    decomposed = EditRequest("a", "Zoe\u0308", "Cafe\u0301 of {} is", "A\u030arhus")
+    assert composed == decomposed
+    assert decomposed.filled_prompt == "Caf\u00e9 of Zo\u00eb is"
 
 
-def test_only_the_first_mention_of_the_subject_becomes_the_slot(tmp_path):
-    record = EASYEDIT | {"prompt": "Ada {x} and Ada speak"}
-    ((_, request),), _ = read_records(write(tmp_path, [record]), "easyedit")
-    assert request.prompt == "{} {x} and Ada speak"
-    assert request.filled_prompt == "Ada {x} and Ada speak"
-
-
-def without(record, *path):
-    record = copy.deepcopy(record)
-    inner = record
-    for key in path[:-1]:
-        inner = inner[key]
-    del inner[path[-1]]
-    return record
-
-
-BAD = {
-    "missing key": ("easyedit", without(EASYEDIT, "target_new"), "'target_new' is missing"),
-    "missing nested key": (
-        "rome",
-        without(ROME, "requested_rewrite", "target_new", "str"),
-        "'requested_rewrite.target_new.str' is missing",
-    ),
-    "empty target": ("mend", MEND | {"alt": "  "}, "the key 'alt' is empty"),
-    "no text": ("mend", MEND | {"alt": 5}, "the key 'alt' holds no text"),
-    "no answers": ("mend", MEND | {"answers": []}, "the key 'answers' holds no text"),
-    "subject absent": ("mend", MEND | {"subject": "Eve"}, "'Eve' does not stand in the prompt"),
-    "other case": ("mend", MEND | {"subject": "ADA"}, "'ADA' does not stand in the prompt"),
-    "no object": ("mend", ["Ada"], "it is a list, expected an object"),
-    "no slot": (
-        "rome",
-        ROME | {"requested_rewrite": ROME["requested_rewrite"] | {"prompt": "Ada speaks"}},
-        "prompt holds no {}",
-    ),
-    "bad paraphrases": ("rome", ROME | {"paraphrase_prompts": [""]}, "'paraphrase_prompts'"),
-    "unequal lists": ("rome", ROME | {"neighborhood_targets": ["x"]}, "differ in length"),
+REFUSED = {
+    "blank": (" \n", "is empty"),
+    "nothing": ("", "is empty"),
+    "invisible": ("\u200b\u2060", "is empty"),
+    "half an emoji": ("x \ud83d y", r"holds half a surrogate pair \(U\+D83D\)"),
+    "null": ("x\0y", r"holds a control character \(U\+0000\)"),
+    "escape": ("x\x1b[0m", r"holds a control character \(U\+001B\)"),
+    "number": (1902, "is no text but a int"),
+    "none": (None, "is no text but a NoneType"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_record_is_named_with_file_index_and_key(case, tmp_path):
-    schema, record, complaint = BAD[case]
-    path = write(tmp_path, [RECORDS[schema], record])
-    with pytest.raises(DataError) as caught:
-        read_records(path, schema)
-    message = str(caught.value)
-    assert str(path) in message
-    assert "record 1" in message
-    assert complaint in message
-    assert "on_bad_record: skip" in message
-    usable, bad = read_records(path, schema, "skip")
-    assert len(usable) == 1
-    assert bad[0].index == 1
-    assert complaint in bad[0].reason
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("field", ["case_id", "subject", "prompt", "target_new"])
+def test_a_text_that_no_editor_could_use_is_refused_by_its_name(field, case):
+    value, complaint = REFUSED[case]
+    with pytest.raises(ValueError, match=f"^{field} {complaint}"):
+        EditRequest(**PLAIN | {field: value})
 
 
-def test_a_case_id_that_stands_twice_is_bad(tmp_path):
-    with pytest.raises(DataError, match=r"record 1 \(case_id 7\).*stands in the file twice"):
-        read_records(write(tmp_path, [EASYEDIT, EASYEDIT]), "easyedit")
+@pytest.mark.parametrize("case", REFUSED)
+def test_listed_texts_are_refused_as_well(case):
+    value, complaint = REFUSED[case]
+    for field, items, name in [
+        ("paraphrases", (value,), "a paraphrase"),
+        ("locality", ((value, "x"),), "a locality prompt"),
+        ("locality", (("x", value),), "a target of locality"),
+        ("portability", (("x", value),), "a target of portability"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name} {complaint}"):
+            EditRequest(**PLAIN | {field: items})
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("field", "value", "complaint"),
     [
-        (json.dumps([EASYEDIT])[:-20], "not valid JSON at line 1, column"),
-        ("", "not valid JSON at line 1, column 1"),
-        (json.dumps(EASYEDIT), "holds a dict, expected a list"),
+        ("paraphrases", "Ada says", "paraphrases is a str, expected a list"),
+        ("locality", ("Bob speaks", "Dutch"), "an item of locality is a str, expected a list"),
+        ("portability", [("x", "y", "z")], "an item of portability is no pair"),
     ],
 )
-def test_a_damaged_file_is_named(text, complaint, tmp_path):
-    path = tmp_path / "set.json"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=complaint) as caught:
-        read_records(path, "easyedit")
-    assert str(path) in str(caught.value)
+def test_a_text_in_place_of_a_list_is_named(field, value, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        EditRequest(**PLAIN | {field: value})
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
-    (tmp_path / "set.json").write_bytes(b"[\xff]")
-    with pytest.raises(DataError, match=r"not UTF-8 text \(byte 1\)"):
-        read_records(tmp_path / "set.json", "mend")
+def test_line_breaks_and_tabs_inside_a_text_are_text():
+    assert EditRequest(**PLAIN | {"prompt": "a\r\n\tb\u2028{} is"}).prompt == "a\r\n\tb\u2028{} is"
 
 
-text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
-pair = st.tuples(text, text)
+@pytest.mark.parametrize(
+    ("prompt", "complaint"),
+    [
+        ("It is", r"'It is' holds no \{\} for the subject"),
+        ("In {} and {} is", r"holds \{\} 2 times, expected once for the subject"),
+        ("{}\u0308 is", "adds a mark to a letter of the subject"),
+    ],
+)
+def test_a_prompt_without_one_clear_slot_is_refused(prompt, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        EditRequest(**PLAIN | {"prompt": prompt})
+
+
+def test_braces_outside_the_slot_are_text():
+    request = EditRequest("a", "{}", "  An empty {} in {} is {}", "set", slot=17)
+    assert (request.prompt, request.slot) == ("An empty {} in {} is {}", 15)
+    assert request.filled_prompt == "An empty {} in {} is {}"
+    assert request.asked_of("Rust") == "An empty {} in Rust is {}"
+
+
+@pytest.mark.parametrize("slot", [-8, 0, 2, 99])
+def test_a_slot_where_none_is_is_refused(slot):
+    with pytest.raises(ValueError, match=f"holds no {{}} at slot {slot}"):
+        EditRequest("a", "Ada", "In {} it is", "cold", slot=slot)
+
+
+@given(texts, texts, texts, st.booleans())
+def test_the_slot_is_kept_whatever_stands_around_it(before, subject, after, named):
+    prompt = before + SLOT + after
+    assume(named or prompt.count(SLOT) == 1)
+    try:
+        request = EditRequest("a", subject, prompt, "x", slot=len(before) if named else None)
+    except ValueError as error:
+        assert "mark" in str(error)  # noqa: PT017 - only where the slot is followed by one
+        return
+    plain = unicodedata.normalize("NFC", before + "\ue000" + after).strip()
+    assert request.asked_of("\ue000").strip() == request.asked_of("\ue000")
+    assert request.asked_of("\ue000") in plain
+    assert EditRequest(**asdict(request)) == request
+
+
+pair = st.tuples(texts, texts)
 
 
 @given(
     st.lists(
         st.builds(
             EditRequest,
-            case_id=text,
-            subject=text,
-            prompt=text.map(lambda t: t + SLOT),
-            target_new=text,
-            target_true=st.none() | text,
-            paraphrases=st.lists(text).map(tuple),
+            case_id=texts,
+            subject=texts,
+            prompt=texts.map(lambda t: t.replace(SLOT, "") + SLOT),
+            target_new=texts,
+            target_true=st.none() | texts,
+            paraphrases=st.lists(texts).map(tuple),
             locality=st.lists(pair).map(tuple),
             portability=st.lists(pair).map(tuple),
-            relation=st.none() | text,
+            relation=st.none() | texts,
         ),
         max_size=4,
     )
@@ -210,46 +174,3 @@ def test_a_line_that_is_cut_off_is_named(tmp_path):
     path.write_text(path.read_text()[:-20])
     with pytest.raises(DamagedFileError, match=r"line 2 is cut off"):
         read_requests(path)
-
-
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
-@pytest.mark.parametrize("schema", RECORDS)
-@given(data=st.data())
-@settings(max_examples=500, deadline=None)
-def test_any_record_is_read_or_refused_in_one_sentence(schema, data):
-    record = json.loads(json.dumps(RECORDS[schema]))
-    place = record
-    while True:  # walk to any place of a good record, and put something else there
-        key = data.draw(st.sampled_from(sorted(place)))
-        if not isinstance(place[key], dict) or data.draw(st.booleans()):
-            place[key] = data.draw(anything)
-            break
-        place = place[key]
-    with tempfile.TemporaryDirectory() as folder:
-        path = write(Path(folder), [record])
-        try:
-            ((_, request),), _ = read_records(path, schema)
-        except DataError as error:
-            assert "record 0" in str(error)  # noqa: PT017 - most records are fine
-            return
-    assert request.subject in request.filled_prompt
-
-
-@given(st.binary(max_size=60))
-@settings(max_examples=500, deadline=None)
-def test_any_file_is_read_or_refused_in_one_sentence(content):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "set.json"
-        path.write_bytes(content)
-        try:
-            read_records(path, "mend")
-        except DataError as error:
-            assert str(path) in str(error)  # noqa: PT017

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kmebench.data.openfacts import load_relations
-from kmebench.data.records import SLOT, EditRequest
+from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.registry import EDITORS
 from kmebench.errors import ConfigError, ModelError
@@ -171,7 +171,7 @@ def _neighbours(request: EditRequest, count: int = 5) -> list[str]:
         subjects = [subject for subject, _ in relation.facts]
         if request.subject in subjects:
             subjects.remove(request.subject)
-            return [request.prompt.replace(SLOT, subject, 1) for subject in subjects[:count]]
+            return [request.asked_of(subject) for subject in subjects[:count]]
     return []
 
 

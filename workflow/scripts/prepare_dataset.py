@@ -1,7 +1,8 @@
 """Check, select and split the records of one data set (kmebench.data.prepare)."""
 
+from kmebench.data.edit_sets import read_records
 from kmebench.data.prepare import Selection, prepare
-from kmebench.data.records import read_records, write_requests
+from kmebench.data.records import write_requests
 from kmebench.files import write_json
 from kmebench.logs import logger, script_log
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kmebench.data.records import SLOT, BadRecord, EditRequest
+from kmebench.data.records import BadRecord, EditRequest
+from kmebench.data.texts import word_places
 from kmebench.errors import DataError
 
 Indexed = tuple[int, EditRequest]  # (index in the source file, request)
@@ -156,10 +157,17 @@ def _questions(request: EditRequest) -> list[frozenset[str]]:
 
     Words are cut to six letters, where "manufacturer" and "manufactured" meet.
     """
-    texts = [request.prompt.replace(SLOT, " ")]
-    texts += [text.replace(request.subject, " ") for text in request.paraphrases]
+    texts = [request.asked_of(" ")]
+    texts += [_without(text, request.subject) for text in request.paraphrases]
     words = [frozenset(_WORD.findall(text.casefold())) for text in texts]
     return [frozenset(w[:6] for w in found - _FUNCTION_WORDS or found) for found in words]
+
+
+def _without(text: str, subject: str) -> str:
+    """Put a blank where the subject stands as a whole word."""
+    for place in reversed(word_places(text, subject)):
+        text = f"{text[:place]} {text[place + len(subject) :]}"
+    return text
 
 
 def _overlap(a: frozenset[str], b: frozenset[str]) -> float:

@@ -1,26 +1,34 @@
 """Edit requests: the one record every stage reads."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kmebench.errors import DataError
+from kmebench.data.texts import clean, shown
 from kmebench.files import write_text
 from kmebench.reading import set_aside, trusted
 
 #: Where the subject stands in :attr:`EditRequest.prompt`.
 SLOT = "{}"
 
+_Pairs = tuple[tuple[str, str], ...]  # (prompt, target) of each
+
 
 @dataclass(frozen=True)
 class EditRequest:
     """One fact to edit.
 
-    ``prompt`` is a template holding :data:`SLOT` once, for the subject; every other prompt
-    is filled text. Texts carry no leading or trailing blanks; a target is joined to its
-    prompt by one space (``docs/methods.md``).
+    ``prompt`` is a template: the subject stands where it holds :data:`SLOT`, from the index
+    ``slot`` on. ``slot`` may be left out if the prompt holds only one; braces elsewhere are text.
+    Every other prompt is filled text. All texts are cleaned on the way in
+    (:func:`kmebench.data.texts.clean`). A target is joined to its prompt by one space
+    (``docs/methods.md``).
+
+    Raises:
+        ValueError: no editor could use the request; names the field.
     """
 
     case_id: str
@@ -29,27 +37,73 @@ class EditRequest:
     target_new: str
     target_true: str | None = None
     paraphrases: tuple[str, ...] = ()
-    locality: tuple[tuple[str, str], ...] = field(default=())  # (prompt, target)
-    portability: tuple[tuple[str, str], ...] = field(default=())  # (prompt, target)
+    locality: _Pairs = ()
+    portability: _Pairs = ()
     relation: str | None = None
+    slot: int | None = None
+
+    def __post_init__(self) -> None:
+        """Clean the texts, find the slot."""
+        for name in ("case_id", "subject", "target_new"):
+            self._set(name, clean(getattr(self, name), name))
+        for name in ("target_true", "relation"):
+            if getattr(self, name) is not None:
+                self._set(name, clean(getattr(self, name), name))
+        texts = _items(self.paraphrases, "paraphrases")
+        self._set("paraphrases", tuple(clean(text, "a paraphrase") for text in texts))
+        for name in ("locality", "portability"):
+            items = _items(getattr(self, name), name)
+            self._set(name, tuple(_pair(item, name) for item in items))
+        prompt = clean(self.prompt, "prompt")
+        # The slot moves by what is cleaned before it.
+        until_slot = self.prompt[: _slot(self.prompt, self.slot)] + SLOT
+        self._set("slot", len(clean(until_slot, "prompt")) - len(SLOT))
+        self._set("prompt", prompt)
+        if not unicodedata.is_normalized("NFC", self.filled_prompt):
+            raise ValueError(
+                f"prompt {shown(prompt)} adds a mark to a letter of the subject; write the "
+                "subject with it"
+            )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def asked_of(self, subject: str) -> str:
+        """Return the prompt with any subject in its slot."""
+        return self.prompt[: self.slot] + subject + self.prompt[self.slot + len(SLOT) :]
 
     @property
     def filled_prompt(self) -> str:
         """The prompt with the subject in its slot."""
-        return self.prompt.replace(SLOT, self.subject, 1)
+        return self.asked_of(self.subject)
 
-    def __post_init__(self) -> None:
-        """Refuse a request that no editor could use; the message names the field."""
-        for name in ("case_id", "subject", "prompt", "target_new"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty")
-        if SLOT not in self.prompt:
-            raise ValueError(f"prompt holds no {SLOT} for the subject")
-        if any(not text for text in self.paraphrases):
-            raise ValueError("a paraphrase is empty")
-        for name in ("locality", "portability"):
-            if any(not prompt or not target for prompt, target in getattr(self, name)):
-                raise ValueError(f"a {name} prompt or its target is empty")
+
+def _slot(prompt: str, slot: int | None) -> int:
+    """Return where the slot of a prompt begins.
+
+    Raises:
+        ValueError: there is none, or more than one and nobody says which.
+    """
+    if slot is None:
+        if (count := prompt.count(SLOT)) != 1:
+            held = f"{SLOT} {count} times, expected once" if count else f"no {SLOT}"
+            raise ValueError(f"prompt {shown(prompt)} holds {held} for the subject")
+        return prompt.index(SLOT)
+    if slot < 0 or not prompt.startswith(SLOT, slot):
+        raise ValueError(f"prompt {shown(prompt)} holds no {SLOT} at slot {slot}")
+    return slot
+
+
+def _items(value: Any, name: str) -> Sequence[Any]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} is a {type(value).__name__}, expected a list")
+    return value
+
+
+def _pair(item: Any, name: str) -> tuple[str, str]:
+    if len(_items(item, f"an item of {name}")) != 2:
+        raise ValueError(f"an item of {name} is no pair of prompt and target")
+    return clean(item[0], f"a {name} prompt"), clean(item[1], f"a target of {name}")
 
 
 @dataclass(frozen=True)
@@ -59,144 +113,6 @@ class BadRecord:
     index: int
     case_id: str
     reason: str
-
-
-def read_records(
-    path: str | Path, schema: str, on_bad_record: str = "error"
-) -> tuple[list[tuple[int, EditRequest]], list[BadRecord]]:
-    """Read a public edit set: a JSON list of records in one of :data:`SCHEMAS`.
-
-    Returns the usable records with their index in the file, and the bad ones
-    (``on_bad_record="skip"``).
-
-    Raises:
-        DataError: the file is no such list, or (``"error"``) a record is bad; names file,
-            index, case_id and key.
-    """
-    records, bad, seen = [], [], set()
-    for index, raw in enumerate(_read_list(path)):
-        case_id = str(raw.get("case_id", index)) if isinstance(raw, dict) else str(index)
-        try:
-            request = _parse(raw, schema, case_id)
-            if request.case_id in seen:
-                raise ValueError("its case_id stands in the file twice")
-            seen.add(request.case_id)
-            records.append((index, request))
-        except ValueError as error:
-            bad.append(BadRecord(index, case_id, str(error)))
-            if on_bad_record == "error":
-                raise DataError(
-                    f"{path}: record {index} (case_id {case_id}) cannot be used: {error}; mend "
-                    "the file, or set on_bad_record: skip for this data set."
-                ) from error
-    return records, bad
-
-
-def _read_list(path: str | Path) -> list[Any]:
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} is not valid JSON at line {error.lineno}, column {error.colno} "
-            f"({error.msg}); it may be truncated: delete it and fetch it again."
-        ) from error
-    if not isinstance(data, list):
-        raise DataError(f"{path} holds a {type(data).__name__}, expected a list of records.")
-    return data
-
-
-def _parse(raw: Any, schema: str, case_id: str) -> EditRequest:
-    if not isinstance(raw, dict):
-        raise ValueError(f"it is a {type(raw).__name__}, expected an object")
-    return SCHEMAS[schema](raw, case_id)
-
-
-def _text(raw: Mapping[str, Any], *keys: str) -> str:
-    """Return a stripped text at a nested key; the first item where a list stands for one."""
-    value: Any = raw
-    for key in keys:
-        if not isinstance(value, Mapping) or key not in value:
-            raise ValueError(f"the key {'.'.join(keys)!r} is missing")
-        value = value[key]
-    if isinstance(value, list) and value:
-        value = value[0]
-    if not isinstance(value, str):
-        raise ValueError(f"the key {'.'.join(keys)!r} holds no text")
-    if not value.strip():
-        raise ValueError(f"the key {'.'.join(keys)!r} is empty")
-    return value.strip()
-
-
-def _template(text: str, subject: str) -> str:
-    """Put the slot where the subject first stands."""
-    if subject not in text:
-        raise ValueError(f"the subject {subject!r} does not stand in the prompt {text!r}")
-    return text.replace(subject, SLOT, 1)
-
-
-def _texts(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    values = raw.get(key) or []
-    if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
-        raise ValueError(f"the key {key!r} is no list of texts")
-    return tuple(v.strip() for v in values)
-
-
-def _from_easyedit(raw: Mapping[str, Any], case_id: str) -> EditRequest:
-    subject = _text(raw, "subject")
-    locality = ((_text(raw, "locality_prompt"), _text(raw, "locality_ground_truth")),)
-    return EditRequest(
-        case_id=case_id,
-        subject=subject,
-        prompt=_template(_text(raw, "prompt"), subject),
-        target_new=_text(raw, "target_new"),
-        target_true=_text(raw, "ground_truth"),
-        paraphrases=(_text(raw, "rephrase_prompt"),),
-        locality=locality,
-    )
-
-
-def _from_mend(raw: Mapping[str, Any], case_id: str) -> EditRequest:
-    subject = _text(raw, "subject")
-    further = raw.get("portability")
-    portability = (
-        ((_text(further, "New Question"), _text(further, "New Answer")),) if further else ()
-    )
-    return EditRequest(
-        case_id=case_id,
-        subject=subject,
-        prompt=_template(_text(raw, "src"), subject),
-        target_new=_text(raw, "alt"),
-        target_true=_text(raw, "answers"),
-        paraphrases=(_text(raw, "rephrase"),),
-        locality=((_text(raw, "loc"), _text(raw, "loc_ans")),),
-        portability=portability,
-    )
-
-
-def _from_rome(raw: Mapping[str, Any], case_id: str) -> EditRequest:
-    prompt = _text(raw, "requested_rewrite", "prompt")
-    true = _text(raw, "requested_rewrite", "target_true", "str")
-    neighbours = _texts(raw, "neighborhood_prompts")
-    # CounterFact's neighbours share the true object; OpenFacts names each one's own.
-    answers = _texts(raw, "neighborhood_targets") or (true,) * len(neighbours)
-    if len(answers) != len(neighbours):
-        raise ValueError("neighborhood_targets and neighborhood_prompts differ in length")
-    return EditRequest(
-        case_id=case_id,
-        subject=_text(raw, "requested_rewrite", "subject"),
-        prompt=prompt,
-        target_new=_text(raw, "requested_rewrite", "target_new", "str"),
-        target_true=true,
-        paraphrases=_texts(raw, "paraphrase_prompts"),
-        locality=tuple(zip(neighbours, answers, strict=True)),
-        relation=raw["requested_rewrite"].get("relation_id"),
-    )
-
-
-#: Public record forms: EasyEdit's flat one, MEND's (ZsRE), ROME's (CounterFact).
-SCHEMAS = {"easyedit": _from_easyedit, "mend": _from_mend, "rome": _from_rome}
 
 
 def write_requests(path: str | Path, requests: Sequence[EditRequest]) -> None:
@@ -219,10 +135,7 @@ def read_requests(path: str | Path) -> list[EditRequest]:
         raise set_aside(path, f"line {len(lines) + 1} is cut off")
     for number, line in enumerate(lines, start=1):
         try:
-            raw = json.loads(line)
-            for name in ("paraphrases", "locality", "portability"):
-                raw[name] = tuple(tuple(x) if isinstance(x, list) else x for x in raw[name])
-            requests.append(EditRequest(**raw))
-        except (ValueError, TypeError, KeyError) as error:
+            requests.append(EditRequest(**json.loads(line)))
+        except (ValueError, TypeError) as error:
             raise set_aside(path, f"line {number} is no edit request: {error}") from error
     return requests
