@@ -28,7 +28,7 @@ def plain(
 ) -> Tensor:
     """δ of one request: every step runs all texts through the whole model and its whole head."""
     before = prefixes(contexts)
-    texts = [SubjectText(b, request.prompt, request.subject, request.target_new) for b in before]
+    texts = [SubjectText.of(request, b, request.target_new) for b in before]
     texts.append(SubjectText("", "{} is a", request.subject, None))
     encoded = model.encode_subjects(texts)
     rows, width = torch.arange(len(encoded)), max(len(e.ids) for e in encoded)

@@ -129,11 +129,21 @@ def edit_params(mode):
             "batch_size": config["batch_size"],
             "checkpoint_every": config["checkpoint_every"],
             "on_failed_edit": config["on_failed_edit"],
+            "on_bad_record": asked_params(wildcards)["on_bad_record"],
             "load": load_params(run.model),
             "evaluation": config["evaluation"],
         }
 
     return params
+
+
+def asked_params(wildcards):
+    """Which requests of a data set a model is asked: what becomes of those too long for it."""
+    spec = config["datasets"][wildcards.dataset.removesuffix(grid.DEVELOPMENT)]
+    return {
+        "wild_max_tokens": config["evaluation"]["wild_max_tokens"],
+        "on_bad_record": spec.get("on_bad_record", "error"),
+    }
 
 
 def load_params(model):

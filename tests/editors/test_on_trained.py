@@ -4,7 +4,8 @@ import pytest
 
 from kmebench.editors.base import build_editor
 from kmebench.editors.registry import EDITORS
-from kmebench.evaluation.predict import Settings, predict, prompts_of
+from kmebench.evaluation.predict import Settings, predict
+from kmebench.evaluation.prompts import prompts_of
 from kmebench.experiments.grid import LOCATE_AND_EDIT
 
 HPARAMS = {

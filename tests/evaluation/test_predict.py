@@ -7,7 +7,8 @@ import torch
 
 from kmebench.errors import DataError
 from kmebench.evaluation.frames import beside_original, original_frame, predicted_frame
-from kmebench.evaluation.predict import Prompt, Settings, natural_stop, predict, prompts_of
+from kmebench.evaluation.predict import Settings, natural_stop, predict
+from kmebench.evaluation.prompts import Prompt, prompts_of
 from kmebench.memory import NoMemoryError
 from tests.conftest import FAMILIES
 

@@ -1,5 +1,6 @@
 """The boundary between prompt and target, for every family of tokenizers."""
 
+import copy
 import itertools
 
 import pytest
@@ -15,12 +16,15 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from kmebench.data.records import EditRequest, slot_of
 from kmebench.errors import ModelError
 from kmebench.models.encoding import (
     PASS_TOKENS,
     SubjectText,
     collate,
     encode,
+    encode_pieces,
+    encode_prompts,
     encode_subjects,
     length_sorted_chunks,
 )
@@ -92,13 +96,42 @@ def test_target_is_what_follows_the_prompt(any_tokenizer, bos):
         assert (item.ids[0] == any_tokenizer.bos_token_id) == bos
 
 
-def test_an_appended_end_token_is_no_part_of_the_target():
-    plain = byte_level(False)
-    ending = byte_level(False)
-    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A <s>", special_tokens=[("<s>", 0)]
+def appending(tokenizer, bos):
+    """Make a tokenizer end every text with a token of its own."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <s>" if bos else "$A <s>", special_tokens=[("<s>", 0)]
     )
+    return tokenizer
+
+
+def test_what_a_tokenizer_appends_is_no_part_of_a_text(any_tokenizer, bos):
+    plain, ending = any_tokenizer, appending(copy.deepcopy(any_tokenizer), bos)
+    prompts = [prompt for prompt, _ in PAIRS]
+    assert ending(prompts[0])["input_ids"] == [*plain(prompts[0])["input_ids"], 0]
+    assert encode_prompts(plain, prompts) == [tuple(plain(p)["input_ids"]) for p in prompts]
+    assert encode_prompts(ending, prompts) == encode_prompts(plain, prompts)
     assert encode(ending, PAIRS) == encode(plain, PAIRS)
+    assert encode_subjects(ending, SUBJECT_TEXTS) == encode_subjects(plain, SUBJECT_TEXTS)
+    for prompt in prompts:
+        for length in (2, 5, 100):
+            pieces = plain(
+                [prompt], truncation=True, max_length=length, return_overflowing_tokens=True
+            )["input_ids"]
+            assert encode_pieces(plain, prompt, length) == pieces
+            assert encode_pieces(ending, prompt, length) == pieces
+
+
+def test_a_prompt_of_no_token_is_named():
+    with pytest.raises(ModelError, match="The prompt '' has no token"):
+        encode_prompts(byte_level(False), ["Paris", ""])
+
+
+def test_the_text_of_a_request_keeps_its_slot():
+    request = EditRequest("a", "Japan", "An empty {} in {} is", "Rome", slot=12 + 3)
+    text = SubjectText.of(request, "So. ", "Rome")
+    item = encode_subjects(byte_level(True), [text])[0]
+    assert item.subject_last == last_token_by_spelling(byte_level(True), item, text)
+    assert item.ids == encode(byte_level(True), [("So. An empty {} in Japan is", "Rome")])[0].ids
 
 
 def test_padding_shifts_nothing():
@@ -135,6 +168,14 @@ def test_an_empty_prompt_without_bos_has_nothing_to_predict_from():
     tokenizer = byte_level(False)
     with pytest.raises(ModelError, match="No token to predict 'Paris' from after"):
         encode(tokenizer, [("", "Paris")])
+
+
+def test_a_prompt_must_leave_room_for_what_follows(make_model):
+    model = make_model("llama")
+    tokens = len(model.encode_prompts(["Paris in Rome"])[0])
+    assert model.encode_prompts(["Paris in Rome"], room=64 - tokens)
+    with pytest.raises(ModelError, match="with the 63 that may follow has"):
+        model.encode_prompts(["Paris in Rome"], room=63)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(make_model):
@@ -175,13 +216,14 @@ SUBJECT_TEXTS = [
     SubjectText("In Japan, Japan. ", "Japan and {}, in Japan", "Japan", "Japan"),  # the slot counts
     SubjectText("", "{}'s language is", "Italy", "Japanese"),
     SubjectText("", "The Mount {}", "Fuji", "Japan"),  # the subject ends the prompt
-    SubjectText("{} {", "In {}, {} is", "Japan", "Rome"),  # braces elsewhere; the first slot
+    SubjectText("{} {", "In {}, {} is", "Japan", "Rome", 3),  # braces elsewhere
+    SubjectText("", "In {}, {} is", "Japan", "Rome", 7),
 ]
 
 
 def last_token_by_spelling(tokenizer, item, text):
     """Walk along the tokens' own spellings, not their offsets."""
-    head = text.prefix + text.prompt.partition("{}")[0]
+    head = text.prefix + text.prompt[: slot_of(text.prompt, text.slot)]
     pieces = tokenizer.convert_ids_to_tokens(item.ids)
     if pieces[0] == "<s>":
         before, pieces = 1, pieces[1:]
@@ -220,7 +262,11 @@ def test_a_subject_that_ends_in_a_character_of_several_tokens_has_the_last_of_th
 
 def test_subjects_change_nothing_about_tokens_and_targets(any_tokenizer):
     texts = [t for t in SUBJECT_TEXTS if t.target is not None]
-    pairs = [(t.prefix + t.prompt.replace("{}", t.subject, 1), t.target) for t in texts]
+    pairs = []
+    for t in texts:
+        slot = slot_of(t.prompt, t.slot)
+        filled = t.prefix + t.prompt[:slot] + t.subject + t.prompt[slot + 2 :]
+        pairs.append((filled, t.target))
     plain = encode(any_tokenizer, pairs)
     found = encode_subjects(any_tokenizer, texts)
     assert [(e.ids, e.n_target) for e in found] == [(e.ids, e.n_target) for e in plain]
@@ -234,8 +280,9 @@ def test_without_a_target_nothing_is_target(any_tokenizer):
 
 
 def test_a_prompt_without_a_slot_is_named():
-    with pytest.raises(ModelError, match=r"'The capital is' has no \{\} for the subject 'France'"):
-        encode_subjects(byte_level(True), [SubjectText("", "The capital is", "France", "Rome")])
+    for prompt, complaint in (("The capital is", r"no \{\}"), ("{} or {} is", r"\{\} 2 times")):
+        with pytest.raises(ModelError, match=f"'France' has no place.*{prompt}' holds {complaint}"):
+            encode_subjects(byte_level(True), [SubjectText("", prompt, "France", "Rome")])
 
 
 def test_a_subject_that_the_tokenizer_drops_is_named():

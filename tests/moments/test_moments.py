@@ -1,11 +1,13 @@
 """Second moments: against literal float64 sums over single texts; resumption; refusals."""
 
+import copy
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import processors
 
 from kmebench.errors import ConfigError, DataError, EditError, KMEBenchError
 from kmebench.moments import stage
@@ -119,13 +121,15 @@ def test_sampling_never_leaves_the_vocabulary(make_model, monkeypatch):
     assert ids.max() < model.model.config.vocab_size
 
 
-def test_a_text_begins_with_what_the_tokenizer_puts_there(make_model, monkeypatch):
+def test_a_text_begins_with_what_the_tokenizer_puts_there(make_model):
     model = make_model("llama")
     assert beginning(model) == [model.tokenizer.bos_token_id]
-    monkeypatch.setattr(
-        type(model.tokenizer), "__call__", lambda *_: {"input_ids": [5, 6]}, raising=True
-    )
-    assert beginning(model) == [5, 6]
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    for template, expected in (("$A c", [0]), ("a b $A c", [5, 6]), ("a b $A", [5, 6])):
+        model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("a", 5), ("b", 6), ("c", 7)]
+        )
+        assert beginning(model) == expected
     assert sample(model, 2, 3, seed=0)[:, :2].tolist() == [[5, 6], [5, 6]]
 
 

@@ -29,6 +29,7 @@ rule predict_original:
         models=1,
     params:
         load=lambda w: load_params(w.model),
+        asked=asked_params,
         evaluation=config["evaluation"],
     message:
         "Asking the unedited {wildcards.model} about {wildcards.dataset}"
@@ -56,6 +57,7 @@ rule cache_gradients:
         models=1,
     params:
         load=lambda w: load_params(w.model),
+        asked=asked_params,
     message:
         "Tracing {wildcards.model} on {wildcards.dataset}"
     script:
@@ -132,6 +134,7 @@ rule optimise_targets:
         models=1,
     params:
         load=lambda w: load_params(w.model),
+        asked=asked_params,
         settings=lambda w: grid.parse_variant(w.target),
     message:
         "Targets of {wildcards.dataset} for {wildcards.model} ({wildcards.target})"

@@ -3,6 +3,7 @@
 import torch
 
 from kmebench.data.records import read_requests
+from kmebench.evaluation.prompts import askable
 from kmebench.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
 from kmebench.tracing.cache import cache_gradients
@@ -11,4 +12,6 @@ with script_log(snakemake):
     torch.set_num_threads(snakemake.threads)
     seed_everything(0)
     model = EditableModel.load(snakemake.input.model, **snakemake.params.load)
-    cache_gradients(snakemake.output.gradients, model, read_requests(snakemake.input.requests))
+    requests = read_requests(snakemake.input.requests)
+    asked = askable(model, requests, **snakemake.params.asked)
+    cache_gradients(snakemake.output.gradients, model, asked)

@@ -4,15 +4,14 @@ import torch
 
 from kmebench.data.records import read_requests
 from kmebench.editors.target_store import cache_targets
+from kmebench.evaluation.prompts import askable
 from kmebench.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
 
 with script_log(snakemake):
     torch.set_num_threads(snakemake.threads)
     seed_everything(0)
-    cache_targets(
-        snakemake.output.targets,
-        EditableModel.load(snakemake.input.model, **snakemake.params.load),
-        read_requests(snakemake.input.requests),
-        snakemake.params.settings,
-    )
+    model = EditableModel.load(snakemake.input.model, **snakemake.params.load)
+    requests = read_requests(snakemake.input.requests)
+    asked = askable(model, requests, **snakemake.params.asked)
+    cache_targets(snakemake.output.targets, model, asked, snakemake.params.settings)

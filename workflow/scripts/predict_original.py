@@ -5,6 +5,7 @@ import torch
 from kmebench.data.records import read_requests
 from kmebench.evaluation.frames import original_frame, write_frame
 from kmebench.evaluation.predict import Settings
+from kmebench.evaluation.prompts import askable
 from kmebench.evaluation.schema import ORIGINAL
 from kmebench.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
@@ -14,5 +15,6 @@ with script_log(snakemake):
     seed_everything(0)  # greedy throughout: the seed decides nothing, the flags do
     model = EditableModel.load(snakemake.input.model, **snakemake.params.load)
     requests = read_requests(snakemake.input.requests)
-    frame = original_frame(model, requests, Settings(**snakemake.params.evaluation))
+    asked = askable(model, requests, **snakemake.params.asked)
+    frame = original_frame(model, asked, Settings(**snakemake.params.evaluation))
     write_frame(frame, ORIGINAL, snakemake.output.predictions)

@@ -56,7 +56,7 @@ class EditRequest:
             self._set(name, tuple(_pair(item, name) for item in items))
         prompt = clean(self.prompt, "prompt")
         # The slot moves by what is cleaned before it.
-        until_slot = self.prompt[: _slot(self.prompt, self.slot)] + SLOT
+        until_slot = self.prompt[: slot_of(self.prompt, self.slot)] + SLOT
         self._set("slot", len(clean(until_slot, "prompt")) - len(SLOT))
         self._set("prompt", prompt)
         if not unicodedata.is_normalized("NFC", self.filled_prompt):
@@ -78,7 +78,7 @@ class EditRequest:
         return self.asked_of(self.subject)
 
 
-def _slot(prompt: str, slot: int | None) -> int:
+def slot_of(prompt: str, slot: int | None) -> int:
     """Return where the slot of a prompt begins.
 
     Raises:

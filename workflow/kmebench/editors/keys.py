@@ -42,7 +42,7 @@ def subject_activations(
         ModelError: a prompt has no slot, or no token holds the end of its subject.
     """
     before = prefixes(contexts)
-    texts = [SubjectText(p, r.prompt, r.subject, None) for r in requests for p in before]
+    texts = [SubjectText.of(r, p, None) for r in requests for p in before]
     module = model.ffn[layer].value.module
     sizes = [len(group) for group in contexts]
     inputs, outputs = _at_subjects(model, texts, module, micro_batch * len(before))
@@ -60,7 +60,7 @@ def module_outputs(
     model: EditableModel, requests: Sequence[EditRequest], module: nn.Module, micro_batch: int
 ) -> Tensor:
     """Return any module's output at the subjects in the bare prompts, [B, D]."""
-    texts = [SubjectText("", r.prompt, r.subject, None) for r in requests]
+    texts = [SubjectText.of(r, "", None) for r in requests]
     return _at_subjects(model, texts, module, micro_batch)[1]
 
 

@@ -107,7 +107,7 @@ def _texts(
     request: EditRequest, before: Sequence[str], settings: TargetSettings
 ) -> list[SubjectText]:
     """Return the prompts of one request, bare one first, and the KL prompt if it is asked for."""
-    texts = [SubjectText(b, request.prompt, request.subject, request.target_new) for b in before]
+    texts = [SubjectText.of(request, b, request.target_new) for b in before]
     kl = [SubjectText("", KL_PROMPT, request.subject, None)]
     return texts + kl if settings.kl_factor > 0 else texts
 

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from kmebench.data.records import EditRequest
 from kmebench.errors import DataError
-from kmebench.evaluation.predict import Prompt, Settings, predict, prompts_of
+from kmebench.evaluation.predict import Settings, predict
+from kmebench.evaluation.prompts import Prompt, prompts_of
 from kmebench.files import atomic_path
 from kmebench.logs import track
 from kmebench.models.editable import EditableModel

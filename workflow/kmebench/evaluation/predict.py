@@ -12,28 +12,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from kmebench.data.records import EditRequest
+from kmebench.evaluation.prompts import Prompt, wild_prompt
 from kmebench.memory import halved_if_needed
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Pair, length_sorted_chunks
 
-#: The question-answer prompt of the WILD protocol (Yang et al. 2025).
-WILD_PROMPT = "Please answer the question:\n\nQ: {}\nA:"
 #: A generation ends before the first of these.
 WILD_STOPS = (".", "!", "?", "\n")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt of one request, with the answer it is scored against."""
-
-    case_id: str
-    position: int  # of the request in editing order
-    kind: str  # edit | paraphrase | locality | portability
-    prompt: str
-    target: str
-    target_new: str | None  # for the probability protocol
-    target_true: str | None
 
 
 @dataclass(frozen=True)
@@ -42,21 +27,6 @@ class Settings:
 
     batch_size: int = 32  # prompts in one forward pass
     wild_max_tokens: int = 50
-
-
-def prompts_of(request: EditRequest, position: int) -> list[Prompt]:
-    """List the prompts of one request: edit, paraphrases, locality, portability."""
-
-    def prompt(kind: str, text: str, target: str, new: str | None, true: str | None) -> Prompt:
-        return Prompt(request.case_id, position, kind, text, target, new, true)
-
-    new, true = request.target_new, request.target_true
-    return [
-        prompt("edit", request.filled_prompt, new, new, true),
-        *(prompt("paraphrase", text, new, new, true) for text in request.paraphrases),
-        *(prompt("locality", text, target, new, target) for text, target in request.locality),
-        *(prompt("portability", text, target, None, None) for text, target in request.portability),
-    ]
 
 
 @torch.no_grad()
@@ -129,20 +99,34 @@ def _decode_free(
     model: EditableModel, prompts: Sequence[Prompt], lengths: Sequence[int], settings: Settings
 ) -> list[list[int]]:
     """Decode greedily, as many tokens as the target has."""
-    tokenised = model.tokenizer([p.prompt for p in prompts])["input_ids"]
+    tokenised = model.encode_prompts([p.prompt for p in prompts])
     decoded: list[list[int]] = [[] for _ in prompts]
     for chunk in length_sorted_chunks(lengths, settings.batch_size):
-        longest = max(lengths[i] for i in chunk)
-        rows = _generate(model, [tokenised[i] for i in chunk], longest)
-        for index, row in zip(chunk, rows, strict=True):
-            decoded[index] = row[: lengths[index]].tolist()
+        for group in _with_room(chunk, tokenised, lengths, model.context):
+            longest = max(lengths[i] for i in group)
+            rows = _generate(model, [tokenised[i] for i in group], longest)
+            for index, row in zip(group, rows, strict=True):
+                decoded[index] = row[: lengths[index]].tolist()
     return decoded
+
+
+def _with_room(
+    chunk: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    context: int | None,
+) -> list[list[int]]:
+    """Split a chunk whose rows all go on as long as its longest: what has no room goes alone."""
+    longest = max(lengths[i] for i in chunk)
+    roomy = [i for i in chunk if context is None or len(prompts[i]) + longest <= context]
+    alone = [[i] for i in chunk if i not in roomy]
+    return [roomy, *alone] if roomy else alone
 
 
 def _decode_wild(model: EditableModel, prompts: Sequence[Prompt], settings: Settings) -> list[str]:
     """Decode answers to the question-answer prompt, cut at their natural stop."""
-    texts = [WILD_PROMPT.replace("{}", p.prompt) for p in prompts]
-    tokenised = model.tokenizer(texts)["input_ids"]
+    texts = [wild_prompt(p.prompt) for p in prompts]
+    tokenised = model.encode_prompts(texts, room=settings.wild_max_tokens)
     holds_stop, says = _stop_tables(model)
     decoded = [""] * len(prompts)
     for chunk in length_sorted_chunks([len(ids) for ids in tokenised], settings.batch_size):

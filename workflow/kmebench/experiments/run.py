@@ -20,6 +20,7 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor, build_editor, resolved
 from kmebench.evaluation.frames import beside_original, write_frame
 from kmebench.evaluation.predict import Settings
+from kmebench.evaluation.prompts import askable
 from kmebench.evaluation.schema import PREDICTIONS
 from kmebench.experiments.session import (
     Checkpoints,
@@ -56,13 +57,15 @@ def run_cell(
     """Edit, predict and write ``output`` (predictions, timing, run; delta unless in batches).
 
     ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, on_failed_edit,
-    evaluation.
+    on_bad_record, evaluation. Requests that the model cannot be asked are left out.
     ``code`` names the source files the outcome depends on: a checkpoint made with others, or
     with other settings or requests, is not resumed.
     """
     started = time.perf_counter()
     model = load()
     load_seconds = time.perf_counter() - started
+    longest = settings["evaluation"]["wild_max_tokens"]
+    requests = askable(model, requests, longest, settings["on_bad_record"])
     editor = build_editor(settings["editor"], settings["hparams"], assets)
     checkpoints = Checkpoints(
         Path(output["predictions"]).parent / "checkpoints",

@@ -33,7 +33,8 @@ from kmebench.editors.base import Editor, Stopwatch
 from kmebench.editors.epochs import EpochEditor
 from kmebench.errors import EditError, ModelError
 from kmebench.evaluation.frames import predicted_frame
-from kmebench.evaluation.predict import Settings, prompts_of
+from kmebench.evaluation.predict import Settings
+from kmebench.evaluation.prompts import prompts_of
 from kmebench.files import sha256_of, write_json
 from kmebench.logs import track
 from kmebench.memory import NoMemoryError, halved_if_needed

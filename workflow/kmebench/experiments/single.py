@@ -37,7 +37,7 @@ def edit_fact(model: EditableModel, editor: Editor, request: EditRequest) -> Wei
 @torch.no_grad()
 def next_token(model: EditableModel, prompt: str) -> Tensor:
     """Return the probability of every next token, float32 [V]."""
-    ids = torch.tensor([model.tokenizer(prompt)["input_ids"]], device=model.device)
+    ids = torch.tensor(model.encode_prompts([prompt]), device=model.device)
     return model.model(ids).logits[0, -1].float().softmax(dim=-1).cpu()
 
 
@@ -52,13 +52,13 @@ def likeliest(
 
 def says(model: EditableModel, prompt: str, tokens: int = 12) -> str:
     """Return how the model goes on (greedily), on one line."""
-    ids = model.tokenizer(prompt, return_tensors="pt").to(model.device)
+    ids = torch.tensor(model.encode_prompts([prompt], room=tokens), device=model.device)
     said = model.model.generate(
-        input_ids=ids["input_ids"],
-        attention_mask=ids["attention_mask"],
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         do_sample=False,
         max_new_tokens=tokens,
         pad_token_id=model.pad_id,
     )
-    text = model.tokenizer.decode(said[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    text = model.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
     return " ".join(text.split())

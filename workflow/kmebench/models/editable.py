@@ -25,6 +25,7 @@ from kmebench.models.encoding import (
     SubjectText,
     collate,
     encode,
+    encode_prompts,
     encode_subjects,
 )
 from kmebench.models.layouts import FFN, ffn_layers, layout_of
@@ -129,7 +130,20 @@ class EditableModel:
             ModelError: a pair is longer than the context of the model, or has no token.
         """
         encoded = encode(self.tokenizer, pairs)
-        self._check_lengths([prompt for prompt, _ in pairs], encoded)
+        for (prompt, _), item in zip(pairs, encoded, strict=True):
+            self._check_length(prompt, len(item.ids), "with its target")
+        return encoded
+
+    def encode_prompts(self, prompts: Sequence[str], room: int = 0) -> list[tuple[int, ...]]:
+        """Encode prompts that the model goes on from, by ``room`` tokens at most.
+
+        Raises:
+            ModelError: a prompt is longer than the context of the model, or has no token.
+        """
+        encoded = encode_prompts(self.tokenizer, prompts)
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            what = f"with the {room} that may follow" if room else ""
+            self._check_length(prompt, len(ids) + room, what)
         return encoded
 
     def encode_subjects(self, texts: Sequence[SubjectText]) -> list[Encoded]:
@@ -139,17 +153,21 @@ class EditableModel:
             ModelError: a text is longer than the context of the model, or has no such token.
         """
         encoded = encode_subjects(self.tokenizer, texts)
-        self._check_lengths([text.prefix + text.prompt for text in texts], encoded)
+        for text, item in zip(texts, encoded, strict=True):
+            self._check_length(text.prefix + text.prompt, len(item.ids), "with its target")
         return encoded
 
-    def _check_lengths(self, prompts: Sequence[str], encoded: Sequence[Encoded]) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        for prompt, item in zip(prompts, encoded, strict=True):
-            if limit is not None and len(item.ids) > limit:
-                raise ModelError(
-                    f"The prompt {prompt[:60]!r}... with its target has {len(item.ids)} tokens, "
-                    f"more than the {limit} of the model's context."
-                )
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model can read; None if its positions have no end."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def _check_length(self, prompt: str, tokens: int, what: str) -> None:
+        if self.context is not None and tokens > self.context:
+            raise ModelError(
+                f"The prompt {prompt[:60]!r}... {what} has {tokens} tokens, more than the "
+                f"{self.context} of the model's context."
+            )
 
     @property
     def pad_id(self) -> int:

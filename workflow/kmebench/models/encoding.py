@@ -1,6 +1,7 @@
 """Prompts and targets as token batches.
 
-The boundary between prompt and target is found from the tokenizer's offsets on the
+What a tokenizer puts before a text stays, what it appends (an end of text) does not: the text goes
+on. The boundary between prompt and target is found from the tokenizer's offsets on the
 concatenated text, so it is right for byte-level BPE and SentencePiece alike. Batches are
 padded on the right; under causal attention no real position then sees padding, so no
 attention mask is needed and positions are those of the unpadded text.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kmebench.data.records import SLOT
+from kmebench.data.records import SLOT, EditRequest, slot_of
 from kmebench.errors import ModelError
 
 Pair = tuple[str, str]  # (prompt, target)
@@ -25,9 +26,15 @@ class SubjectText(NamedTuple):
     """The text ``prefix + prompt``, the slot of the prompt filled, and perhaps a target."""
 
     prefix: str
-    prompt: str  # a template with one slot
+    prompt: str  # a template
     subject: str
     target: str | None
+    slot: int | None = None  # where in the prompt it begins; may be left out if there is one
+
+    @classmethod
+    def of(cls, request: EditRequest, prefix: str, target: str | None) -> "SubjectText":
+        """Put the prompt of a request behind ``prefix``."""
+        return cls(prefix, request.prompt, request.subject, target, request.slot)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,35 @@ class Batch:
         )
 
 
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> list[tuple[int, ...]]:
+    """Encode prompts for the model to go on.
+
+    Raises:
+        ModelError: the tokenizer gives no offsets, or a prompt has no token.
+    """
+    encoded = [ids for ids, _ in _tokens(tokenizer, prompts)]
+    if not all(encoded):
+        raise ModelError(f"The prompt {prompts[encoded.index(())]!r} has no token.")
+    return encoded
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[list[int]]:
+    """Encode a text, cut into pieces of at most ``length`` tokens that each begin as texts do."""
+    (ids, _), *_ = _tokens(tokenizer, [text])
+    first = put_before(tokenizer)
+    width = length - len(first)
+    return [[*first, *ids[start : start + width]] for start in range(len(first), len(ids), width)]
+
+
+def put_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that the tokenizer puts before every text."""
+    encoding = tokenizer("a", return_special_tokens_mask=True)
+    marked = zip(encoding["input_ids"], encoding["special_tokens_mask"], strict=True)
+    return [token for token, _ in itertools.takewhile(lambda pair: pair[1], marked)]
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[Encoded]:
     """Encode prompts with their targets.
 
@@ -82,7 +118,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[En
         ModelError: the tokenizer gives no offsets, or a target or its prompt has no token.
     """
     encoded = []
-    tokens = _tokens(tokenizer, [f"{prompt} {target}" for prompt, target in pairs])
+    tokens = _tokens(tokenizer, [joined(*pair) for pair in pairs])
     for (prompt, target), (ids, offsets) in zip(pairs, tokens, strict=True):
         encoded.append(Encoded(ids, _count_target(ids, offsets, prompt, target)))
     return encoded
@@ -101,12 +137,12 @@ def encode_subjects(
             of a subject, or a target or its prompt has no token; names prompt and subject.
     """
     filled = [_fill(text) for text in texts]
-    joined = [
-        prompt if text.target is None else f"{prompt} {text.target}"
+    whole = [
+        prompt if text.target is None else joined(prompt, text.target)
         for text, (prompt, _) in zip(texts, filled, strict=True)
     ]
     encoded = []
-    tokens = _tokens(tokenizer, joined)
+    tokens = _tokens(tokenizer, whole)
     for text, (prompt, end), (ids, offsets) in zip(texts, filled, tokens, strict=True):
         n_target = 0 if text.target is None else _count_target(ids, offsets, prompt, text.target)
         holders = [i for i, (first, last) in enumerate(offsets) if first < end <= last]
@@ -122,13 +158,17 @@ def encode_subjects(
 
 def _fill(text: SubjectText) -> tuple[str, int]:
     """Return prefix and filled prompt as one text, and where in it the subject ends."""
-    head, slot, tail = text.prompt.partition(SLOT)
-    if not slot:
-        raise ModelError(
-            f"The prompt {text.prompt!r} has no {SLOT} for the subject {text.subject!r}."
-        )
-    until_subject = text.prefix + head + text.subject
-    return until_subject + tail, len(until_subject)
+    try:
+        slot = slot_of(text.prompt, text.slot)
+    except ValueError as error:
+        raise ModelError(f"The subject {text.subject!r} has no place: {error}.") from error
+    until_subject = text.prefix + text.prompt[:slot] + text.subject
+    return until_subject + text.prompt[slot + len(SLOT) :], len(until_subject)
+
+
+def joined(prompt: str, target: str) -> str:
+    """Join a target to its prompt."""
+    return f"{prompt} {target}"
 
 
 _Offsets = list[tuple[int, int]]
@@ -145,10 +185,11 @@ def _tokens(
             f"The tokenizer {type(tokenizer).__name__} gives no character offsets; "
             "use a model folder with a fast tokenizer (tokenizer.json)."
         )
-    encodings = tokenizer(list(texts), return_offsets_mapping=True)
+    # Not verbose: whoever knows the model says what is too long for it.
+    encodings = tokenizer(list(texts), return_offsets_mapping=True, verbose=False)
     tokens = []
     for ids, offsets in zip(encodings["input_ids"], encodings["offset_mapping"], strict=True):
-        n = _last_text_token(offsets) + 1  # a tokenizer that appends EOS would end the text
+        n = _last_text_token(offsets) + 1
         tokens.append((tuple(ids[:n]), offsets[:n]))
     return tokens
 

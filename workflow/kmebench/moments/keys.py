@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import put_before
 
 #: Called with (layer, keys [n, M]) for the real positions of one forward pass.
 Receiver = Callable[[int, Tensor], None]
@@ -100,9 +101,8 @@ def sample(model: EditableModel, rows: int, length: int, seed: int) -> Tensor:
 def beginning(model: EditableModel) -> list[int]:
     """Return the tokens a text begins with: what the tokenizer puts there, else BOS, else EOS."""
     tokenizer = model.tokenizer
-    put_there = tokenizer("")["input_ids"]
     candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
-    return put_there or [next(c for c in candidates if c is not None)]
+    return put_before(tokenizer) or [next(c for c in candidates if c is not None)]
 
 
 class _Enough(Exception):  # noqa: N818 - a signal, not an error

@@ -11,6 +11,7 @@ import torch
 
 from kmebench.errors import DataError
 from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import encode_pieces
 from kmebench.moments.keys import Sampled, Written
 
 #: Batches whose texts are sorted together by length, so that little is padded.
@@ -41,8 +42,7 @@ def text_batches(
     Raises:
         DataError: the text cannot be had.
     """
-    limit = getattr(model.model.config, "max_position_embeddings", settings.length)
-    length = min(settings.length, limit)
+    length = min(settings.length, model.context or settings.length)
     if settings.text["source"] == "self":
         yield from _sampled(settings, length, start)
         return
@@ -76,7 +76,7 @@ def read_file(spec: Mapping[str, Any], seed: int) -> Iterator[str]:
     """
     path = Path(spec["path"])
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8-sig") as stream:
             yield from _paragraphs(stream)
     except FileNotFoundError:
         raise DataError(f"moments.text.path: there is no file {path}.") from None
@@ -131,9 +131,7 @@ def read_dataset(spec: Mapping[str, Any], seed: int) -> Iterator[str]:
 def _pieces(model: EditableModel, texts: Iterable[str], length: int) -> Iterator[list[int]]:
     """Yield texts as token ids, cut into pieces that each begin as a text does."""
     for text in texts:
-        yield from model.tokenizer(
-            [text], truncation=True, max_length=length, return_overflowing_tokens=True
-        )["input_ids"]
+        yield from encode_pieces(model.tokenizer, text, length)
 
 
 def _limited(pieces: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:

@@ -1,0 +1,142 @@
+"""Every way to a model's answer tokenises alike, and knows how much the model can read."""
+
+import copy
+import logging
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.contexts import MEMIT_LENGTHS, ROME_LENGTHS, prefixes, sample_contexts
+from kmebench.errors import ModelError
+from kmebench.evaluation.predict import Settings, _decode_free, predict
+from kmebench.evaluation.prompts import EDIT_ROOM, askable, prompts_of, too_long
+from kmebench.experiments.single import critical_shares, likeliest, next_token, says
+from kmebench.models.editable import EditableModel
+from kmebench.moments.keys import beginning, sample
+from kmebench.moments.texts import TextSettings, text_batches
+
+
+def with_template(model, template):
+    """The same weights behind a tokenizer that puts tokens around a text."""
+    tokenizer = copy.deepcopy(model.tokenizer)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template.replace("E", end), special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    return EditableModel(model.model, tokenizer)
+
+
+def answers(model, requests, path):
+    """What every path from a text to the model gives."""
+    prompts = [p for i, r in enumerate(requests) for p in prompts_of(r, i)]
+    prompt = requests[0].filled_prompt
+    text = {"source": "file", "path": str(path)}
+    written = text_batches(model, TextSettings(text=text, tokens=90, length=11, batch_size=3))
+    return {
+        "predictions": predict(
+            model, prompts, Settings(batch_size=4, wild_max_tokens=8), decode=True
+        ),
+        "likeliest": likeliest(model, next_token(model, prompt)),
+        "says": says(model, prompt),
+        "shares": critical_shares(model, requests[0], 3, "l2")[0].tolist(),
+        "contexts": sample_contexts(model, ROME_LENGTHS, seed=0),
+        "beginning": beginning(model),
+        "sampled": sample(model, 3, 12, seed=1).tolist(),
+        "written": [batch.input_ids.tolist() for batch in written],
+    }
+
+
+@pytest.mark.parametrize(("plain", "ending"), [("$A", "$A E"), ("E $A", "E $A E")])
+def test_an_appended_end_changes_no_answer(plain, ending, trained, capital_requests, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(r.filled_prompt * 2 for r in capital_requests), encoding="utf-8")
+    first, second = (
+        answers(with_template(trained, template), capital_requests[:4], path)
+        for template in (plain, ending)
+    )
+    assert first["says"]  # an answer, not nothing
+    assert len(first["written"]) > 2
+    for name, answer in first.items():
+        assert str(second[name]) == str(answer), name  # as text: NaN is not NaN
+
+
+def long(request, field, words):
+    """The request with one text that many words make long."""
+    filler = "Paris " * words
+    values = {
+        "prompt": f"{filler}{{}} is",
+        "target_new": filler,
+        "paraphrases": (filler,),
+        "locality": ((filler, "x"),),
+        "portability": (("x", filler),),
+    }
+    fields = {name: getattr(request, name) for name in request.__dataclass_fields__}
+    return EditRequest(**fields | {"case_id": field, "slot": None, field: values[field]})
+
+
+@pytest.mark.parametrize(
+    "field", ["prompt", "target_new", "paraphrases", "locality", "portability"]
+)
+def test_a_request_that_is_too_long_is_refused_or_left_out(field, make_model, requests, caplog):
+    model = make_model("llama")
+    mixed = [requests[0], long(requests[1], field, 70), requests[2]]
+    with pytest.raises(ModelError, match=rf"^Request '{field}' cannot .* more than the 64 of the"):
+        askable(model, mixed, 2, "error")
+    with caplog.at_level(logging.WARNING, "kmebench"):
+        assert askable(model, mixed, 2, "skip") == [requests[0], requests[2]]
+    assert f"left out: Request '{field}' cannot be asked" in caplog.text
+    with pytest.raises(ModelError, match="and so are all others"):
+        askable(model, mixed[1:2], 2, "skip")
+
+
+def test_without_a_limit_nothing_is_too_long(make_model, requests):
+    model = make_model("llama")
+    del model.model.config.max_position_embeddings
+    assert askable(model, [long(requests[0], "prompt", 70)], 50, "error")
+
+
+@given(st.integers(1, 20), st.integers(1, 14))
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_what_is_not_too_long_can_be_asked_and_edited(make_model, requests, words, wild):
+    """On learned positions: one token too many is an index error."""
+    model = make_model("gpt2")
+    for field in ("prompt", "paraphrases", "portability"):
+        request = long(requests[0], field, words)
+        if too_long(model, request, wild):
+            continue
+        prompts = [p for i, r in enumerate([request, *requests]) for p in prompts_of(r, i)]
+        fitting = Settings(batch_size=8, wild_max_tokens=wild)
+        predict(model, prompts, fitting, decode=True)
+        model.encode([("." * EDIT_ROOM + request.filled_prompt, request.target_new)])
+
+
+def test_a_row_without_room_for_the_longest_target_is_decoded_by_itself(make_model, requests):
+    model = make_model("gpt2")
+    base = EditRequest("a", "Rome", "{} is", "Paris")
+    tokens = len(model.encode_prompts([base.filled_prompt])[0])
+    words = next(
+        n
+        for n in range(1, 64)
+        if len(model.encode_prompts([f"{'Paris ' * n}Rome is"])[0]) >= 64 - tokens
+    )
+    near = EditRequest("b", "Rome", "Paris " * (words - 1) + "{} is", "Rome")
+    far = EditRequest("c", "Rome", "{} is", "Paris " * (words // 2))
+    prompts = [p for r in (near, far) for p in prompts_of(r, 0)]
+    lengths = [len(e.target_ids) for e in model.encode([(p.prompt, p.target) for p in prompts])]
+    assert len(model.encode_prompts([near.filled_prompt])[0]) + max(lengths) > 64
+    together = _decode_free(model, prompts, lengths, Settings())
+    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        assert [together[row]] == _decode_free(model, [prompt], [length], Settings())
+
+
+@pytest.mark.parametrize("lengths", [ROME_LENGTHS, MEMIT_LENGTHS])
+def test_what_editors_put_before_a_prompt_fits_into_its_room(lengths, trained):
+    before = [text for text in prefixes(sample_contexts(trained, lengths, seed=0)) if text]
+    assert max(len(ids) for ids in trained.encode_prompts(before)) <= EDIT_ROOM

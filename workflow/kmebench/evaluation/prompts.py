@@ -1,0 +1,107 @@
+"""What a model is asked about a request, and which requests it can be asked."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kmebench.data.records import EditRequest
+from kmebench.errors import ModelError
+from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import encode_prompts, joined
+
+logger = logging.getLogger("kmebench")
+
+#: The question-answer prompt of the WILD protocol (Yang et al. 2025).
+_WILD = ("Please answer the question:\n\nQ: ", "\nA:")
+#: Tokens that editors may put before the prompt of an edit (kmebench.editors.contexts).
+EDIT_ROOM = 32
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of one request, with the answer it is scored against."""
+
+    case_id: str
+    position: int  # of the request in editing order
+    kind: str  # edit | paraphrase | locality | portability
+    prompt: str
+    target: str
+    target_new: str | None  # for the probability protocol
+    target_true: str | None
+
+
+def prompts_of(request: EditRequest, position: int) -> list[Prompt]:
+    """List the prompts of one request: edit, paraphrases, locality, portability."""
+
+    def prompt(kind: str, text: str, target: str, new: str | None, true: str | None) -> Prompt:
+        return Prompt(request.case_id, position, kind, text, target, new, true)
+
+    new, true = request.target_new, request.target_true
+    return [
+        prompt("edit", request.filled_prompt, new, new, true),
+        *(prompt("paraphrase", text, new, new, true) for text in request.paraphrases),
+        *(prompt("locality", text, target, new, target) for text, target in request.locality),
+        *(prompt("portability", text, target, None, None) for text, target in request.portability),
+    ]
+
+
+def wild_prompt(prompt: str) -> str:
+    """Ask a prompt in the WILD manner."""
+    return prompt.join(_WILD)
+
+
+def askable(
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    wild_max_tokens: int,
+    on_bad_record: str,
+) -> list[EditRequest]:
+    """Leave out the requests that ``model`` cannot be asked (``"skip"``), or refuse them.
+
+    Which they are depends on tokenizer and context alone, so every stage finds the same.
+
+    Raises:
+        ModelError: a request is too long (``"error"``), or all are; names it and both lengths.
+    """
+    kept = []
+    for request in requests:
+        if reason := too_long(model, request, wild_max_tokens):
+            problem = f"Request {request.case_id!r} cannot be asked: {reason}"
+            if on_bad_record == "error":
+                raise ModelError(
+                    f"{problem}; shorten it, or set on_bad_record: skip for its data set."
+                )
+            logger.warning("left out: %s", problem)
+        else:
+            kept.append(request)
+    if not kept:
+        raise ModelError(f"{problem}, and so are all others; choose a model with a longer one.")
+    return kept
+
+
+def too_long(model: EditableModel, request: EditRequest, wild_max_tokens: int) -> str | None:
+    """Say why a request does not fit into the model's context, if it does not.
+
+    Behind every prompt must be room for its targets, and, asked in the WILD manner, for
+    ``wild_max_tokens``; beside the prompt of the edit for :data:`EDIT_ROOM`.
+    """
+    if model.context is None:
+        return None
+    prompts = prompts_of(request, 0)
+    texts = [
+        (p.prompt, joined(p.prompt, target), EDIT_ROOM if p.kind == "edit" else 0)
+        for p in prompts
+        for target in (p.target, p.target_new, p.target_true)
+        if target is not None
+    ]
+    texts += [(p.prompt, wild_prompt(p.prompt), wild_max_tokens) for p in prompts]
+    ids = encode_prompts(model.tokenizer, [text for _, text, _ in texts])
+    needed = [len(x) + room for x, (_, _, room) in zip(ids, texts, strict=True)]
+    tokens = max(needed)
+    if tokens <= model.context:
+        return None
+    prompt = texts[needed.index(tokens)][0]
+    return (
+        f"with what is put around it the prompt {prompt[:60]!r}... has {tokens} tokens, more than "
+        f"the {model.context} of the model's context"
+    )
