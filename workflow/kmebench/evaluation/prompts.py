@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kmebench.data.records import EditRequest
+from kmebench.data.texts import shown
 from kmebench.errors import ModelError
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import encode_prompts, joined
@@ -102,6 +103,6 @@ def too_long(model: EditableModel, request: EditRequest, wild_max_tokens: int) -
         return None
     prompt = texts[needed.index(tokens)][0]
     return (
-        f"with what is put around it the prompt {prompt[:60]!r}... has {tokens} tokens, more than "
+        f"with what is put around it the prompt {shown(prompt)} has {tokens} tokens, more than "
         f"the {model.context} of the model's context"
     )

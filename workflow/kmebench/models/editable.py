@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from kmebench.data.texts import shown
 from kmebench.errors import ModelError
 from kmebench.models.encoding import (
     Batch,
@@ -131,7 +132,7 @@ class EditableModel:
         """
         encoded = encode(self.tokenizer, pairs)
         for (prompt, _), item in zip(pairs, encoded, strict=True):
-            self._check_length(prompt, len(item.ids), "with its target")
+            self._check_length(prompt, len(item.ids), " with its target")
         return encoded
 
     def encode_prompts(self, prompts: Sequence[str], room: int = 0) -> list[tuple[int, ...]]:
@@ -142,7 +143,7 @@ class EditableModel:
         """
         encoded = encode_prompts(self.tokenizer, prompts)
         for prompt, ids in zip(prompts, encoded, strict=True):
-            what = f"with the {room} that may follow" if room else ""
+            what = f" with the {room} that may follow" if room else ""
             self._check_length(prompt, len(ids) + room, what)
         return encoded
 
@@ -154,7 +155,7 @@ class EditableModel:
         """
         encoded = encode_subjects(self.tokenizer, texts)
         for text, item in zip(texts, encoded, strict=True):
-            self._check_length(text.prefix + text.prompt, len(item.ids), "with its target")
+            self._check_length(text.prefix + text.prompt, len(item.ids), " with its target")
         return encoded
 
     @property
@@ -165,7 +166,7 @@ class EditableModel:
     def _check_length(self, prompt: str, tokens: int, what: str) -> None:
         if self.context is not None and tokens > self.context:
             raise ModelError(
-                f"The prompt {prompt[:60]!r}... {what} has {tokens} tokens, more than the "
+                f"The prompt {shown(prompt)}{what} has {tokens} tokens, more than the "
                 f"{self.context} of the model's context."
             )
 
