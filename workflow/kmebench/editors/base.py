@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
@@ -90,6 +89,9 @@ def build_editor(name: str, hparams: Mapping[str, Any], assets: Mapping[str, str
             type than the editor declares (numbers written as text, as YAML reads ``1e-4``, are
             taken as numbers).
     """
+    # Only here: an editor that is built by its class needs no pydantic.
+    from pydantic import TypeAdapter, ValidationError
+
     module, class_name = editor_target(name)
     try:
         editor_class = getattr(importlib.import_module(module), class_name)

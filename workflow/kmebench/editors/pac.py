@@ -202,8 +202,9 @@ def trace_routes(
         if hparams.scope == "batch":
             scores = scores.sum(dim=0, keepdim=True).expand_as(scores)
     paths = select_paths(scores, hparams.paths, hparams.negatives, hparams.selection)
+    positive, negative = paths.positive.cpu(), paths.negative.cpu()
     return [
-        Route(paths.positive[i], paths.negative[i], answers[place], 0.0)
+        Route(positive[i], negative[i], answers[place], 0.0)
         for i, place in enumerate(order.tolist())
     ]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kmebench.models.editable import EditableModel
 from kmebench.tracing.observe import KEY, VALUE, at_least_float32
-from kmebench.weights.delta import Columns, Part, Rows, WeightDelta
+from kmebench.weights.delta import Columns, Part, Rows, WeightDelta, put_segments
 
 
 class LiveSegments:
@@ -29,7 +29,8 @@ class LiveSegments:
 
     def __init__(self, model: EditableModel, name: str, axis: int, capacity: int) -> None:
         self.name, self.axis, self._ledger = name, axis, model.edits
-        self._live = model.parameter(name).detach().movedim(axis, 0)  # shares its memory
+        self._weight = model.parameter(name).detach()
+        self._live = self._weight.movedim(axis, 0)  # shares its memory
         self.slot = torch.full((len(self._live),), -1, device=self._live.device)
         self.index = self.slot[:0]
         self.before = self._live.new_zeros(capacity, *self._live.shape[1:])
@@ -48,11 +49,14 @@ class LiveSegments:
 
     def write(self, masters: Tensor) -> None:
         """Round ``masters`` [capacity, ...] into the live weight."""
-        self._live[self.index] = masters[: len(self.index)].to(self._live)
+        self._put(masters.to(self._weight.dtype))
 
     def restore(self) -> None:
         """Put the bits back that were there before."""
-        self._live[self.index] = self.before[: len(self.index)]
+        self._put(self.before)
+
+    def _put(self, values: Tensor) -> None:
+        put_segments(self._weight, self.axis, self.index, values[: len(self.index)])
 
     def part(self, change: Tensor) -> Part:
         """Return ``change`` [capacity, ...] as a part of a delta."""

@@ -20,7 +20,7 @@ def critical_shares(
 
     Returns the share of every node in all impact in the model, [L, 2, N], and the paths.
     """
-    scores = getattr(trace(model, [request]), score)
+    scores = getattr(trace(model, [request]), score).cpu()
     paths = select_paths(scores, n_paths, 0)
     return paths.positive_scores[0] / scores.abs().sum(), paths
 

@@ -1,6 +1,7 @@
 """A causal language model that can be edited, evaluated and put back."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -206,9 +207,16 @@ def pick_device(device: str) -> torch.device:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch and ask for deterministic kernels: same machine, same seed, same bytes."""
+    """Seed torch and ask for deterministic kernels: same machine, same seed, same bytes.
+
+    Before the first product on a GPU: cuBLAS reads its environment once, and torch before 2.10
+    refuses to multiply deterministically without the variable.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory before writing it; to fill all of it first costs a pass over it.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def describe(model: EditableModel) -> dict[str, Any]:

@@ -88,8 +88,8 @@ def write_gradients(
         row = 0
         for impact, seconds in impacts:
             rows = slice(row, row + len(impact.answers))
-            tensors["l2"][rows] = impact.l2.numpy()
-            tensors["signed_sum"][rows] = impact.signed_sum.numpy()
+            tensors["l2"][rows] = impact.l2.cpu().numpy()
+            tensors["signed_sum"][rows] = impact.signed_sum.cpu().numpy()
             tensors["seconds"][rows] = seconds
             for offset, answer in enumerate(impact.answers):
                 tensors["answers"][row + offset, : len(answer)] = answer

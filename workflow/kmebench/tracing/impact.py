@@ -26,8 +26,9 @@ from kmebench.tracing.observe import at_least_float32, observed
 class Impact:
     """Scores of every segment for E requests.
 
-    ``l2`` and ``signed_sum`` are float32 [E, L, 2, M] (keys, then values). ``answers`` holds,
-    for each request, the traced model's own argmax tokens at the answer positions.
+    ``l2`` and ``signed_sum`` are float32 [E, L, 2, M] (keys, then values), on the model's device.
+    ``answers`` holds, for each request, the traced model's own argmax tokens at the answer
+    positions.
     """
 
     l2: Tensor
@@ -44,11 +45,12 @@ def trace(model: EditableModel, requests: Sequence[EditRequest]) -> Impact:
     encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
     batch = model.collate(encoded)
     shape = (len(requests), model.n_layers, 2, model.ffn_width)
-    scores = {"l2": torch.zeros(shape), "signed_sum": torch.zeros(shape)}
+    # On the model's device: a copy to the CPU for every layer would make the GPU wait each time.
+    scores = {name: torch.zeros(shape, device=model.device) for name in ("l2", "signed_sum")}
 
     def score(layer: int, matrix: int, residual: Tensor, inner: Tensor) -> None:
         for kind, values in segment_scores(residual, inner).items():
-            scores[kind][:, layer, matrix] = values.cpu()
+            scores[kind][:, layer, matrix] = values
 
     with observed(model, score, range(model.n_layers)):
         logits = model.answer_logits(batch)

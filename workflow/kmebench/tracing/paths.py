@@ -22,7 +22,8 @@ class Paths:
     """Critical paths T+ and insignificant paths τ− of G groups of requests.
 
     ``positive`` [G, L, 2, N] and ``negative`` [G, L, 2, K] are int64 segment indices; entry n
-    belongs to the n-th path. ``positive_scores`` has the shape of ``positive``.
+    belongs to the n-th path. ``positive_scores`` has the shape of ``positive``. All lie where the
+    scores do.
     """
 
     positive: Tensor
@@ -51,9 +52,10 @@ def select_paths(
     ranked = scores.sort(dim=-1, descending=True, stable=True)
     negative = scores.sort(dim=-1, stable=True).indices[..., :n_negative]
     if selection == "disjoint":
-        ranks = torch.arange(n_paths).expand(*scores.shape[:-1], n_paths)
+        ranks = torch.arange(n_paths, device=scores.device).expand(*scores.shape[:-1], n_paths)
     else:
         ranks = torch.stack([k_best_ranks(group, n_paths) for group in ranked.values])
+        ranks = ranks.to(scores.device)
     positive = ranked.indices.gather(-1, ranks)
     return Paths(positive, negative, ranked.values.gather(-1, ranks))
 

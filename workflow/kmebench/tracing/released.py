@@ -54,6 +54,7 @@ def _score_layers(model: EditableModel, batches: Sequence[Batch], layers: range)
         for batch in batches:
             cross_entropy(model.answer_logits(batch), batch.labels).backward()
     scores = [
-        [abs_zscore(sums[layer, matrix]).cpu() for matrix in (KEY, VALUE)] for layer in layers
+        [abs_zscore(sums[layer, matrix]).to(model.device) for matrix in (KEY, VALUE)]
+        for layer in layers
     ]
     return torch.stack([torch.stack(pair) for pair in scores])

@@ -19,6 +19,15 @@ from kmebench.errors import KMEBenchError
 from kmebench.files import atomic_path
 
 
+def put_segments(tensor: Tensor, axis: int, index: Tensor, values: Tensor) -> None:
+    """Overwrite segments of a tensor along ``axis``; ``values[i]`` goes to ``index[i]``.
+
+    Not by indexing a transposed view: under deterministic algorithms CUDA would copy the whole
+    tensor, there and back.
+    """
+    tensor.index_copy_(axis, index, values.movedim(0, axis))
+
+
 @dataclass(frozen=True)
 class _Segments:
     """Distinct segments of a parameter along ``axis``; ``values[i]`` belongs to ``index[i]``."""
@@ -37,7 +46,7 @@ class _Segments:
     def dense(self, shape: torch.Size) -> Tensor:
         """Return the part as a tensor of the parameter's shape."""
         full = self.values.new_zeros(shape)
-        full.movedim(self.axis, 0)[self.index] = self.values
+        put_segments(full, self.axis, self.index, self.values)
         return full
 
     def factors(self) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kmebench.weights.delta import Columns, Dense, Part, Rows, WeightDelta
+from kmebench.weights.delta import Columns, Dense, Part, Rows, WeightDelta, put_segments
 
 
 class Ledger:
@@ -170,16 +170,20 @@ class _Segments:
         index = part.index.to(self.slot.device)
         slots = self._slots(index)
         self.master[slots] += part.values.to(self.master)
-        self.view[index] = self.master[slots].to(self.view.dtype)
+        self._write(index, self.master[slots])
 
     def set(self, part: Rows | Columns) -> None:
         index = part.index.to(self.slot.device)
         slots = self._slots(index)
         self.master[slots] = part.values.to(self.master)
-        self.view[index] = self.master[slots].to(self.view.dtype)
+        self._write(index, self.master[slots])
+
+    def _write(self, index: Tensor, values: Tensor) -> None:
+        live = self.parameter.detach()
+        put_segments(live, self.kind.axis, index, values.to(live.dtype))
 
     def restore(self) -> None:
-        self.view[self.index] = self.original[: self.n]
+        self._write(self.index, self.original[: self.n])
 
     def total(self) -> Part:
         return self.kind.summed(self.index, self.master[: self.n] - self.original[: self.n])
@@ -189,11 +193,11 @@ class _Segments:
 
     def full_original(self) -> Tensor:
         original = self.parameter.detach().clone()
-        original.movedim(self.kind.axis, 0)[self.index] = self.original[: self.n]
+        put_segments(original, self.kind.axis, self.index, self.original[: self.n])
         return original
 
     def full_master(self, live: Tensor) -> Tensor:
-        live.movedim(self.kind.axis, 0)[self.index] = self.master[: self.n]
+        put_segments(live, self.kind.axis, self.index, self.master[: self.n])
         return live
 
     def masters_of(self, axis: int, index: Tensor, live: Tensor) -> Tensor:
