@@ -1,18 +1,28 @@
 """What the benchmarks share: models, requests, timing."""
 
 import argparse
+import itertools
+import json
 import statistics
+import string
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PretrainedConfig
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    GPTJConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from kmebench.data.openfacts import fact_sentences, load_relations
 from kmebench.data.records import EditRequest
 from kmebench.models.editable import EditableModel, pick_device
-from kmebench.models.tiny import train_tokenizer
+from kmebench.models.tiny import END, train_tokenizer
 
 OPENFACTS = Path("resources/openfacts")
 
@@ -46,16 +56,39 @@ def parser(description: str) -> argparse.ArgumentParser:
 def build(arguments: argparse.Namespace) -> EditableModel:
     """Load the model, or make one of random weights on the device."""
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
     device = pick_device(arguments.device)
     if arguments.architecture is None:
+        torch.manual_seed(0)
         return EditableModel.load(arguments.model, dtype=arguments.dtype, device=str(device))
-    tokenizer = train_tokenizer([f"{p} {t}" for p, t in fact_sentences(OPENFACTS)])
+    return random_model(ARCHITECTURES[arguments.architecture](), arguments.dtype, device)
+
+
+def random_model(config: PretrainedConfig, dtype: str, device: torch.device) -> EditableModel:
+    """Make a model of random weights: on the device, and in ``dtype`` from the start."""
+    torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(
-            ARCHITECTURES[arguments.architecture](), dtype=getattr(torch, arguments.dtype)
-        )
-    return EditableModel(model, tokenizer)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return EditableModel(model, full_tokenizer(config.vocab_size))
+
+
+def full_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on OpenFacts and fill its vocabulary up to ``size``.
+
+    A random model says any token of its vocabulary, and what it says (contexts of ROME's family)
+    must be text, of as many tokens again: the rest are made-up words of five letters.
+    """
+    trained = train_tokenizer([f"{p} {t}" for p, t in fact_sentences(OPENFACTS)])
+    spec = json.loads(trained.backend_tokenizer.to_str())
+    spec["model"]["ignore_merges"] = True  # a word of the vocabulary is one token, as in Llama 3
+    vocabulary = spec["model"]["vocab"]
+    for letters in itertools.product(string.ascii_lowercase, repeat=5):
+        if len(vocabulary) >= size:
+            break
+        vocabulary.setdefault("Ġ" + "".join(letters), len(vocabulary))
+    filled = Tokenizer.from_str(json.dumps(spec))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=filled, bos_token=END, eos_token=END, pad_token=END, unk_token=END
+    )
 
 
 def openfacts_requests(count: int) -> list[EditRequest]:
@@ -114,10 +147,30 @@ def peak_memory(model: EditableModel) -> int:
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
-def bandwidth(device: torch.device, size: int = 1 << 28) -> float:
-    """Bytes per second that a reduction reads from memory."""
-    data = torch.ones(size // 4, device=device)
-    return data.nbytes / seconds(data.sum, repeats=7)
+def bandwidth(device: torch.device, size: int | None = None, passes: int = 8) -> float:
+    """Bytes per second that a reduction reads from memory.
+
+    ``size`` in bytes, many times the cache; several passes in a row, so that a GPU does not wait.
+    """
+    size = size or (1 << 30 if device.type == "cuda" else 1 << 28)
+    data = torch.rand(size // 4, device=device)
+
+    def read() -> None:
+        for _ in range(passes):
+            data.sum()
+
+    return passes * data.nbytes / seconds(read, repeats=5)
+
+
+def product_speed(device: torch.device, size: int, passes: int = 8) -> float:
+    """FLOP per second of products of two square bfloat16 matrices."""
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+
+    def multiply() -> None:
+        for _ in range(passes):
+            a @ b
+
+    return passes * 2 * size**3 / seconds(multiply, repeats=5)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
