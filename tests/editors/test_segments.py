@@ -8,6 +8,7 @@ from kmebench.editors.segments import TrainedSegments
 from kmebench.tracing.observe import observed
 from kmebench.weights.delta import Rows, WeightDelta
 from tests.conftest import FAMILIES
+from tests.weights.test_ledger import NoCopies
 
 
 def choices(model, n_rows, n_segments, seed):
@@ -150,3 +151,11 @@ def test_a_segment_of_both_kinds_starts_from_the_masters_and_adds_up(make_model)
         change.fill_(0.25)
     model.apply(segments.delta())
     torch.testing.assert_close(model.edits.master(name)[2], master[2] + 0.5)
+
+
+def test_live_weights_are_never_written_through_a_transposed_view(make_model):
+    model = make_model("llama", torch.bfloat16)
+    segments = TrainedSegments(model, [choices(model, 2, 4, 0)])
+    with NoCopies() as mode, segments.in_place():
+        segments.write()
+    assert mode.written >= 3 * 2 * model.n_layers

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kmebench.weights.delta import Columns, Dense, LowRank, Rows, WeightDelta
 from kmebench.weights.ledger import Ledger
@@ -115,3 +116,32 @@ def test_segments_cost_memory_of_what_was_touched():
         ledger.apply(WeightDelta({"w": Rows(torch.tensor([index]), torch.ones(1, 4))}))
     held = ledger.state()
     assert sum(t.untyped_storage().nbytes() for t in held.values()) < 1_000
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses what makes a GPU, under deterministic algorithms, copy a weight there and back."""
+
+    written = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if name.startswith(("aten.index_put", "aten._index_put", "aten.index_copy")):
+            assert args[0].is_contiguous(), f"{name} writes into a view of shape {args[0].shape}"
+            self.written += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_segments_are_never_written_through_a_transposed_view():
+    ledger = Ledger(parameters(torch.bfloat16))
+    with NoCopies() as mode:
+        for delta in [*some_deltas()[:2], *some_deltas()]:
+            ledger.apply(delta)
+        ledger = Ledger(parameters(torch.bfloat16))
+        ledger.apply(some_deltas()[1])
+        ledger.total()
+        for name in ("w", "v", "b"):
+            ledger.original(name)
+            ledger.master(name)
+        ledger.revert()
+        some_deltas()[1]["v"].dense((4, 6))
+    assert mode.written > 10

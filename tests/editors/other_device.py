@@ -1,0 +1,185 @@
+"""A device like a GPU: its tensors do not mix with the CPU's. Run by test_other_device.py.
+
+What lies on ``card`` are the CPU's own tensors under another name, so all operations give what they
+give there; but one that is handed tensors of both devices fails as on CUDA, except an index.
+"""
+
+import importlib
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from transformers import GPTJConfig, LlamaConfig
+from transformers.models.auto import AutoModelForCausalLM
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.locate import LocateAndEdit
+from kmebench.editors.registry import EDITORS, editor_target
+from kmebench.models.editable import EditableModel
+from kmebench.models.tiny import train_tokenizer
+from kmebench.moments.stage import Sums
+from kmebench.moments.store import write_moments
+from kmebench.moments.texts import Sampled
+
+#: The value to write, if there is one, must lie with what it is written to.
+INDEXING = {
+    "aten.index.Tensor": 1,
+    "aten._index_put_impl_.default": 3,
+    "aten.index_put_.default": 3,
+}
+
+
+class Card(torch.Tensor):
+    """A tensor on ``card``; ``raw`` holds its values."""
+
+    raw: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def of(raw: torch.Tensor) -> "Card":
+        tensor = torch.Tensor._make_wrapper_subclass(
+            Card,
+            raw.size(),
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            device="card:0",
+        )
+        tensor.raw = raw
+        return tensor
+
+    def tolist(self):
+        return self.raw.tolist()
+
+    def numpy(self):
+        raise TypeError("a tensor of the card has to be copied to the CPU first")
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return run(func, *args, **(kwargs or {}))
+
+
+def run(func, *args, **kwargs):
+    """Run an operation; its results lie where its tensors do, or where it is told."""
+    name = str(func)
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if name == "aten.copy_.default":
+        raw(args[0]).copy_(raw(args[1]))
+        return args[0]
+    if name != "aten._to_copy.default":
+        refuse_mixed(name, args, tensors)
+    on_card = any(isinstance(x, Card) for x in tensors)
+    if kwargs.get("device") is not None:
+        on_card = torch.device(kwargs["device"]).type == "card"
+        kwargs["device"] = "cpu"
+    own = {id(x.raw): x for x in tensors if isinstance(x, Card)}  # what is changed in place
+    with torch.no_grad():
+        result = func(*pytree.tree_map(raw, args), **pytree.tree_map(raw, kwargs))
+
+    def put(x):
+        if not isinstance(x, torch.Tensor) or not on_card:
+            return x
+        return own[id(x)] if id(x) in own else Card.of(x)
+
+    return pytree.tree_map(put, result)
+
+
+def raw(value):
+    return value.raw if isinstance(value, Card) else value
+
+
+def refuse_mixed(name, args, tensors) -> None:
+    if name in INDEXING:
+        tensors = [x for x in args[: INDEXING[name]] if isinstance(x, torch.Tensor)]
+    devices = {x.device for x in tensors if x.dim() > 0}  # a number may come from the CPU
+    if len(devices) > 1:
+        shapes = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in tensors)
+        raise RuntimeError(f"{name} is handed tensors of two devices: {shapes}")
+
+
+def register() -> torch.library.Library:
+    """Make ``card`` a device of this process, for as long as what is returned is kept."""
+    _setup_privateuseone_for_python_backend("card")
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="card") copies, as we do
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(run, "PrivateUse1")
+    return library
+
+
+# -- every editor on it ---------------------------------------------------------------
+
+TEXTS = ["The capital of France is Paris.", "The capital of Italy is Rome."]
+REQUESTS = [
+    EditRequest("a", "France", "The capital of {} is", "Rome", "Paris"),
+    EditRequest("b", "Italy", "What is the capital of {}?", "Paris", "Rome"),
+]
+#: Editors by family; GPT-J has biases, which some of them move.
+ASKED = {"llama": tuple(EDITORS), "gptj": ("pac", "pac-released", "lora")}
+HPARAMS = {
+    "pac": {"trace_on": "current", "paths": 3, "steps": 2},
+    "pac-released": {"epochs": 2, "paths": 3},
+    "kn": {"prompts": 2, "steps": 2},
+}
+
+
+def model_on_card(family: str) -> EditableModel:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(TEXTS)
+    size = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
+    if family == "llama":
+        size |= {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+        size |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    else:
+        size |= {"n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 2, "rotary_dim": 4}
+    config = LlamaConfig(**size) if family == "llama" else GPTJConfig(**size)
+    return EditableModel(AutoModelForCausalLM.from_config(config).to("card"), tokenizer)
+
+
+def moments(model: EditableModel, path: Path) -> Path:
+    sums = Sums(model, (0,))
+    Sampled(8, 12, 0).feed(model, (0,), sums.add)
+    sums.settle()
+    for total in sums.total.values():
+        total.diagonal().add_(1e-3)
+    write_moments(path, {k: v.float() for k, v in sums.total.items()}, 96, {"source": "self"})
+    return path
+
+
+def edit_twice(model: EditableModel, name: str, path: Path) -> None:
+    module, class_name = editor_target(name)
+    kind = getattr(importlib.import_module(module), class_name)
+    hparams = HPARAMS.get(name, {"steps": 2})
+    if issubclass(kind, LocateAndEdit):
+        hparams |= {"layer": 0} if "rome" in name else {"layers": (0,)}
+    if name == "alphaedit":
+        hparams |= {"threshold": 1.0}
+    editor = kind(kind.Hparams(**hparams), {"moments": path})
+    for batch in (REQUESTS, REQUESTS[:1]):
+        delta = editor.edit(model, batch)
+        assert delta.is_finite()
+        model.apply(delta)
+    model.apply(editor.finish(model))
+    total = model.edits.total()
+    assert sum(total.norms().values()) > 0
+    model.edits.load_state({k: v.cpu() for k, v in model.edits.state().items()})
+    model.revert()
+
+
+def main() -> None:
+    kept = register()
+    with tempfile.TemporaryDirectory() as folder:
+        for family, names in ASKED.items():
+            model = model_on_card(family)
+            assert model.device.type == "card"
+            path = moments(model, Path(folder, f"{family}.safetensors"))
+            for name in names:
+                edit_twice(model, name, path)
+                print(family, name, flush=True)
+    del kept
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""What seeding a run switches on."""
+
+import os
+
+import pytest
+import torch
+
+from kmebench.models.editable import seed_everything
+
+
+@pytest.fixture
+def flags():
+    """Put back what seeding changes in the whole process."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    was = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(was)
+
+
+def test_seeding_lets_cublas_be_deterministic(flags, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    seed_everything(0)
+    # torch 2.6 to 2.9 accept two values and refuse every product on CUDA without one of them.
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    seed_everything(0)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # a user's own
+
+
+def test_seeding_is_deterministic_and_fills_no_memory(flags):
+    seed_everything(3)
+    first = torch.rand(5)
+    seed_everything(3)
+    assert torch.equal(torch.rand(5), first)
+    assert torch.are_deterministic_algorithms_enabled()
+    with torch.profiler.profile() as profiler:
+        torch.empty(4)
+    assert "aten::fill_" not in {event.key for event in profiler.key_averages()}
