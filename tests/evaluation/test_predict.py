@@ -7,7 +7,7 @@ import torch
 
 from kmebench.errors import DataError
 from kmebench.evaluation.frames import beside_original, original_frame, predicted_frame
-from kmebench.evaluation.predict import Settings, natural_stop, predict
+from kmebench.evaluation.predict import Settings, predict
 from kmebench.evaluation.prompts import Prompt, prompts_of
 from kmebench.memory import NoMemoryError
 from tests.conftest import FAMILIES
@@ -63,22 +63,6 @@ def test_a_trained_model_answers_in_its_own_words(trained, capital_requests):
     assert (asked["target_true_logprob"] > asked["target_new_logprob"]).all()
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (" Paris. It is", "Paris"),
-        ("\n\nParis\nQ:", "Paris"),
-        ("Paris", "Paris"),
-        (" 3.5", "3"),
-        (". Paris", ""),
-        ("Really? Yes", "Really"),
-        ("", ""),
-    ],
-)
-def test_a_generation_ends_at_its_first_stop(text, answer):
-    assert natural_stop(text) == answer
-
-
 def test_generation_stops_per_row_and_does_not_depend_on_its_batch(trained):
     texts = ["The capital of France is", "What is the capital of Japan?", "The capital of Peru is"]
     prompts = [Prompt("x", 0, "edit", text, "Paris", None, None) for text in texts]
@@ -86,6 +70,31 @@ def test_generation_stops_per_row_and_does_not_depend_on_its_batch(trained):
     for prompt, wild in zip(prompts, together, strict=True):
         alone = predict(trained, [prompt], Settings(wild_max_tokens=12), decode=True)["wild"]
         assert alone == [wild]
+
+
+@pytest.mark.parametrize(
+    ("said", "target", "answer"),
+    [
+        (" 1. FC Nord. It is", "1. FC Nord", "1. FC Nord"),
+        (" 1. FC Nord. It is", "Rome", "1"),
+        (" J. K. Ro. It is", "Rome", "J. K. Ro"),
+    ],
+)
+def test_decoding_does_not_stop_inside_the_target(said, target, answer, trained, monkeypatch):
+    """The model would say `said`, token by token, for as long as it is not stopped."""
+    words = trained.tokenizer(said, add_special_tokens=False)["input_ids"]
+
+    def says(model, prompts, n_tokens, stopping=None):
+        rows = torch.tensor([list(prompts[0]) for _ in prompts])
+        start = rows.shape[1]
+        for token in words:
+            if stopping is None or not all(stopping[0](rows, None)):
+                rows = torch.cat([rows, torch.full((len(rows), 1), token)], dim=1)
+        return rows[:, start:]
+
+    monkeypatch.setattr("kmebench.evaluation.predict._generate", says)
+    prompt = Prompt("x", 0, "edit", "The capital of France is", target, None, None)
+    assert predict(trained, [prompt], Settings(), decode=True)["wild"] == [answer]
 
 
 def test_missing_true_target_gives_nan(trained):

@@ -6,7 +6,7 @@ Protocols (each a way to decide whether a prediction is right):
 - ``exact``: all of them;
 - ``free``: greedy decoding to the gold length gives exactly the target's tokens;
 - ``wild``: greedy decoding with a question-answer prompt and a natural stop begins with the
-  target, after normalisation (Yang et al. 2025, without a judge);
+  target, after normalisation (Yang et al. 2025, without a judge; see `answers`);
 - ``probability``: P(target_new) > P(target_true), per token (Meng et al. 2022).
 
 Efficacy, Generality and Portability ask for the target on edit, paraphrase and portability
@@ -15,14 +15,13 @@ that the true answer stays ahead of target_new). Values are means inside a reque
 over requests. Score is the mean of Efficacy, Generality and Locality.
 """
 
-import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from kmebench.errors import KMEBenchError
+from kmebench.evaluation.answers import begins_with, normalise
 
 METRICS = ("efficacy", "generality", "locality", "portability")
 #: What Score is the mean of.
@@ -35,24 +34,6 @@ KINDS = {
     "locality": "locality",
     "portability": "portability",
 }
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NOT_WORD = re.compile(r"[\W_]+")
-
-
-def normalise(text: str) -> str:
-    """Fold case and width, drop punctuation and articles, join words by single blanks."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    words = _NOT_WORD.sub(" ", folded)
-    return " ".join(_ARTICLES.sub(" ", words).split())
-
-
-def begins_with(answer: str, target: str) -> bool:
-    """Whether an answer begins with the target as whole words, after normalisation.
-
-    Equality would punish "Rome, in Italy"; containment would reward "not Rome".
-    """
-    answer, target = normalise(answer), normalise(target)
-    return bool(target) and f"{answer} ".startswith(f"{target} ")
 
 
 def _token_share(predicted: Sequence[int], wanted: Sequence[int]) -> float:

@@ -10,15 +10,18 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from kmebench.evaluation.answers import has_stopped, natural_stop
 from kmebench.evaluation.prompts import Prompt, wild_prompt
 from kmebench.memory import halved_if_needed
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Pair, length_sorted_chunks
-
-#: A generation ends before the first of these.
-WILD_STOPS = (".", "!", "?", "\n")
 
 
 @dataclass(frozen=True)
@@ -127,49 +130,32 @@ def _decode_wild(model: EditableModel, prompts: Sequence[Prompt], settings: Sett
     """Decode answers to the question-answer prompt, cut at their natural stop."""
     texts = [wild_prompt(p.prompt) for p in prompts]
     tokenised = model.encode_prompts(texts, room=settings.wild_max_tokens)
-    holds_stop, says = _stop_tables(model)
     decoded = [""] * len(prompts)
     for chunk in length_sorted_chunks([len(ids) for ids in tokenised], settings.batch_size):
         ids = [tokenised[i] for i in chunk]
-        stop = _NaturalStop(holds_stop, says, max(len(x) for x in ids))
+        targets = [prompts[i].target for i in chunk]
+        stop = _NaturalStop(model.tokenizer, targets, max(len(x) for x in ids))
         rows = _generate(model, ids, settings.wild_max_tokens, StoppingCriteriaList([stop]))
         texts = model.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        for index, text in zip(chunk, texts, strict=True):
-            decoded[index] = natural_stop(text)
+        for index, text, target in zip(chunk, texts, targets, strict=True):
+            decoded[index] = natural_stop(text, target)
     return decoded
 
 
-def natural_stop(text: str) -> str:
-    """Cut a generation before its first stop, leading blanks and line ends left aside."""
-    text = text.lstrip()
-    ends = [place for stop in WILD_STOPS if (place := text.find(stop)) >= 0]
-    return text[: min(ends, default=len(text))].strip()
-
-
 class _NaturalStop(StoppingCriteria):
-    """Ends a row once its newest token holds a stop and the row has said something."""
+    """Ends a row once its new text holds a natural stop that nothing said later can move."""
 
-    def __init__(self, holds_stop: Tensor, says: Tensor, prompt_length: int) -> None:
-        self._holds_stop, self._says = holds_stop, says  # [vocabulary] bool
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, targets: Sequence[str], prompt_length: int
+    ) -> None:
+        self._tokenizer, self._targets = tokenizer, targets  # one target per row
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         new = input_ids[:, self._prompt_length :]
-        return self._holds_stop[new[:, -1]] & self._says[new].any(dim=1)
-
-
-def _stop_tables(model: EditableModel) -> tuple[Tensor, Tensor]:
-    """Say of every token id whether its text holds a stop, and whether it is not blank."""
-    size = model.model.get_output_embeddings().weight.shape[0]
-    known = min(size, len(model.tokenizer))
-    texts = model.tokenizer.batch_decode([[i] for i in range(known)])
-    texts += [""] * (size - known)  # heads are padded beyond the vocabulary
-    holds_stop = [any(stop in text for stop in WILD_STOPS) for text in texts]
-    says = [bool(text.strip()) for text in texts]
-    return (
-        torch.tensor(holds_stop, device=model.device),
-        torch.tensor(says, device=model.device),
-    )
+        texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
+        stopped = map(has_stopped, texts, self._targets)
+        return torch.tensor(list(stopped), device=input_ids.device)
 
 
 def _generate(
