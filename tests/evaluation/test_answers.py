@@ -83,6 +83,8 @@ def test_decoding_ends_once_nothing_more_could_move_the_stop(text, stopped):
         ("The answer is: Rome", "Rome", True),
         ("A: The answer is Rome", "Rome", True),
         ("It is not Rome", "Rome", False),
+        ("The answer is It's a Wonderful Life", "It's a Wonderful Life", True),
+        ("A Wonderful Life", "It's a Wonderful Life", False),
         ("**Rome** is", "Rome", True),
         ("Rome🎉", "Rome", True),
         ("New York City", "New York", True),

@@ -45,9 +45,9 @@ _LEADING_ARTICLES = re.compile(r"^(?:(?:a|an|the) )+(?!(?:a|an|the)(?: |$))(?=.)
 #: What is said before an answer: the prompt's own "A:", and sentences that only announce it.
 _MARKER = re.compile(r"^(?:\W*a:(?:\s+|$))+")
 _LEAD_IN = re.compile(
-    r"^(?:(?:the )?(?:(?:correct )?answer(?: is)?|it is|it was|it s"
+    r"^(?:(?:(?:correct )?answer(?: is)?|it is|it was|it s"
     r"|la réponse est|la respuesta es|a resposta é|die antwort (?:ist|lautet)|ответ|उत्तर(?: है)?"
-    r"|الجواب هو|الإجابة هي|정답은|답은) |(?:答案是|答えは|คําตอบคือ) ?)+(?=.)"
+    r"|الجواب هو|الإجابة هي|정답은|답은) |(?:答案是|答えは|คําตอบคือ) ?)(?=.)"
 )
 #: Where a clause may end, for a target that is an article: "A, of course", "A is a letter". What
 #: is not in the Latin script has no article.
@@ -118,7 +118,7 @@ def normalise(text: str) -> str:
 
     A text of nothing but marks ("?!") is kept as it is.
     """
-    return _LEADING_ARTICLES.sub("", _words(text))
+    return _without_articles(_words(text))
 
 
 def begins_with(answer: str, target: str) -> bool:
@@ -133,13 +133,24 @@ def begins_with(answer: str, target: str) -> bool:
         return any(_said(_fold(answer)[: end.start()]) == wanted for end in ends)
     return any(
         words.startswith(wanted) and _is_whole(wanted, words[len(wanted) :])
-        for words in (normalise(answer), _said(answer))
+        for words in _readings(answer)
     )
 
 
+def _readings(text: str) -> list[str]:
+    """Normalise a text: as it is, then with one more lead-in taken off each time."""
+    readings = [normalise(text)]
+    while (rest := _without_articles(_LEAD_IN.sub("", readings[-1]))) != readings[-1]:
+        readings.append(rest)
+    return readings
+
+
 def _said(text: str) -> str:
-    """Normalise a text, without what is said before an answer."""
-    return _LEADING_ARTICLES.sub("", _LEAD_IN.sub("", _words(text)))
+    return _readings(text)[-1]
+
+
+def _without_articles(words: str) -> str:
+    return _LEADING_ARTICLES.sub("", words)
 
 
 def _is_whole(wanted: str, rest: str) -> bool:
