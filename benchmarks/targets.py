@@ -46,18 +46,20 @@ def plain(
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     handle = model.layers[settings.layer].register_forward_hook(add)
-    for _ in range(settings.steps):
+    for step in range(settings.steps):
         log_p = model.model(ids).logits.log_softmax(dim=-1)
         answers = [slice(len(e.ids) - e.n_target - 1, len(e.ids) - 1) for e in encoded[:-1]]
         nll = sum(
             cross_entropy(p[answer], torch.tensor(e.target_ids))
             for p, answer, e in zip(log_p[:-1], answers, encoded[:-1], strict=True)
         )
-        said = log_p[-1, len(encoded[-1].ids) - 1]
+        said = log_p[-1, encoded[-1].subject_last]
         log_p0 = said.detach() if log_p0 is None else log_p0
-        kl = (log_p0.exp() * (log_p0 - said)).sum()
+        kl = (said.exp() * (said - log_p0)).sum()
         loss = nll / len(before) + settings.kl_factor * kl
         loss = loss + settings.weight_decay * delta.norm() / start.norm() ** 2
+        if step == settings.steps - 1:  # the last pass moves nothing
+            break
         adam.zero_grad()
         loss.backward()
         adam.step()
