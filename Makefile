@@ -5,6 +5,10 @@
 #             again, from the predictions that are kept there
 # Python: make PYTHON=python3.12
 
+ifneq ($(words $(CURDIR)),1)
+$(error The path of this folder, $(CURDIR), holds a blank, at which Snakemake's scripts fail: move it to one without)
+endif
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -7,6 +7,7 @@ library is importable here, in scripts and in cluster jobs without being install
 import os
 import re
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from kmebench.editors.registry import editor_target
 from kmebench.experiments import grid
 from kmebench.experiments.configuration import check_config
 from kmebench.experiments.dependencies import source_closure
+from kmebench.experiments.interpreter import check_interpreter
 
 check_config(config, workflow.source_path("schemas/config.schema.yaml"))
+check_interpreter(sys.executable)
 
 RUNS = grid.all_runs(config)
 TRAINED = [
