@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from kmebench import origins
 from kmebench.editors.registry import editor_target
 from kmebench.experiments import grid
 from kmebench.experiments.configuration import check_config
@@ -30,6 +31,7 @@ FETCHED = [m for m in config["models"] if m not in TRAINED]
 SELECTION = r"\w+\+[\w=]+\+\w+\+paths=\d+\+negatives=\d+"
 OPENFACTS = "resources/openfacts"
 REPORTING = "workflow/kmebench/reporting"
+MIRROR = config["data_mirror"] or os.environ.get("KMEBENCH_DATA_MIRROR", "")
 
 
 def openfacts_tables():
@@ -42,6 +44,34 @@ def openfacts_inputs(wildcards):
     if config["datasets"][wildcards.data]["source"]["source"] != "openfacts":
         return {}
     return {"relations": f"{OPENFACTS}/relations.json", "facts": openfacts_tables()}
+
+
+def users_data_file(dataset):
+    """The user's own file in the mirror folder, which a data set is taken from."""
+    source = config["datasets"][dataset]["source"]
+    return origins.mirror_file(source.get("filenames", []), MIRROR)
+
+
+def data_content(wildcards):
+    """A parameter function: the content of the user's data file, unless the config pins it."""
+    pinned = "sha256" in config["datasets"][wildcards.data]["source"]
+    file = None if pinned else users_data_file(wildcards.data)
+    return origins.parameter(
+        file, f"{results_folder()}/data/raw/{wildcards.data}.origin.json"
+    )
+
+
+def model_content(wildcards):
+    """A parameter function: the content of the user's folder, for a model that is one."""
+    source = config["models"][wildcards.model]["source"]
+    note = f"{results_folder()}/models/{wildcards.model}/{origins.NOTE}"
+    return origins.parameter(source.get("path"), note)
+
+
+def text_content(wildcards):
+    """A parameter function: the content of the user's text, if moments are taken from one."""
+    note = f"{results_folder()}/moments/{wildcards.model}.origin.json"
+    return origins.parameter(config["moments"]["text"].get("path"), note)
 
 
 def selection_params(dataset):
@@ -187,3 +217,8 @@ def minutes(wildcards, attempt):
 
 
 HAS_GPU = shutil.which("nvidia-smi") is not None
+
+
+def results_folder():
+    """Where results go: ``results``, unless the config moves it (pathvars)."""
+    return str(workflow.pathvars.get("results"))

@@ -207,11 +207,6 @@ def table_paths():
     return paths + [f"comparisons/{name}" for name in config["comparisons"]]
 
 
-def results_folder():
-    """Where results go: ``results``, unless the config moves it (pathvars)."""
-    return str(workflow.pathvars.get("results"))
-
-
 def print_tables():
     """Show the finished tables of the paper on the terminal, and say where the rest is."""
     results = Path(results_folder())

@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 
+from kmebench import origins
 from kmebench.data.sources import Patience, Source, fetch
 from kmebench.errors import DataError
 
@@ -126,6 +127,27 @@ def test_a_damaged_file_in_the_mirror_is_refused(tmp_path):
     (tmp_path / "set.json").write_bytes(b"[]")
     with pytest.raises(DataError, match=r"set\.json has the sha256 .*, expected"):
         fetch(Source(["set.json"], sha256=SHA256), tmp_path / "raw.json", str(tmp_path))
+    assert not (tmp_path / "raw.json").exists()
+
+
+def test_the_digest_is_that_of_the_file_as_it_came(server, tmp_path):
+    url = f"http://127.0.0.1:{server.server_port}/zip"
+    downloaded = fetch(Source(["a.zip"], url=url, member="data/inner.json"), tmp_path / "raw.json")
+    (tmp_path / "a.zip").write_bytes(archive())
+    source = Source(["a.zip"], member="data/inner.json")
+    assert fetch(source, tmp_path / "raw.json", str(tmp_path)) == downloaded
+    assert origins.digest(tmp_path / "a.zip") == downloaded
+
+
+def test_a_file_in_the_mirror_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "set.json").write_bytes(b"[]")
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(origins, "sha256_of", refuse)
+    with pytest.raises(DataError, match=r"set\.json cannot be read .Permission denied."):
+        fetch(Source(["set.json"]), tmp_path / "raw.json", str(tmp_path))
     assert not (tmp_path / "raw.json").exists()
 
 

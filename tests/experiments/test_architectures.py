@@ -123,7 +123,7 @@ def test_a_paper_architecture_passes_through_every_stage(
                     name: str(tmp_path / f"{name}.safetensors") for name in ("paths", "moments")
                 },
                 original=str(tmp_path / "original.parquet"),
-                code=[__file__],
+                inputs=[__file__],
                 output=output,
             )
             runs.append({"model": "m", "dataset": "d", "mode": mode, "method": editor})

@@ -291,15 +291,59 @@ def test_batches_share_targets_where_layer_and_loss_agree():
     assert not any(map(target, ("rome", "r-rome", "pac")))
 
 
-def test_a_models_moments_cover_every_configured_method():
-    config = {
-        "methods": {"rome": {}, "memit": {"hparams": {"layers": [2, 3]}}, "pac": {}},
-        "models": {"small": {"hparams": {"rome": {"layer": 1}}}, "big": {}},
+def moments_config(methods, hparams, *, mode="batch", sweep=None):
+    """A model of few layers, with one experiment, among methods that would edit others."""
+    others = {"rome": {}, "alphaedit": {}, "memit": {"hparams": {"layers": [2, 3]}}, "pac": {}}
+    return {
+        "seed": 0,
+        "methods": others | {"emmet": {}},
+        "datasets": {"d": {"n": 1}},
+        "models": {"small": {"hparams": hparams}, "other": {}},
+        "experiments": {
+            "e": {
+                "mode": mode,
+                "models": ["small"],
+                "datasets": ["d"],
+                "methods": methods,
+                "sweep": sweep or {},
+            },
+            "elsewhere": {
+                "mode": "batch",
+                "models": ["other"],
+                "datasets": ["d"],
+                "methods": ["rome"],
+            },
+        },
     }
+
+
+@pytest.mark.parametrize(
+    ("methods", "hparams", "grid_values", "layers"),
+    [
+        (["emmet"], {"emmet": {"layers": [1]}}, {}, [1]),
+        (["emmet", "memit"], {"emmet": {"layers": [1]}}, {}, [1, 2, 3]),
+        (["memit"], {}, {}, [2, 3]),  # the method's own
+        (["rome"], {}, {}, [5]),  # the editor's
+        (["rome"], {"rome": {"layer": 1}}, {"sweep": {"layer": [0, 2]}}, [0, 2]),
+        (["rome"], {"rome": {"batch": {"layer": 1}, "consecutive": {"layer": 2}}}, {}, [1]),
+        (["rome"], {"rome": {"batch": {"layer": 1}, "layer": 2}}, {"mode": "consecutive"}, [2]),
+        (["rome"], {"rome": {"second_moment": False}}, {}, []),
+        (["pac"], {}, {}, []),
+    ],
+)
+def test_only_what_runs_of_a_model_edit_asks_for_its_moments(methods, hparams, grid_values, layers):
+    config = moments_config(methods, hparams, **grid_values)
+    assert grid.moment_layers(config, "small") == layers
+    assert grid.moment_layers(config, "other") == [5]
+
+
+def test_a_comparison_asks_for_moments_too():
+    config = moments_config(["pac"], {})
+    sides = {"a": {"method": "rome", "mode": "batch", "hparams": {"layer": 1}}}
+    sides["b"] = {"method": "memit", "mode": "batch"}
+    pairs = {"p": {"question": "?", **sides}}
+    config["comparisons"] = {"c": {"models": ["small"], "datasets": ["d"], "pairs": pairs}}
     assert grid.moment_layers(config, "small") == [1, 2, 3]
-    assert grid.moment_layers(config, "big") == [2, 3, 5]
-    config["models"]["big"]["hparams"] = {"memit": {"batch": {"layers": [7]}}}
-    assert grid.moment_layers(config, "big") == [2, 3, 5, 7]
 
 
 @pytest.mark.parametrize("value", [[1, 2], "a,b", "a+b", "../up", "$(x)", "a b"])

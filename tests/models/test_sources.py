@@ -1,6 +1,8 @@
 """Model sources."""
 
+import os
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -20,30 +22,97 @@ def test_a_saved_model_can_be_read_by_everyone(folder):
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.iterdir())
 
 
-def test_a_local_folder_is_taken_by_reference(folder, tmp_path):
+def test_a_local_folder_is_taken_by_reference_and_never_changed(folder, tmp_path, monkeypatch):
+    (folder / "model.safetensors").chmod(0o600)
+    (folder / "config.json").chmod(0o440)
+    (folder / ".snakemake_timestamp").touch()
+    before = {path.name: path.stat() for path in folder.iterdir()}
+
+    def owned_by_another(path, *_, **__):
+        if Path(path).resolve().parent == folder:
+            raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", owned_by_another)
+    monkeypatch.setattr(os, "utime", owned_by_another)
     fetch_model({"source": "folder", "path": str(folder)}, tmp_path / "copy")
     assert (tmp_path / "copy" / "model.safetensors").is_symlink()
+    assert not (tmp_path / "copy" / ".snakemake_timestamp").exists()
     assert EditableModel.load(tmp_path / "copy").n_layers == 4
+    after = {path.name: path.stat() for path in folder.iterdir()}
+    for name, state in after.items():
+        assert (state.st_mode, state.st_mtime_ns) == (
+            before[name].st_mode,
+            before[name].st_mtime_ns,
+        )
 
 
-def test_a_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="is no Hugging Face folder with safetensors"):
+def test_what_a_killed_link_stage_left_is_never_written_through(folder, trained, tmp_path):
+    """The config then names another source, whose files must not land in the user's folder."""
+    (tmp_path / ".made.partial").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / ".made.partial" / path.name).symlink_to(path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    trained.model.config.bos_token_id, kept = 1, trained.model.config.bos_token_id
+    try:
+        save_model(trained.model, trained.tokenizer, tmp_path / "made")
+    finally:
+        trained.model.config.bos_token_id = kept
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not any(path.is_symlink() for path in (tmp_path / "made").iterdir())
+
+
+def test_a_relative_path_gives_links_that_move_with_the_checkout(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    fetch_model({"source": "folder", "path": "model"}, Path("results/models/mine"))
+    for name in ("model", "results"):
+        (tmp_path / "moved").mkdir(exist_ok=True)
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    assert EditableModel.load(tmp_path / "moved/results/models/mine").n_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ([], "is no Hugging Face folder with config.json and safetensors weights"),
+        (["config.json"], "is no Hugging Face folder with config.json and safetensors weights"),
+        (["model.safetensors"], "is no Hugging Face folder with config.json"),
+        (["config.json", "model.safetensors", "adapter_config.json"], "holds a PEFT adapter"),
+    ],
+)
+def test_a_folder_that_holds_no_whole_model_is_refused(files, complaint, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text("")
+    with pytest.raises(ModelError, match=complaint):
         fetch_model({"source": "folder", "path": str(tmp_path)}, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_folder_appears_only_when_complete_and_keeps_what_arrived(tmp_path):
+def test_a_folder_that_may_not_be_read_is_one_sentence(folder, tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sources.origins, "model_files", refuse)
+    with pytest.raises(ModelError, match=r"model cannot be read .Permission denied."):
+        fetch_model({"source": "folder", "path": str(folder)}, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("resume", ["", "owner/name at revision abc"])
+def test_a_folder_appears_only_when_complete_and_a_download_keeps_what_arrived(resume, tmp_path):
     def download():
-        with staged(tmp_path / "model") as staging:
+        with staged(tmp_path / "model", resume) as staging:
             (staging / "half").write_text("x")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         download()
     assert not (tmp_path / "model").exists()
-    with staged(tmp_path / "model") as staging:
-        assert (staging / "half").exists()  # a resumed download finds what it has
-    assert (tmp_path / "model" / "half").exists()
+    with staged(tmp_path / "model", "another download") as staging:
+        assert not (staging / "half").exists()
+    with staged(tmp_path / "model", resume) as staging:
+        assert (staging / "half").exists() == bool(resume)
+        (staging / "rest").write_text("y")
+    assert (tmp_path / "model" / "rest").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_wheel_of_another_content_is_refused(tmp_path, monkeypatch):

@@ -263,6 +263,20 @@ def test_a_layer_that_does_not_exist_is_refused(make_model, tmp_path):
         second_moments(tmp_path / "c.safetensors", make_model("gptj"), (3, 1), settings())
 
 
+def test_moments_of_no_layer_are_refused(make_model, tmp_path):
+    with pytest.raises(ConfigError, match="no layer is asked for; an experiment or comparison"):
+        second_moments(tmp_path / "c.safetensors", make_model("gptj"), (), settings())
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_a_further_layer_leaves_the_bytes_of_the_others(from_file, make_model, text, tmp_path):
+    chosen = settings(text[0]) if from_file else settings()
+    few, more = tmp_path / "few.safetensors", tmp_path / "more.safetensors"
+    second_moments(few, make_model("llama", torch.float32), (1,), chosen)
+    second_moments(more, make_model("llama", torch.float32), (0, 1, 2), chosen)
+    assert SecondMoments.open(more).of(1).equal(SecondMoments.open(few).of(1))
+
+
 def test_a_layer_that_was_not_made_is_named_with_its_file(make_model, tmp_path):
     path = tmp_path / "c.safetensors"
     second_moments(path, make_model("gptj", torch.float32), LAYERS, settings())

@@ -12,6 +12,7 @@ rule fetch_dataset:
         code=code("fetch_dataset", "kmebench.data.openfacts"),
     output:
         raw="<results>/data/raw/{data}.json",
+        origin="<results>/data/raw/{data}.origin.json",
     log:
         "<logs>/fetch_dataset/{data}.log",
     wildcard_constraints:
@@ -22,9 +23,10 @@ rule fetch_dataset:
         "../../envs/report.yaml"
     resources:
         # Not a parameter: data do not change with the place they are taken from.
-        mirror=config["data_mirror"] or os.environ.get("KMEBENCH_DATA_MIRROR", ""),
+        mirror=MIRROR,
     params:
         source=lambda w: config["datasets"][w.data]["source"],
+        content=data_content,
     message:
         "Fetching the data set {wildcards.data}"
     script:
@@ -47,6 +49,9 @@ rule prepare_dataset:
     localrule: True
     conda:
         "../../envs/report.yaml"
+    resources:
+        # What messages call the file, for the user mends his own and not our copy of it.
+        origin=lambda w: str(users_data_file(w.data) or ""),
     params:
         selection=lambda w: selection_params(w.data),
     message:

@@ -16,6 +16,7 @@ rule fetch_model:
         "../../envs/edit.yaml"
     params:
         source=lambda w: config["models"][w.model]["source"],
+        content=model_content,
     message:
         "Fetching the model {wildcards.model}"
     script:

@@ -86,12 +86,13 @@ rule select_paths:
 
 
 rule second_moments:
-    "Average k kᵀ of the inputs of W2 over generic text, for all layers that editors may ask for."
+    "Average k kᵀ of the inputs of W2 over generic text, for all layers whose moments runs read."
     input:
         model="<results>/models/{model}",
         code=code("second_moments"),
     output:
         moments="<results>/moments/{model}.safetensors",
+        origin="<results>/moments/{model}.origin.json",
     log:
         "<logs>/second_moments/{model}.log",
     conda:
@@ -106,6 +107,7 @@ rule second_moments:
         load=lambda w: load_params(w.model),
         layers=lambda w: grid.moment_layers(config, w.model),
         settings=config["moments"],
+        content=text_content,
     message:
         "Second moments of {wildcards.model}"
     script:

@@ -17,6 +17,6 @@ with script_log(snakemake):
         settings,
         assets={k: v for k, v in snakemake.input.items() if k in ("paths", "moments", "targets")},
         original=snakemake.input.original,
-        code=snakemake.input.code,
+        inputs=list(snakemake.input),
         output=dict(snakemake.output.items()),
     )

@@ -2,16 +2,18 @@
 
 from pathlib import Path
 
+from kmebench import origins
 from kmebench.data.openfacts import counterfact_records, zsre_records
 from kmebench.data.sources import Source, fetch
 from kmebench.files import write_json
 from kmebench.logs import script_log
 
 with script_log(snakemake):
-    spec = dict(snakemake.params.source)
+    spec, digest = dict(snakemake.params.source), None
     if spec.pop("source") == "openfacts":
         emit = {"counterfact": counterfact_records, "zsre": zsre_records}[spec["kind"]]
         folder = Path(snakemake.input.relations).parent
         write_json(snakemake.output.raw, emit(folder, spec.get("seed", 0)))
     else:
-        fetch(Source(**spec), snakemake.output.raw, snakemake.resources.mirror)
+        digest = fetch(Source(**spec), snakemake.output.raw, snakemake.resources.mirror)
+    origins.write_note(snakemake.output.origin, snakemake.params.content, digest)

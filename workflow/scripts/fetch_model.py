@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+from kmebench import origins
 from kmebench.logs import script_log
 from kmebench.models.sources import fetch_model
 
 with script_log(snakemake):
-    fetch_model(snakemake.params.source, Path(snakemake.output.folder))
+    folder, content = Path(snakemake.output.folder), snakemake.params.content
+    fetch_model(snakemake.params.source, folder)
+    origins.write_note(folder / origins.NOTE, content, content)

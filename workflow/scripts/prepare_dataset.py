@@ -9,7 +9,10 @@ from kmebench.logs import logger, script_log
 with script_log(snakemake):
     options = dict(snakemake.params.selection)
     records, bad = read_records(
-        snakemake.input.raw, options.pop("schema"), options.pop("on_bad_record", "error")
+        snakemake.input.raw,
+        options.pop("schema"),
+        options.pop("on_bad_record", "error"),
+        name=snakemake.resources.origin or None,
     )
     prepared = prepare(records, bad, Selection(**options))
     for group in prepared.report["conflicts_among_selected"]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from kmebench import origins
 from kmebench.files import sha256_of
 from kmebench.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
@@ -20,3 +21,5 @@ with script_log(snakemake):
         force=settings.get("force", False),
         code={path: sha256_of(path) for path in snakemake.input.code},
     )
+    content = snakemake.params.content
+    origins.write_note(snakemake.output.origin, content, content)

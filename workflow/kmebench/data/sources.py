@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import requests
 
+from kmebench import origins
 from kmebench.errors import DataError
 from kmebench.files import atomic_path, sha256_of
 from kmebench.logs import track
@@ -50,8 +51,10 @@ class Patience:
 
 def fetch(
     source: Source, destination: str | Path, mirror: str = "", patience: Patience | None = None
-) -> None:
+) -> str:
     """Bring ``source`` to ``destination``, which appears only when complete and checked.
+
+    Returns the digest of the file as it was found or downloaded (:func:`kmebench.origins.digest`).
 
     Raises:
         DataError: the file is nowhere, is not what it should be, or cannot be downloaded.
@@ -60,9 +63,7 @@ def fetch(
     found = _in_mirror(source, mirror)
     if found is not None:
         logger.info("taken from the mirror: %s", found)
-        _check(found, source, str(found))
-        _deliver(found, source, destination)
-        return
+        return _take(found, source, destination, str(found))
     if source.url is None:
         place = f"not in the mirror folder {mirror}" if mirror else "no mirror folder is set"
         raise DataError(f"{source.filenames[0]} has no URL and is {place}; {MEND}.")
@@ -70,8 +71,7 @@ def fetch(
     destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         _download(source.url, partial, patience or Patience())
-        _check(partial, source, source.url)
-        _deliver(partial, source, destination)
+        return _take(partial, source, destination, source.url)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -79,11 +79,20 @@ def fetch(
 def _in_mirror(source: Source, mirror: str) -> Path | None:
     if not mirror:
         return None
-    folder = Path(mirror).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"The mirror folder {folder} does not exist.")
-    candidates = (folder / name for name in source.filenames)
-    return next((path for path in candidates if path.is_file()), None)
+    if not Path(mirror).expanduser().is_dir():
+        raise DataError(f"The mirror folder {mirror} does not exist.")
+    return origins.mirror_file(source.filenames, mirror)
+
+
+def _take(path: Path, source: Source, destination: Path, where: str) -> str:
+    """Check a file that has arrived and copy it, or its member, to its destination."""
+    try:
+        digest = origins.digest(path)
+    except OSError as error:
+        raise DataError(f"{where} cannot be read ({error.strerror}).") from error
+    _check(path, source, where)
+    _deliver(path, source, destination)
+    return digest
 
 
 def _check(path: Path, source: Source, where: str) -> None:

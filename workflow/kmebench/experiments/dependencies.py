@@ -8,7 +8,10 @@ checksum), editing one re-runs exactly what it can influence.
 import ast
 import json
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+
+from kmebench.errors import ConfigError
 
 PACKAGE = "kmebench"
 _LIBRARY = Path(__file__).resolve().parents[2]  # the folder that holds the package
@@ -17,17 +20,18 @@ _LIBRARY = Path(__file__).resolve().parents[2]  # the folder that holds the pack
 def source_closure(script: str, *modules: str) -> list[str]:
     """Return ``script`` (or notebook), ``modules`` and every library file they import, sorted.
 
-    Paths of library files are relative to the current folder when they lie below it, so that
-    a moved checkout re-runs nothing. ``modules`` are dotted names: code that the script loads
-    lazily (an editor).
+    Paths of files are relative to the current folder when they lie below it, so that a moved
+    checkout re-runs nothing. ``modules`` are dotted names: code that the script loads lazily (an
+    editor). Of a module that is not the library's, what it imports of its own package counts too.
     """
+    packages = frozenset({PACKAGE, *(name.partition(".")[0] for name in modules)})
     found: set[Path] = set()
     queue = [Path(script)] + [p for m in modules if (p := _module_file(m)) is not None]
     while queue:
         path = queue.pop()
         if path not in found:
             found.add(path)
-            queue += _imports(path)
+            queue += _imports(path, packages)
     return sorted(_shown(path) for path in found)
 
 
@@ -37,17 +41,35 @@ def _shown(path: Path) -> str:
 
 
 @cache
-def _imports(path: Path) -> tuple[Path, ...]:
-    """Return the library files that one file imports."""
+def _imports(path: Path, packages: frozenset[str]) -> tuple[Path, ...]:
+    """Return the files of ``packages`` that one file imports."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(_source(path))):
+    beside: list[Path] = []
+    for node in ast.walk(_parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            beside += _relative(path, node)
+        elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    mine = {name for name in names if name.split(".")[0] == PACKAGE}
+    mine = {name for name in names if name.split(".")[0] in packages}
     parents = {".".join(n.split(".")[:k]) for n in mine for k in range(1, n.count(".") + 1)}
-    return tuple(p for n in sorted(mine | parents) if (p := _module_file(n)) is not None)
+    found = [p for n in sorted(mine | parents) if (p := _module_file(n)) is not None]
+    return (*found, *beside)
+
+
+def _relative(path: Path, node: ast.ImportFrom) -> list[Path]:
+    """Return the files that ``from .module import name`` reads."""
+    folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+    stems = [folder, *(folder / alias.name for alias in node.names)]
+    return [file for stem in stems if (file := _source_file(stem)) is not None]
+
+
+def _parsed(path: Path) -> ast.Module:
+    try:
+        return ast.parse(_source(path))
+    except SyntaxError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}.") from error
 
 
 def _source(path: Path) -> str:
@@ -61,9 +83,19 @@ def _source(path: Path) -> str:
 
 
 def _module_file(name: str) -> Path | None:
-    """Return the file of a library module, or None for anything else."""
-    if name.split(".")[0] != PACKAGE:
-        return None
-    stem = _LIBRARY.joinpath(*name.split("."))
-    candidates = (stem.with_suffix(".py"), stem / "__init__.py")
+    """Return the file of a module, found without importing it; None if there is none."""
+    package, *rest = name.split(".")
+    if package == PACKAGE:
+        stem = _LIBRARY.joinpath(package, *rest)
+    else:
+        spec = find_spec(package)
+        if spec is None or not spec.origin:
+            return None
+        beside = spec.submodule_search_locations  # of a package, not of a single file
+        stem = Path(beside[0], *rest) if beside else Path(spec.origin).with_suffix("")
+    return _source_file(stem)
+
+
+def _source_file(stem: Path) -> Path | None:
+    candidates = (stem.with_name(f"{stem.name}.py"), stem / "__init__.py")
     return next((path for path in candidates if path.is_file()), None)

@@ -289,14 +289,18 @@ def needs_moments(config: Mapping[str, Any], run: Run) -> bool:
 
 
 def moment_layers(config: Mapping[str, Any], model: str) -> list[int]:
-    """Return the layers of a model whose second moments any configured method may read."""
+    """Return the layers of a model whose second moments its runs read."""
     layers: set[int] = set()
-    for method, mode in itertools.product(config["methods"], MODES):
-        editor = editor_of(config, method)
-        if editor in LOCATE_AND_EDIT:
-            hparams = LOCATE_AND_EDIT[editor] | base_hparams(config, model, method, mode)
-            layers |= {hparams["layer"]} if "layer" in hparams else set(hparams["layers"])
+    for run in all_runs(config):
+        if run.model == model and needs_moments(config, run):
+            layers |= edited_layers(editor_of(config, run.method), hparams_of(config, run))
     return sorted(layers)
+
+
+def edited_layers(editor: str, hparams: Mapping[str, Any]) -> set[int]:
+    """Return the layers that a locate-and-edit editor edits."""
+    known = LOCATE_AND_EDIT[editor] | dict(hparams)
+    return {known["layer"]} if "layer" in known else set(known["layers"])
 
 
 def target_of(config: Mapping[str, Any], run: Run) -> str | None:

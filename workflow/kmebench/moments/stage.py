@@ -141,11 +141,16 @@ def second_moments(
     tokens than M, where C cannot have full rank.
 
     Raises:
-        ConfigError: a layer does not exist, or there are too few tokens.
+        ConfigError: there is no layer, or not such a one, or there are too few tokens.
         DataError: the text cannot be had.
     """
     layers = sorted(set(layers))
-    if not layers or not 0 <= layers[0] <= layers[-1] < model.n_layers:
+    if not layers:
+        raise ConfigError(
+            "second moments: no layer is asked for; an experiment or comparison on this model must "
+            "name a method that reads them (ROME, MEMIT or one of their family)."
+        )
+    if not 0 <= layers[0] <= layers[-1] < model.n_layers:
         raise ConfigError(
             f"second moments: layers {layers} are not all among the model's "
             f"0 to {model.n_layers - 1}."
