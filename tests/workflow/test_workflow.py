@@ -288,7 +288,7 @@ def test_bad_data_end_in_one_sentence_and_leave_nothing(copy_of_finished):
         check=False,
         KMEBENCH_DATA_MIRROR=str(broken),
     )
-    assert "results/data/raw/mine.json is not valid JSON at line 1, column 26" in output
+    assert "broken/set.json is not valid JSON at line 1, column 26" in output
     assert not (copy_of_finished.folder / "results/data/mine.jsonl").exists()
 
 
