@@ -21,7 +21,7 @@ def test_config_names_lose_the_underscore_that_python_needs():
 
 
 def test_a_misspelt_editor_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"no editor 'pca' .did you mean 'pac'"):
+    with pytest.raises(ConfigError, match=r"no editor 'pca'.*did you mean 'pac'"):
         build_editor("pca", {}, {})
 
 

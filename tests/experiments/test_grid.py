@@ -177,7 +177,7 @@ BAD = {
     "experiments/main/models": (["tiny-gtpj"], "names 'tiny-gtpj'.*did you mean 'tiny-gptj'"),
     "experiments/main/mode": ("batched", "experiments.main.mode"),
     "experiments/main/datasets": ([], "experiments.main.datasets"),
-    "methods/pac/editor": ("pca", "no editor 'pca' .did you mean 'pac'"),
+    "methods/pac/editor": ("pca", "no editor 'pca'.*did you mean 'pac'"),
     "seeed": (1, "seeed"),
     "datasets/openfacts-zsre/n": ("ten", "datasets.openfacts-zsre.n"),
     "models/tiny-gptj/dtype": ("float31", "models.tiny-gptj.dtype"),
@@ -346,7 +346,7 @@ def test_a_comparison_asks_for_moments_too():
     assert grid.moment_layers(config, "small") == [1, 2, 3]
 
 
-@pytest.mark.parametrize("value", [[1, 2], "a,b", "a+b", "../up", "$(x)", "a b"])
+@pytest.mark.parametrize("value", [[[1], [2]], {"a": 1}, "True", "nan", "1_0", "a,b", "a+b", "../up", "$(x)", "a b"])
 def test_what_cannot_be_part_of_a_files_name_is_refused(value):
     with pytest.raises(ConfigError, match=r"layers: .* cannot be part of a file's name"):
         grid.variant_name(

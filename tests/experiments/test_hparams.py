@@ -58,7 +58,7 @@ PLACES = {
     ("hparams", "complaint"),
     [
         ({"learnin_rate": 0.1}, "the editor 'pac' has no .*'learnin_rate'; did you mean 'learning"),
-        ({"zzz": 1}, "no hyper-parameter 'zzz'; it has "),
+        ({"zzz": 1}, "no hyper-parameter 'zzz'; there are "),
         ({"paths": "many"}, "paths cannot be 'many'"),
         ({"paths": 1.5}, "paths cannot be 1.5"),
         ({"score": "l3"}, "score cannot be 'l3'.*l2"),

@@ -1,8 +1,9 @@
 """Which editors there are. Imports no torch, so the workflow can read it while it plans."""
 
-import difflib
+import re
 
 from kmebench.errors import ConfigError
+from kmebench.names import nearest
 
 #: Editor name in the config -> "module:class".
 EDITORS: dict[str, str] = {
@@ -21,6 +22,8 @@ EDITORS: dict[str, str] = {
     "lora": "kmebench.editors.lora:LoRA",
 }
 
+_TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
 
 def editor_target(name: str) -> tuple[str, str]:
     """Return (module, class) of an editor: a registered name, or ``package.module:Class``.
@@ -29,12 +32,10 @@ def editor_target(name: str) -> tuple[str, str]:
         ConfigError: no such editor; names the nearest one.
     """
     target = EDITORS.get(name, name)
-    module, colon, class_name = target.partition(":")
-    if not colon:
-        near = difflib.get_close_matches(name, EDITORS, n=1)
-        hint = f"did you mean {near[0]!r}" if near else f"known: {', '.join(EDITORS)}"
+    module, _, class_name = target.partition(":")
+    if not _TARGET.fullmatch(target):
         raise ConfigError(
-            f"There is no editor {name!r} ({hint}; an editor of your own is named "
-            "'package.module:Class')."
+            f"There is no editor {name!r} (one of your own is named 'package.module:Class'); "
+            f"{nearest(name, EDITORS)}"
         )
     return module, class_name

@@ -1,5 +1,6 @@
 """Validation of the config before anything is planned."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from snakemake.utils import update_config, validate
 from kmebench.errors import ConfigError
 from kmebench.experiments import grid
 from kmebench.experiments.hparams import check_hparams
+from kmebench.experiments.overlays import read_overlay
+from kmebench.names import near_name, nearest
 
 SCHEMA = Path(__file__).parents[2] / "schemas/config.schema.yaml"
 #: Sections whose entries an overlay takes out by setting them to null.
@@ -22,16 +25,11 @@ def read_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, Any]:
     """Read a config as the Snakefile does: the file, the tuned values beside it, then overlays.
 
     Raises:
-        ConfigError: a file is missing, or is not YAML.
+        ConfigError: a file is missing, or is not YAML; see :func:`read_overlay`.
     """
     config: dict[str, Any] = {}
     for part in (path, *sorted(path.parent.glob("config/tuned/*.yaml")), *overlays):
-        try:
-            update_config(config, yaml.safe_load(part.read_text(encoding="utf-8")) or {})
-        except FileNotFoundError:
-            raise ConfigError(f"There is no config {part}.") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{part} is not YAML: {error}") from error
+        update_config(config, read_overlay(part))
     return config
 
 
@@ -59,6 +57,7 @@ def check_config(config: dict[str, Any], schema: str | Path) -> None:
         if isinstance(entries, dict):
             for name in [name for name, entry in entries.items() if entry is None]:
                 del entries[name]
+    _refuse_keys_of_other_types(config)
     rules = yaml.safe_load(Path(schema).read_text(encoding="utf-8"))
     error = best_match(Draft202012Validator(rules).iter_errors(config))
     if error:
@@ -98,13 +97,46 @@ def _check_figure(config: dict[str, Any], where: str, figure: dict[str, Any]) ->
         )
 
 
+def _refuse_keys_of_other_types(node: Any, where: tuple[str | int, ...] = ()) -> None:
+    """Refuse a key that YAML reads as something else than a text (1, yes, null, a date)."""
+    if isinstance(node, dict):
+        for key in node:
+            if not isinstance(key, str):
+                raise ConfigError(f"{_wrong_at(where)}: the key {key!r} is no text; quote it.")
+    children = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, child in children:
+        if isinstance(child, dict | list):
+            _refuse_keys_of_other_types(child, (*where, key))
+
+
 def _sentence(error: ValidationError) -> str:
     """Turn the most telling validation error into one sentence."""
-    where = _path(error.absolute_path) or "the top level"
-    described = error.schema.get("description", "") if isinstance(error.schema, dict) else ""
-    hint = f" ({described})" if described else ""
-    return f"The config is wrong at {where}: {error.message}{hint}."
+    rules = error.schema if isinstance(error.schema, dict) else {}
+    description = rules.get("description", "").rstrip(".")
+    where = _wrong_at(error.absolute_path)
+    if error.validator == "additionalProperties" and "properties" in rules:
+        unknown = next(key for key in error.instance if key not in rules["properties"])
+        return f"{where}: there is no key {unknown!r}; {nearest(unknown, rules['properties'])}"
+    complaint = error.message
+    if error.validator == "pattern" and description:
+        complaint = f"{error.instance!r} is not of the right form"
+    hint = f" ({description})" if description else ""
+    near = _meant(error)
+    return f"{where}: {complaint}{hint}" + (f"; did you mean {near!r}?" if near else ".")
 
 
-def _path(parts: Iterable[str | int]) -> str:
-    return ".".join(str(part) for part in parts)
+def _meant(error: ValidationError) -> str | None:
+    """What a text was meant to be: the nearest of a list, or the same in a name's letters."""
+    text = error.instance
+    if not isinstance(text, str):
+        return None
+    if error.validator == "enum":
+        return near_name(text, [each for each in error.validator_value if each])
+    if error.validator == "pattern":
+        spelled = (text.lower(), re.sub(r"[\s_]+", "-", text.lower()))
+        return next((each for each in spelled if re.search(error.validator_value, each)), None)
+    return None
+
+
+def _wrong_at(parts: Iterable[str | int]) -> str:
+    return f"The config is wrong at {'.'.join(map(str, parts)) or 'the top level'}"

@@ -5,20 +5,19 @@ hyper-parameters; it expands to :class:`Run` values. Equal runs of two experimen
 values, so they share a folder and are computed once.
 """
 
-import difflib
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kmebench.editors.registry import editor_target
 from kmebench.errors import ConfigError
+from kmebench.experiments.values import read, spell
+from kmebench.names import nearest
 
 DEFAULT = "default"
 #: Joins the parts of a file's name. Not a comma: Snakemake's jobs on a cluster fail at one.
 JOIN = "+"
-_NAMEABLE = re.compile(r"[\w.-]+")
 #: Bytes of a number by dtype.
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: Pipelines. The name of one among a method's hyper-parameters holds values for it alone.
@@ -161,11 +160,10 @@ def check_name(name: str, known: Iterable[str], kind: str, where: str) -> None:
     Raises:
         ConfigError: names the nearest defined one.
     """
-    if name in known:
-        return
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"defined: {', '.join(known)}."
-    raise ConfigError(f"{where} names {name!r}, which {kind} does not define; {hint}")
+    if name not in known:
+        raise ConfigError(
+            f"{where} names {name!r}, which {kind} does not define; {nearest(name, known)}"
+        )
 
 
 def _variants(
@@ -196,22 +194,29 @@ def variant_name(
     editor = editor_of(config, method)
     defaults = PAC_DEFAULTS if editor == "pac" else LOCATE_AND_EDIT.get(editor, {})
     known = defaults | base_hparams(config, model, method, mode)
-    return _spell({k: v for k, v in values.items() if k not in known or known[k] != v})
+    return _spell({k: v for k, v in values.items() if k not in known or _plain(known[k]) != v})
+
+
+def _plain(value: Any) -> Any:
+    """An editor's default as YAML would hold it: a list instead of a tuple."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _spell(values: Mapping[str, Any]) -> str:
-    """Name a file by values.
+    """Name a file by values, such that :func:`parse_variant` reads them back.
 
     Raises:
         ConfigError: a value cannot be part of a file's name.
     """
+    parts = []
     for key, value in values.items():
-        if not _NAMEABLE.fullmatch(str(value)):
+        try:
+            parts.append(f"{key}={spell(value)}")
+        except ValueError as error:
             raise ConfigError(
-                f"{key}: {value!r} cannot be part of a file's name: make it a method of its own, "
-                "with that hyper-parameter."
-            )
-    return JOIN.join(f"{key}={value}" for key, value in values.items()) or DEFAULT
+                f"{key}: {error}: make it a method of its own, with that hyper-parameter."
+            ) from error
+    return JOIN.join(parts) or DEFAULT
 
 
 def base_hparams(config: Mapping[str, Any], model: str, method: str, mode: str) -> dict[str, Any]:
@@ -243,20 +248,11 @@ def hparams_of(config: Mapping[str, Any], run: Run) -> dict[str, Any]:
 
 
 def parse_variant(variant: str) -> dict[str, Any]:
-    """Read a variant back: ``paths=20+lambda=0.0`` -> values as YAML would type them."""
+    """Read a variant back: ``paths=20+layers=1:2`` -> {"paths": 20, "layers": [1, 2]}."""
     if variant == DEFAULT:
         return {}
     pairs = (item.partition("=") for item in variant.split(JOIN))
-    return {key: _typed(text) for key, _, text in pairs}
-
-
-def _typed(text: str) -> Any:
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return {"True": True, "False": False, "None": None}.get(text, text)
+    return {key: read(text) for key, _, text in pairs}
 
 
 def is_pac(config: Mapping[str, Any], method: str) -> bool:

@@ -1,6 +1,5 @@
 """Hyper-parameters in a config, checked before any job starts. Imports no torch."""
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -12,6 +11,7 @@ from jsonschema.exceptions import best_match
 
 from kmebench.errors import ConfigError
 from kmebench.experiments import grid
+from kmebench.names import nearest
 
 
 def check_hparams(config: Mapping[str, Any]) -> None:
@@ -63,11 +63,9 @@ def _check(where: str, editor: str, hparams: Mapping[str, Any]) -> None:
     schema = _schemas()[editor]
     for name in hparams:
         if name not in schema["properties"]:
-            near = difflib.get_close_matches(name, schema["properties"], n=1)
-            known = f"it has {', '.join(schema['properties'])}."
-            hint = f"did you mean {near[0]!r}?" if near else known
             raise ConfigError(
-                f"{where}: the editor {editor!r} has no hyper-parameter {name!r}; {hint}"
+                f"{where}: the editor {editor!r} has no hyper-parameter {name!r}; "
+                f"{nearest(name, schema['properties'])}"
             )
     error = best_match(Draft202012Validator(schema).iter_errors(hparams))
     if error:

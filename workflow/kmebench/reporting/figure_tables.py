@@ -51,7 +51,8 @@ def swept(metrics: pd.DataFrame, runs: Runs, labels: Labels, protocol: str) -> p
     final = metrics[(metrics["moment"] == "final") & (metrics["protocol"] == protocol)]
     joined = pd.DataFrame(list(runs)).merge(_percent(final), on=RUN, validate="1:m")
     columns = ["model", "dataset", "editor", "value", "metric", "mean", "low", "high"]
-    return _labelled(joined, labels)[columns]
+    listed = joined["value"].map(lambda x: ", ".join(map(str, x)) if isinstance(x, list) else x)
+    return _labelled(joined.assign(value=listed), labels)[columns]
 
 
 def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFrame:

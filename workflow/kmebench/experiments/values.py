@@ -1,0 +1,51 @@
+"""Values of hyper-parameters as parts of a file's name, and read back. Imports no torch."""
+
+import re
+from typing import Any
+
+#: Joins the items of a list; stands behind the item of a list of one.
+LIST = ":"
+_NAMEABLE = re.compile(r"[\w.-]+")
+_NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
+
+
+def spell(value: Any) -> str:
+    """Spell a value as Python does, ``[1, 2]`` as ``1:2``, ``[1]`` as ``1:``, ``[]`` as ``:``.
+
+    Raises:
+        ValueError: it cannot be part of a file's name, or would not be read back.
+    """
+    if not isinstance(value, list):
+        return _spell_one(value)
+    items = [_spell_one(item) for item in value]
+    return LIST.join(items) + (LIST if len(items) < 2 else "")
+
+
+def read(text: str) -> Any:
+    """Read a value back: a number, True, False, None, a text, or a list of these."""
+    if LIST not in text:
+        return _read_one(text)
+    items = text.removesuffix(LIST).split(LIST)
+    return [] if items == [""] else [_read_one(item) for item in items]
+
+
+def _spell_one(value: Any) -> str:
+    text = str(value)
+    is_number = isinstance(value, float | str) and _NUMBER.fullmatch(text)
+    if is_number:  # without the plus of 1e+16, which joins hyper-parameters
+        text = text.replace("e+", "e")
+    back = _read_one(text)
+    # A number as text, as YAML reads 1e-4, comes back as the number.
+    unlike = (type(back), back) != (type(value), value) and not is_number
+    if unlike or not _NAMEABLE.fullmatch(text):
+        raise ValueError(f"{value!r} cannot be part of a file's name")
+    return text
+
+
+def _read_one(text: str) -> Any:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return {"True": True, "False": False, "None": None}.get(text, text)
