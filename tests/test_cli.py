@@ -1,17 +1,24 @@
 """The command line on a model that knows its facts."""
 
 import argparse
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from snakemake.utils import update_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kmebench import fact_commands
+from kmebench import arguments as argument_types
+from kmebench import fact_inputs
 from kmebench.cli import main
 from kmebench.editors.base import Editor, build_editor
-from kmebench.experiments.configuration import read_checked_config
+from kmebench.experiments import grid
+from kmebench.experiments.configuration import SCHEMA, check_config, read_checked_config
 from kmebench.models.editable import EditableModel
 from kmebench.models.sources import save_model
 from kmebench.moments.store import write_moments
@@ -78,8 +85,9 @@ def test_one_fact_is_edited_with_the_values_of_consecutive_editing():
     tuned = config["models"]["smollm2-135m"]["hparams"]["pac"]
     assert tuned["batch"]["learning_rate"] != tuned["learning_rate"]
     arguments = argparse.Namespace(method="pac", model="smollm2-135m", set=[], moments=None)
-    editor = fact_commands._editor(arguments, config)
-    assert editor.hparams.learning_rate == tuned["learning_rate"]
+    editor, hparams = fact_inputs.editor_of(arguments, config)
+    assert editor == "pac"
+    assert hparams["learning_rate"] == tuned["learning_rate"]
 
 
 def test_edit_reads_second_moments_from_a_file(folder, tmp_path, capsys):
@@ -113,7 +121,7 @@ class Ending(Editor):
 
 
 def test_edit_ends_as_a_run_does(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("kmebench.fact_commands._editor", lambda *_: Ending(None, {}))
+    monkeypatch.setattr("kmebench.fact_commands.build_editor", lambda *_: Ending(None, {}))
     delta, out = tmp_path / "delta.safetensors", tmp_path / "edited"
     saved = ["--save-delta", str(delta), "--out", str(out)]
     assert main(["edit", "--model", str(folder), *FACT, *saved]) == 0
@@ -138,21 +146,201 @@ def test_trace_shows_every_layer_and_draws(folder, tmp_path, capsys):
     ("arguments", "complaint"),
     [
         (["--model", "smollm", *FACT], "did you mean 'smollm2-135m'"),
+        (["--model", "Tiny-GPTJ", *FACT], "did you mean 'tiny-gptj'"),
+        (["--model", "config", *FACT], "config holds no Hugging Face model"),
         (["--model", "MODEL", *FACT, "--method", "pca"], "did you mean 'pac'"),
+        (["--model", "MODEL", *FACT, "--method", "PAC"], "did you mean 'pac'"),
         (["--model", "MODEL", *FACT, "--method", "memit"], "file by --moments"),
         (["--model", "MODEL", *FACT, "--set", "steps"], "not of the form NAME=VALUE"),
         (["--model", "MODEL", *FACT, "--set", "stepz=3"], "no hyper-parameter 'stepz'"),
+        (["--model", "MODEL", *FACT, "--set", "steps=[1,2]"], "steps cannot be [1, 2]"),
+        (["--model", "MODEL", *FACT, "--set", "steps=[1"], "the value cannot be read"),
         (["--model", "MODEL", *FACT[:2], "--prompt", "It is", *FACT[4:]], "holds no {}"),
         (["--model", "MODEL", *FACT, "--out", "MODEL"], "exists already"),
+        (["--model", "MODEL", *FACT, "--out", "README.md/x"], "README.md is no folder"),
+        (["--model", "MODEL", *FACT, "--save-delta", "docs"], "--save-delta names the folder docs"),
+        (["--model", "MODEL", *FACT, "--device", "gpu"], "one of auto, cpu, mps, cuda, balanced"),
+        (["--model", "MODEL", *FACT, "--dtype", "fp16"], "float32, bfloat16, float16"),
+        (["--model", "MODEL", *FACT, "--moments", "none"], "no such file"),
+        (["--model", "MODEL", *FACT, "--config", "none.yaml"], "There is no config none.yaml"),
     ],
 )
 def test_errors_are_one_sentence(arguments, complaint, folder, capsys):
-    status = main(["edit", *(str(folder) if a == "MODEL" else a for a in arguments)])
+    refused(["edit", *(str(folder) if a == "MODEL" else a for a in arguments)], complaint, capsys)
+
+
+def refused(arguments, complaint, capsys):
+    assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert status == 1
     assert complaint in error
     assert error.startswith("kmebench: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--paths", "0"], "--paths cannot be '0': it is a whole number from 1"),
+        (["--paths", "-3"], "--paths cannot be '-3'"),
+        (["--paths", "some"], "--paths cannot be 'some'"),
+        (["--paths", "9999"], "of this model has 512"),
+        (["--plot", "layers.jpg"], "ends in .png, .pdf, .svg"),
+        (["--plot", "layers"], "ends in .png, .pdf, .svg"),
+        (["--plot", "no\0name.png"], "--plot cannot be"),
+        (["--plot", "x" * 300 + ".png"], "File name too long"),
+        (["--device", "cuda"], "The device 'cuda' is not there"),
+    ],
+)
+def test_what_cannot_be_traced_or_drawn_is_one_sentence(
+    arguments, complaint, folder, capsys, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    refused(["trace", "--model", str(folder), *FACT, *arguments], complaint, capsys)
+
+
+@pytest.mark.parametrize(
+    ("delta", "complaint"),
+    [
+        ("none.safetensors", "there is no such file"),
+        ("docs", "names the folder docs"),
+        ("README.md", "README.md cannot be read as a weight delta"),
+        ("MODEL/model.safetensors", "is not a weight delta"),
+    ],
+)
+def test_what_is_no_delta_is_one_sentence(delta, complaint, folder, tmp_path, capsys):
+    path = delta.replace("MODEL", str(folder))
+    arguments = ["apply", path, "--model", str(folder), "--out", str(tmp_path / "out")]
+    refused(arguments, complaint, capsys)
+
+
+def test_a_file_of_the_users_that_holds_no_moments_stays_as_it_is(folder, tmp_path, capsys):
+    moments = tmp_path / "moments.safetensors"
+    arguments = ["edit", "--model", str(folder), *FACT, "--method", "rome"]
+    moments.write_text("no tensors")
+    refused([*arguments, "--moments", str(moments)], "cannot be read as a file of second", capsys)
+    assert moments.read_text() == "no tensors"
+    weights = folder / "model.safetensors"
+    refused([*arguments, "--moments", str(weights)], "is no file of second moments", capsys)
+    assert weights.exists()
+
+
+def test_a_folder_that_may_not_be_written_to_is_found_before_the_model_is_loaded(
+    folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("os.access", lambda path, mode: mode == os.R_OK)
+    for option in ("--out", "--save-delta"):
+        arguments = ["edit", "--model", str(folder), *FACT, option, str(tmp_path / "a/b")]
+        refused(arguments, f"you may not write to {tmp_path}", capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["edit", "--model", "tiny-gptj", *FACT, "--set", "stepz=3"],
+        ["edit", "--model", "tiny-gptjj", *FACT],
+        ["edit", "--model", "tiny-gptj", *FACT, "--method", "memitt"],
+        ["edit", "--model", "tiny-gptj", *FACT, "--config", "README.md"],
+        ["trace", "--model", "tiny-gptj", *FACT, "--plot", "x.jpg"],
+        ["apply", "none", "--model", "tiny-gptj", "--out", "none"],
+        ["check-config", "--configfile", "none.yaml"],
+    ],
+)
+def test_what_only_the_arguments_tell_is_said_before_torch_is_imported(arguments):
+    program = (
+        "import sys; from kmebench.cli import main; status = main(sys.argv[1:]); "
+        "sys.exit('torch is imported' if 'torch' in sys.modules else status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert re.fullmatch("kmebench: .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("layers=[0,1]", [0, 1]),
+        ("layers=0:1", [0, 1]),
+        ("learning_rate=1e+0", 1.0),
+        ("learning_rate=1e-4", 1e-4),
+        ("norm_constraint=null", None),
+        ("norm_constraint=None", None),
+        ("second_moment=false", False),
+        ("score=l2", "l2"),
+        ("text=a=b", "a=b"),
+    ],
+)
+def test_a_setting_is_read_as_yaml_and_as_a_folders_name(text, value):
+    ((name, found),) = argument_types.setting(text).items()
+    assert (name, found, type(found)) == (text.partition("=")[0], value, type(value))
+
+
+def test_a_fact_is_edited_with_an_overlay_over_the_config(folder, tmp_path, capsys):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("methods: {mine: {editor: full-c, hparams: {steps: 9, layers: [0]}}}")
+    two.write_text("methods: {mine: {hparams: {steps: 2}}}")
+    options = ["--method", "mine", "--set", "tolerance=0.0", "--configfile", str(one), str(two)]
+    assert main(["edit", "--model", str(folder), *FACT, *options]) == 0
+    assert "mine: 2 steps" in capsys.readouterr().out
+
+
+def test_a_model_that_only_an_overlay_defines_is_made_or_the_reason_is_told(
+    folder, tmp_path, capsys
+):
+    overlay = tmp_path / "mine.yaml"
+    places = {name: str(tmp_path / name) for name in ("results", "logs", "benchmarks")}
+    models = {
+        name: {"source": {"source": "folder", "path": str(path)}}
+        for name, path in (("mine", folder), ("empty", tmp_path / "none"))
+    }
+    overlay.write_text(json.dumps({"pathvars": places, "models": models}))
+    arguments = [*FACT, "--config", str(overlay), "--model"]
+    assert main(["trace", *arguments, "mine"]) == 0
+    assert "of the impact (l2)" in capsys.readouterr().out
+    assert (tmp_path / "results/models/mine/config.json").is_file()
+    refused(
+        ["trace", *arguments, "empty"],
+        f"models/empty could not be made: fetch_model: {tmp_path / 'none'} is no Hugging Face",
+        capsys,
+    )
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        ("Building DAG of jobs...\nfetch_model: There is no x.\nRuleException:\nmore\n", "no x."),
+        ("Building\nMissingRuleException:\nNo rule to produce x.\n", "No rule to produce x."),
+        (
+            'ConfigError in file "/a/common.smk", line 18:\nThe config is wrong.\n  File "x"\n',
+            "The config is wrong.",
+        ),
+        ("LockException:\nError: locked.\nUse --unlock.\n", "Error: locked. Use --unlock."),
+        ("something else\n", "something else"),
+    ],
+)
+def test_why_the_workflow_failed_is_found_in_what_it_wrote(log, why):
+    found = fact_inputs.reason(log)
+    assert found.endswith(why)
+    assert "Building" not in found
+
+
+def test_moments_are_asked_for_by_an_overlay_of_the_edit():
+    config = read_checked_config(Path("config.yaml"))
+    hparams = {"layers": [3], "steps": 1}
+    asking = fact_inputs.asking_overlay("tiny-gptj", config, "memit", hparams)
+    update_config(config, asking)
+    check_config(config, SCHEMA)
+    (run,) = grid.runs_of(config, "kmebench-edit")
+    assert (run.model, grid.hparams_of(config, run)) == ("tiny-gptj", hparams)
+    assert 3 in grid.moment_layers(config, "tiny-gptj")
+
+
+def test_brackets_and_dollars_of_a_prompt_are_shown_and_drawn_as_they_are(folder, tmp_path, capsys):
+    plot = tmp_path / "layers.svg"
+    fact = [*FACT[:2], "--prompt", "[/b] $\\frac$ :smile: {} is", *FACT[4:]]
+    assert main(["trace", "--model", str(folder), *fact, "--plot", str(plot)]) == 0
+    assert "[/b] $\\frac$ :smile: France is" in capsys.readouterr().out
 
 
 def test_a_delta_of_another_model_is_refused(folder, make_model, requests, tmp_path, capsys):
@@ -176,7 +364,7 @@ def test_check_config_lists_the_grid_and_names_what_is_wrong(tmp_path, capsys):
 
 
 def test_plan_counts_jobs_hours_and_disk(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("kmebench.cli.console.width", 200)
+    monkeypatch.setattr("kmebench.config_commands.console.width", 200)
     run = tmp_path / "runs/smollm2-135m/zsre/consecutive/pac/default/seed0"
     run.mkdir(parents=True)
     (run / "timing.json").write_text(
@@ -197,7 +385,7 @@ def test_plan_counts_jobs_hours_and_disk(tmp_path, capsys, monkeypatch):
 def test_a_fact_is_edited_with_a_config_that_is_right(folder, tmp_path, capsys):
     bare = tmp_path / "config.yaml"
     bare.write_text(Path("config.yaml").read_text() + "\nmethodz: {}\n")
-    assert main(["trace", "--model", str(folder), *FACT, "--config", str(bare)]) == 1
+    assert main(["trace", "--model", str(folder), *FACT, "--configfile", str(bare)]) == 1
     assert "methodz" in capsys.readouterr().err
 
 

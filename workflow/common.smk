@@ -17,7 +17,10 @@ from kmebench.experiments import grid
 from kmebench.experiments.configuration import check_config
 from kmebench.experiments.dependencies import source_closure
 from kmebench.experiments.interpreter import check_interpreter
+from kmebench.experiments.overlays import read_overlay
 
+for configfile_path in workflow.configfiles:
+    read_overlay(configfile_path)  # refuses a key that stands twice; Snakemake does not
 check_config(config, workflow.source_path("schemas/config.schema.yaml"))
 check_interpreter(sys.executable)
 

@@ -346,7 +346,9 @@ def test_a_comparison_asks_for_moments_too():
     assert grid.moment_layers(config, "small") == [1, 2, 3]
 
 
-@pytest.mark.parametrize("value", [[[1], [2]], {"a": 1}, "True", "nan", "1_0", "a,b", "a+b", "../up", "$(x)", "a b"])
+@pytest.mark.parametrize(
+    "value", [[[1], [2]], {"a": 1}, "True", "nan", "1_0", "a,b", "a+b", "../up", "$(x)", "a b"]
+)
 def test_what_cannot_be_part_of_a_files_name_is_refused(value):
     with pytest.raises(ConfigError, match=r"layers: .* cannot be part of a file's name"):
         grid.variant_name(

@@ -1,36 +1,33 @@
 """``kmebench``: the command line.
 
-Commands that run a model are imported when they are called, so that all others need no torch.
+Commands are imported when they are called, and what they are asked for is checked before torch is.
 """
 
 import argparse
 import importlib
-import subprocess
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pandas as pd
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-
-from kmebench import __version__
+from kmebench import __version__, arguments
 from kmebench.data.records import SLOT
-from kmebench.errors import ConfigError, KMEBenchError
-from kmebench.experiments import grid, plan
-from kmebench.experiments.configuration import read_checked_config
-
-console = Console()
+from kmebench.logs import complaint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack a model's letters
     try:
-        arguments.run(arguments)
-    except KMEBenchError as error:
-        print(f"kmebench: {error}", file=sys.stderr)
+        chosen = _parser().parse_args(argv)
+        chosen.run(chosen)
+    except Exception as error:
+        told = complaint(error)
+        if told is None:
+            raise
+        print(f"kmebench: {told}", file=sys.stderr)
         return 1
     return 0
 
@@ -41,22 +38,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    model, fact = _model_options(), _fact_options()
+    config, model, fact = _config_options(), _model_options(), _fact_options()
+    out = {"type": arguments.new_folder("--out"), "metavar": "FOLDER"}
 
     edit = commands.add_parser(
-        "edit", parents=[model, fact], help="change one fact and show before and after"
+        "edit", parents=[config, model, fact], help="change one fact and show before and after"
     )
     edit.add_argument("--method", default="pac", help="a method of the config, or an editor")
     edit.add_argument(
         "--set",
+        type=arguments.setting,
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="set a hyper-parameter; may be repeated",
+        help="set a hyper-parameter (steps=10, layers=[0,1], tolerance=null); may be repeated",
     )
     edit.add_argument(
         "--moments",
-        type=Path,
+        type=arguments.existing_file("--moments"),
         metavar="FILE",
         help="second moments, for ROME, MEMIT and their family (default: the workflow's)",
     )
@@ -67,30 +66,36 @@ def _parser() -> argparse.ArgumentParser:
         help="a prompt whose answer should stay; may be repeated (default: the same question "
         "about other subjects of OpenFacts)",
     )
-    edit.add_argument("--save-delta", type=Path, metavar="FILE", help="write the weight delta")
-    edit.add_argument("--out", type=Path, metavar="FOLDER", help="write the edited model")
-    edit.set_defaults(run=_later("edit_command"))
+    edit.add_argument(
+        "--save-delta",
+        type=arguments.new_file("--save-delta"),
+        metavar="FILE",
+        help="write the weight delta",
+    )
+    edit.add_argument("--out", **out, help="write the edited model, to a new folder")
+    edit.set_defaults(run=_on_a_model("edit"))
 
     trace = commands.add_parser(
-        "trace", parents=[model, fact], help="show where a fact's critical paths lie"
+        "trace", parents=[config, model, fact], help="show where a fact's critical paths lie"
     )
-    trace.add_argument("--paths", type=int, default=15, help="paths per fact (default: 15)")
+    count = arguments.count("--paths")
+    trace.add_argument("--paths", type=count, default=15, help="paths per fact (default: 15)")
     trace.add_argument("--score", choices=["l2", "signed_sum"], default="l2")
-    trace.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .pdf, .svg)")
-    trace.set_defaults(run=_later("trace_command"))
+    plot = arguments.new_file("--plot", arguments.PLOTS)
+    trace.add_argument("--plot", type=plot, metavar="FILE", help="draw it (.png, .pdf, .svg)")
+    trace.set_defaults(run=_on_a_model("trace"))
 
     apply = commands.add_parser(
-        "apply", parents=[model], help="make an edited model from a saved delta"
+        "apply", parents=[config, model], help="make an edited model from a saved delta"
     )
-    apply.add_argument("delta", type=Path, help="a delta.safetensors")
-    apply.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    apply.set_defaults(run=_later("apply_command"))
+    apply.add_argument("delta", type=arguments.existing_file("delta"), help="a delta.safetensors")
+    apply.add_argument("--out", **out, required=True, help="where to write it, a new folder")
+    apply.set_defaults(run=_on_a_model("apply"))
 
-    config = _config_options()
     check = commands.add_parser(
         "check-config", parents=[config], help="check a config, and list what it asks for"
     )
-    check.set_defaults(run=check_command)
+    check.set_defaults(run=_on_a_config("check_command"))
 
     planned = commands.add_parser(
         "plan", parents=[config], help="say what a config costs: jobs, hours, disk"
@@ -103,32 +108,51 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="finished runs to take seconds per edit from (default: results, with its reference)",
     )
-    planned.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64], metavar="N")
-    planned.set_defaults(run=plan_command)
+    devices = arguments.count("--devices")
+    planned.add_argument("--devices", type=devices, nargs="+", default=[1, 8, 64], metavar="N")
+    planned.set_defaults(run=_on_a_config("plan_command"))
     return parser
 
 
-def _later(name: str) -> Callable[[argparse.Namespace], None]:
-    """A command of :mod:`kmebench.fact_commands`, imported when it is called."""
+def _on_a_model(name: str) -> Callable[[argparse.Namespace], None]:
+    """A command of :mod:`kmebench.fact_commands`; inputs are checked before torch comes."""
 
-    def run(arguments: argparse.Namespace) -> None:
-        getattr(importlib.import_module("kmebench.fact_commands"), name)(arguments)
+    def run(chosen: argparse.Namespace) -> None:
+        inputs = getattr(importlib.import_module("kmebench.fact_inputs"), f"{name}_inputs")(chosen)
+        commands = importlib.import_module("kmebench.fact_commands")
+        getattr(commands, f"{name}_command")(chosen, inputs)
+
+    return run
+
+
+def _on_a_config(name: str) -> Callable[[argparse.Namespace], None]:
+    """A command of :mod:`kmebench.config_commands`."""
+
+    def run(chosen: argparse.Namespace) -> None:
+        getattr(importlib.import_module("kmebench.config_commands"), name)(chosen)
 
     return run
 
 
 def _model_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--model", required=True, help="a model of the config, or a folder")
     options.add_argument(
-        "--config",
-        type=Path,
-        default=Path("config.yaml"),
-        metavar="FILE",
-        help="where models and methods are defined (default: config.yaml)",
+        "--model",
+        type=arguments.model,
+        required=True,
+        help="a model of the config, or a Hugging Face folder",
     )
-    options.add_argument("--dtype", help="float32, bfloat16, ... (default: the config's)")
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    options.add_argument(
+        "--dtype",
+        type=arguments.dtype,
+        help="float32, bfloat16, float16 or float64 (default: the config's)",
+    )
+    options.add_argument(
+        "--device",
+        type=arguments.device,
+        default="auto",
+        help="auto, cpu, mps, cuda, cuda:1, balanced or sequential (default: auto)",
+    )
     return options
 
 
@@ -136,6 +160,7 @@ def _config_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument(
         "--configfile",
+        "--config",
         type=Path,
         nargs="+",
         default=[],
@@ -153,82 +178,3 @@ def _fact_options() -> argparse.ArgumentParser:
     )
     options.add_argument("--target", required=True, help="how it should go on")
     return options
-
-
-# -- commands -------------------------------------------------------------------------------
-
-
-def check_command(arguments: argparse.Namespace) -> None:
-    """Check, list."""
-    config = read_checked_config(Path("config.yaml"), arguments.configfile)
-    console.print(grid.plan(config))
-
-
-def plan_command(arguments: argparse.Namespace) -> None:
-    """Count, estimate, show."""
-    config = read_checked_config(Path("config.yaml"), arguments.configfile)
-    measured = plan.measurements(arguments.measured)
-    if measured.empty:
-        folders = ", ".join(map(str, arguments.measured))
-        raise ConfigError(f"There is no finished run below {folders} to take times from.")
-    costs = plan.run_costs(config, measured)
-    console.print(_jobs(arguments.configfile))
-    console.print(_hours(costs))
-    for devices in arguments.devices:
-        hours = plan.wall_hours(costs, devices)
-        plural = "s" if devices > 1 else ""
-        console.print(f"On {devices} device{plural}: {hours:,.1f} h or more.")
-    if costs[["editing", "evaluation"]].isna().any(axis=None):
-        console.print("A ? is a time that no finished run tells; it is in none of these sums.")
-    console.print(_disk(plan.disk(config, measured)))
-
-
-def _jobs(overlays: Sequence[Path]) -> Table:
-    """What a dry run of the workflow counts: all jobs, finished ones included, by rule.
-
-    Raises:
-        ConfigError: the workflow cannot be planned; shows what Snakemake says.
-    """
-    command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--quiet", "rules"]
-    if overlays:
-        command += ["--configfile", *map(str, overlays)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"The workflow cannot be planned:\n{done.stdout}{done.stderr}")
-    counts = done.stdout.partition("Job stats:\n")[2].partition("\n\n")[0]
-    table = _table("jobs", ["rule", "jobs"])
-    for line in counts.splitlines()[2:]:  # below a heading and a rule
-        table.add_row(*line.split())
-    return table
-
-
-def _hours(costs: pd.DataFrame) -> Table:
-    """Hours of one device by model, mode and where the seconds come from."""
-    names = ["model", "mode", "times", "edits", "editing", "asking", "longest"]
-    table = _table("hours of one device", names, texts=3)
-    for key, runs in costs.groupby(["model", "mode", "source"]):
-        numbers = [runs[c].sum(min_count=1) for c in ("editing", "evaluation")]
-        shown = [_number(x, 1) for x in (*numbers, runs["hours"].max())]
-        table.add_row(*key, f"{runs['edits'].sum():,}", *shown)
-    return table
-
-
-def _disk(sizes: pd.DataFrame) -> Table:
-    """Gigabytes by model and kind of file."""
-    table = _table("disk (GB; deltas at most)", [*sizes.columns, "all"])
-    for row in sizes.set_index("model").T.items():
-        table.add_row(row[0], *(_number(x / 1e9, 2) for x in (*row[1], row[1].sum(skipna=False))))
-    return table
-
-
-def _table(title: str, names: Sequence[str], texts: int = 1) -> Table:
-    """An empty table of ``texts`` columns of text and others of numbers."""
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    for i, name in enumerate(names):
-        table.add_column(name, justify="left" if i < texts else "right", no_wrap=True)
-    return table
-
-
-def _number(value: float, digits: int) -> str:
-    """A number to read, ? where it is not known."""
-    return "?" if pd.isna(value) else f"{value:,.{digits}f}"

@@ -1,16 +1,12 @@
 """The commands that run a model: ``kmebench edit``, ``trace`` and ``apply``.
 
-Models are those of the config (made by the workflow when they are not there yet) or any
-Hugging Face folder of safetensors.
+What they are asked for is checked before (:mod:`kmebench.fact_inputs`).
 """
 
 import argparse
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,37 +14,36 @@ from torch import Tensor
 
 from kmebench.data.openfacts import load_relations
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor, build_editor
-from kmebench.editors.registry import EDITORS
+from kmebench.editors.base import build_editor
 from kmebench.errors import ConfigError, ModelError
-from kmebench.experiments.configuration import read_checked_config
-from kmebench.experiments.grid import (
-    LOCATE_AND_EDIT,
-    base_hparams,
-    check_name,
-    parse_variant,
-)
 from kmebench.experiments.single import critical_shares, edit_fact, likeliest, next_token, says
-from kmebench.models.editable import EditableModel, seed_everything
+from kmebench.fact_inputs import Inputs, Model, make
+from kmebench.models.editable import SPREAD, EditableModel, pick_device, seed_everything
 from kmebench.models.sources import save_model
+from kmebench.moments.store import check_moments
 from kmebench.weights.delta import WeightDelta
 
 OPENFACTS = Path("resources/openfacts")
-console = Console()
+console = Console(markup=False, emoji=False)
 
 
 # -- commands -------------------------------------------------------------------------------
 
 
-def edit_command(arguments: argparse.Namespace) -> None:
+def edit_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     """Edit, show what changed, save."""
-    request = _request(arguments)
-    model, config = _model(arguments)
-    editor = _editor(arguments, config)
+    request = inputs.request
+    if arguments.moments:
+        check_moments(arguments.moments)
+    assets = {"moments": inputs.moments} if inputs.moments else {}
+    editor = build_editor(inputs.editor, inputs.hparams, assets)
+    model = _load(inputs.model, arguments)
+    if inputs.moments:
+        make(inputs.moments, arguments.configfile, inputs.asking)
     neighbours = arguments.neighbour or _neighbours(request)
     prompts = [request.filled_prompt, *neighbours]
     likely, said = _top(model, prompts[0]), [says(model, p) for p in prompts]
-    seed_everything(config.get("seed", 0))
+    seed_everything(inputs.seed)
     start = time.perf_counter()
     delta = edit_fact(model, editor, request)
     seconds = time.perf_counter() - start
@@ -64,10 +59,14 @@ def edit_command(arguments: argparse.Namespace) -> None:
         _save(model, arguments.out)
 
 
-def trace_command(arguments: argparse.Namespace) -> None:
+def trace_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     """Trace, select, show."""
-    request = _request(arguments)
-    model, _ = _model(arguments)
+    request, model = inputs.request, _load(inputs.model, arguments)
+    if arguments.paths > model.ffn_width:
+        raise ConfigError(
+            f"--paths cannot be {arguments.paths}: disjoint paths take a segment each, and an FFN "
+            f"matrix of this model has {model.ffn_width}."
+        )
     shares, paths = critical_shares(model, request, arguments.paths, arguments.score)
     nodes = 2 * model.n_layers * model.ffn_width
     console.print(_layers(request, shares, paths.positive[0]))
@@ -84,12 +83,19 @@ def trace_command(arguments: argparse.Namespace) -> None:
         console.print(f"plot: {arguments.plot}")
 
 
-def apply_command(arguments: argparse.Namespace) -> None:
+def apply_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     """Load, apply, save."""
-    model, _ = _model(arguments)
     delta = WeightDelta.load(arguments.delta)
-    if unknown := sorted(set(delta) - {name for name, _ in model.model.named_parameters()}):
-        raise ModelError(f"{arguments.delta} changes {unknown[0]!r}, which this model lacks.")
+    model = _load(inputs.model, arguments)
+    shapes = {name: parameter.shape for name, parameter in model.model.named_parameters()}
+    for name, part in delta.items():
+        if name not in shapes:
+            raise ModelError(f"{arguments.delta} changes {name!r}, which this model lacks.")
+        if not part.fits(shapes[name]):
+            raise ModelError(
+                f"{arguments.delta} changes {name!r}, which has another shape in this model "
+                f"({tuple(shapes[name])}); name the model that it was made from."
+            )
     model.apply(delta)
     _save(model, arguments.out)
 
@@ -97,70 +103,12 @@ def apply_command(arguments: argparse.Namespace) -> None:
 # -- inputs ---------------------------------------------------------------------------------
 
 
-def _request(arguments: argparse.Namespace) -> EditRequest:
-    try:
-        return EditRequest("edit", arguments.subject, arguments.prompt, arguments.target)
-    except ValueError as error:
-        raise ConfigError(f"This fact cannot be edited: {error}.") from error
-
-
-def _model(arguments: argparse.Namespace) -> tuple[EditableModel, dict[str, Any]]:
-    """Load the model; one of the config is made by the workflow if it is not there."""
-    config: dict[str, Any] = {}
-    if arguments.config.is_file():
-        config = read_checked_config(arguments.config)
-    folder, dtype = Path(arguments.model), arguments.dtype
-    if not (folder / "config.json").is_file():
-        check_name(arguments.model, config.get("models", {}), "models", "--model")
-        dtype = dtype or config["models"][arguments.model].get("dtype")
-        folder = Path("results/models") / arguments.model
-        _make(folder)
-    return EditableModel.load(folder, dtype=dtype or "float32", device=arguments.device), config
-
-
-def _make(path: Path) -> None:
-    """Let the workflow make what is not there yet."""
-    if path.exists():
-        return
-    console.print(f"making {path} (once)")
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--quiet", "all", "--", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ModelError(f"{path} could not be made:\n{done.stdout}{done.stderr}")
-
-
-def _editor(arguments: argparse.Namespace, config: dict[str, Any]) -> Editor:
-    hparams: dict[str, Any] = {}
-    name = arguments.method
-    if name in config.get("methods", {}):
-        method = config["methods"][name]
-        # Of a folder, which the config knows nothing about, the method's own.
-        hparams = base_hparams(config, arguments.model, name, "consecutive")
-        name = method.get("editor", name)
-    else:
-        check_name(name, EDITORS, "the list of editors", "--method")
-    for item in arguments.set:
-        if "=" not in item:
-            raise ConfigError(f"--set {item} is not of the form NAME=VALUE.")
-        hparams |= parse_variant(item)
-    if name == "pac":
-        hparams |= {"trace_on": "current"}  # there is no cached trace of this request
-    moments = name in LOCATE_AND_EDIT and hparams.get("second_moment", True)
-    return build_editor(name, hparams, {"moments": _moments(arguments, config)} if moments else {})
-
-
-def _moments(arguments: argparse.Namespace, config: dict[str, Any]) -> Path:
-    """Return the file of second moments; the workflow makes it for models of the config."""
-    if arguments.moments:
-        return arguments.moments
-    if arguments.model not in config.get("models", {}):
-        raise ConfigError(
-            f"The editor of {arguments.method!r} needs second moments of {arguments.model}: name "
-            "their file by --moments, or take a model of the config, for which it is made."
-        )
-    path = Path("results/moments") / f"{arguments.model}.safetensors"
-    _make(path)
-    return path
+def _load(model: Model, arguments: argparse.Namespace) -> EditableModel:
+    """Load the model; the workflow makes one of the config that is not there yet."""
+    if model.device not in SPREAD:
+        pick_device(model.device)  # fail before a model is made
+    make(model.folder, arguments.configfile)
+    return EditableModel.load(model.folder, dtype=model.dtype, device=model.device)
 
 
 def _neighbours(request: EditRequest, count: int = 5) -> list[str]:
@@ -217,7 +165,5 @@ def _layers(request: EditRequest, shares: Tensor, index: Tensor, width: int = 14
 
 def _save(model: EditableModel, folder: Path) -> None:
     """Write the model as a Hugging Face folder."""
-    if folder.exists():
-        raise ModelError(f"{folder} exists already; name another folder, or delete it.")
     save_model(model.model, model.tokenizer, folder)
     console.print(f"model: {folder}")

@@ -42,17 +42,17 @@ def script_log(snakemake: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        complaint = _complaint(error)
-        if complaint is None:
+        told = complaint(error)
+        if told is None:
             raise
-        message = f"{snakemake.rule}: {complaint}"
+        message = f"{snakemake.rule}: {told}"
         print(message, file=stream)
         if stream is not terminal:
             print(message, file=terminal)
         sys.exit(1)
 
 
-def _complaint(error: Exception) -> str | None:
+def complaint(error: Exception) -> str | None:
     """What a user is told; None for what is not theirs to mend."""
     if isinstance(error, KMEBenchError):
         return str(error)
@@ -61,7 +61,7 @@ def _complaint(error: Exception) -> str | None:
     for number, mend in _DISK.items():
         # safetensors, written in Rust, tells the number in its text only.
         if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
-            return f"A file could not be written ({error}): {mend}; nothing finished is lost."
+            return f"A file could not be used ({error}): {mend}; nothing finished is lost."
     return None
 
 
@@ -69,7 +69,8 @@ _DISK = {
     errno.ENOSPC: "make room and run the same command again",
     errno.EDQUOT: "your quota is used up; make room and run the same command again",
     errno.EROFS: "the file system is read-only; move the results (pathvars in the config)",
-    errno.EACCES: "you may not write there; mend its permissions and run the same command again",
+    errno.EACCES: "you may not; mend its permissions and run the same command again",
+    errno.EPERM: "it is another user's; mend its owner and run the same command again",
 }
 
 

@@ -24,8 +24,7 @@ def check_hparams(config: Mapping[str, Any]) -> None:
     """
     for where, method, hparams in _places(config):
         editor = grid.editor_of(config, method)
-        if editor in _schemas():
-            _check(where, editor, hparams)
+        check_values(where, editor, hparams)
 
 
 def _places(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -59,8 +58,15 @@ def _sections(
         yield f"{where}.{mode}", method, values
 
 
-def _check(where: str, editor: str, hparams: Mapping[str, Any]) -> None:
-    schema = _schemas()[editor]
+def check_values(where: str, editor: str, hparams: Mapping[str, Any]) -> None:
+    """Refuse values that an editor of the registry does not take; ``where`` names their place.
+
+    Raises:
+        ConfigError: as :func:`check_hparams`.
+    """
+    schema = _schemas().get(editor)
+    if schema is None:
+        return
     for name in hparams:
         if name not in schema["properties"]:
             raise ConfigError(

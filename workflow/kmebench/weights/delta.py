@@ -57,6 +57,14 @@ class _Segments:
         """Return the Frobenius norm."""
         return float(torch.linalg.vector_norm(self.values))
 
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether the part can be added to a parameter of this shape."""
+        if len(shape) <= self.axis or self.index.dim() != 1 or self.index.dtype != torch.int64:
+            return False
+        inside = (self.index >= 0) & (self.index < shape[self.axis])
+        rest = shape[: self.axis] + shape[self.axis + 1 :]
+        return bool(inside.all()) and self.values.shape == (len(self.index), *rest)
+
 
 @dataclass(frozen=True)
 class Rows(_Segments):
@@ -93,6 +101,12 @@ class LowRank:
         square = torch.sum((self.u.T @ self.u) * (self.v @ self.v.T))
         return float(square.clamp(min=0).sqrt())
 
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether the part can be added to a parameter of this shape."""
+        return self.u.shape[1:] == self.v.shape[:1] and (
+            (*self.u.shape[:1], *self.v.shape[1:]) == tuple(shape)
+        )
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -111,6 +125,10 @@ class Dense:
     def norm(self) -> float:
         """Return the Frobenius norm."""
         return float(torch.linalg.vector_norm(self.values))
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether the part can be added to a parameter of this shape."""
+        return self.values.shape == shape
 
 
 Part = Rows | Columns | LowRank | Dense
@@ -172,15 +190,20 @@ class WeightDelta(Mapping[str, Part]):
                 if (stream.metadata() or {}).get("format") != "kmebench.delta.v1":
                     raise KMEBenchError(f"{path} is not a weight delta of this program.")
                 tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise KMEBenchError(f"{path} cannot be read as a weight delta: {error}") from error
-        kinds = {tuple(key.split("|")[:2]) for key in tensors}
-        return cls(
-            {
-                name: _KINDS[kind](*(tensors[f"{name}|{kind}|{f}"] for f in _FACTORS[kind]))
-                for name, kind in sorted(kinds)
-            }
-        )
+            kinds = {tuple(key.split("|")[:2]) for key in tensors}
+            return cls(
+                {
+                    name: _KINDS[kind](*(tensors[f"{name}|{kind}|{f}"] for f in _FACTORS[kind]))
+                    for name, kind in sorted(kinds)
+                }
+            )
+        except (SafetensorError, OSError) as error:
+            raise KMEBenchError(f"{path} cannot be read as a weight delta: {error}.") from error
+        except (KeyError, ValueError) as error:
+            raise KMEBenchError(
+                f"{path} is a damaged weight delta: a tensor is missing, or has another name; "
+                "save it again."
+            ) from error
 
 
 def _add(a: Part, b: Part) -> Part:
