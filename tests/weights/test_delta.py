@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from kmebench.errors import KMEBenchError
 from kmebench.weights.delta import Columns, Dense, LowRank, Rows, WeightDelta
@@ -61,8 +62,6 @@ def test_saved_delta_reads_back_bit_by_bit(kind, tmp_path):
 
 
 def test_other_safetensors_files_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(KMEBenchError, match=r"x\.safetensors is not a weight delta"):
         WeightDelta.load(tmp_path / "x.safetensors")
@@ -78,3 +77,32 @@ def test_a_file_that_is_cut_off_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(KMEBenchError, match=r"delta\.safetensors cannot be read as a weight delta"):
         WeightDelta.load(path)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "lowrank", "dense"])
+def test_a_part_fits_its_own_parameter_and_no_other(kind):
+    part = draw_part(kind, 0)
+    assert part.fits(SHAPE)
+    for other in ((7, 5), (3, 3), (5,), (35,), (5, 7, 1), ()):
+        assert not part.fits(torch.Size(other))
+
+
+def test_entries_of_a_vector_fit_it():
+    assert Rows(torch.tensor([0, 4]), torch.ones(2)).fits(torch.Size([5]))
+    assert not Rows(torch.tensor([0, 5]), torch.ones(2)).fits(torch.Size([5]))
+    assert not Rows(torch.tensor([-1]), torch.ones(1)).fits(torch.Size([5]))
+    assert not Rows(torch.tensor([0.0]), torch.ones(1)).fits(torch.Size([5]))
+
+
+@pytest.mark.parametrize("name", ["w", "w|Rows", "w|Rows|values", "w|Squares|values"])
+def test_a_delta_with_other_tensors_is_damaged(name, tmp_path):
+    path = tmp_path / "delta.safetensors"
+    save_file({name: torch.zeros(1)}, path, metadata={"format": "kmebench.delta.v1"})
+    with pytest.raises(KMEBenchError, match=r"delta\.safetensors is a damaged weight delta"):
+        WeightDelta.load(path)
+
+
+def test_a_missing_delta_is_one_sentence(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(KMEBenchError, match="cannot be read as a weight delta"):
+            WeightDelta.load(path)

@@ -64,6 +64,11 @@ def check_config(config: dict[str, Any], schema: str | Path) -> None:
         raise ConfigError(_sentence(error))
     validate(config, str(schema))  # fills in the defaults
     config["methods"] |= {name: {} for name, spec in config["methods"].items() if spec is None}
+    for name, dataset in config["datasets"].items():
+        for segment in dataset.get("segments", []):
+            if segment[0] >= segment[1]:
+                where = f"datasets.{name}.segments"
+                raise ConfigError(f"{_wrong_at([where])}: {segment} ends before it starts.")
     for name in config["experiments"]:
         grid.runs_of(config, name)
     for name in config["comparisons"]:
