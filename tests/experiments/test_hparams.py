@@ -61,12 +61,27 @@ PLACES = {
         ({"zzz": 1}, "no hyper-parameter 'zzz'; there are "),
         ({"paths": "many"}, "paths cannot be 'many'"),
         ({"paths": 1.5}, "paths cannot be 1.5"),
+        ({"paths": "1.5"}, "paths cannot be '1.5'"),
+        ({"paths": 0}, "paths cannot be 0: .*minimum of 1"),
+        ({"negatives": -1}, "negatives cannot be -1: .*minimum of 0"),
+        ({"micro_batch": 0}, "micro_batch cannot be 0"),
+        ({"learning_rate": -0.1}, "learning_rate cannot be -0.1"),
+        ({"learning_rate": "-1e-4"}, "learning_rate cannot be '-1e-4'"),
+        ({"learning_rate": float("nan")}, "learning_rate cannot be nan: it must be finite"),
+        ({"lambda": float("inf")}, "lambda cannot be inf"),
         ({"score": "l3"}, "score cannot be 'l3'.*l2"),
     ],
 )
 def test_a_wrong_hyper_parameter_is_refused_where_it_stands(config, where, hparams, complaint):
     PLACES[where](config, hparams)
     with pytest.raises(ConfigError, match=f"^{where}: .*{complaint}"):
+        check_hparams(config)
+
+
+@pytest.mark.parametrize("layers", [[], [-1], [1.5], 3, None])
+def test_layers_are_a_list_of_indices(config, layers):
+    config["methods"]["memit"]["hparams"] = {"layers": layers}
+    with pytest.raises(ConfigError, match=r"methods\.memit\.hparams: layers cannot be"):
         check_hparams(config)
 
 

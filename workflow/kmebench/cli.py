@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="set a hyper-parameter (steps=10, layers=[0,1], tolerance=null); may be repeated",
+        help="set a hyper-parameter (steps=10, layers=[0,1], norm_constraint=null); may be "
+        "repeated",
     )
     edit.add_argument(
         "--moments",

@@ -17,6 +17,8 @@ from kmebench.editors.registry import EDITORS, editor_target
 FILE = Path(__file__).with_name("hparams.schema.json")
 #: A number written as text, as YAML reads ``1e-4``, is taken as a number.
 _NUMBER = r"^[-+]?[0-9.]+([eE][-+]?[0-9]+)?$"
+#: Whole numbers that may be 0: an index, and what may be left out.
+_FROM_0 = ("layer", "negatives", "steps")
 
 
 def hparams_schema() -> dict[str, Any]:
@@ -30,19 +32,26 @@ def hparams_schema() -> dict[str, Any]:
             "type": "object",
             "additionalProperties": False,
             "properties": {
-                key.rstrip("_"): _readable(value) for key, value in schema["properties"].items()
+                key.rstrip("_"): _readable(key, value)
+                for key, value in schema["properties"].items()
             },
         }
     return schemas
 
 
-def _readable(schema: dict[str, Any]) -> dict[str, Any]:
-    """Drop titles, and let a number be written as text."""
+def _readable(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """Drop titles, let a number be written as text, and bound it: none is negative.
+
+    Whole numbers count something, from 1 where none of it is no edit at all.
+    """
     kept: dict[str, Any] = {key: value for key, value in schema.items() if key != "title"}
     if "anyOf" in kept:
-        kept["anyOf"] = [_readable(each) for each in kept["anyOf"]]
+        kept["anyOf"] = [_readable(name, each) for each in kept["anyOf"]]
     if kept.get("type") in ("number", "integer"):
-        kept |= {"type": [kept["type"], "string"], "pattern": _NUMBER}
+        smallest = 0 if kept["type"] == "number" or name in _FROM_0 else 1
+        kept |= {"type": [kept["type"], "string"], "pattern": _NUMBER, "minimum": smallest}
+    if kept.get("type") == "array":
+        kept |= {"minItems": 1, "items": kept["items"] | {"minimum": 0}}
     return kept
 
 

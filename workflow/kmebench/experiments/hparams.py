@@ -1,6 +1,7 @@
 """Hyper-parameters in a config, checked before any job starts. Imports no torch."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
@@ -73,10 +74,22 @@ def check_values(where: str, editor: str, hparams: Mapping[str, Any]) -> None:
                 f"{where}: the editor {editor!r} has no hyper-parameter {name!r}; "
                 f"{nearest(name, schema['properties'])}"
             )
-    error = best_match(Draft202012Validator(schema).iter_errors(hparams))
+    typed = {name: _typed(value) for name, value in hparams.items()}
+    error = best_match(Draft202012Validator(schema).iter_errors(typed))
     if error:
         name = error.absolute_path[0]
         raise ConfigError(f"{where}: {name} cannot be {hparams[name]!r}: {error.message}.")
+    for name, value in typed.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where}: {name} cannot be {value}: it must be finite.")
+
+
+def _typed(value: Any) -> Any:
+    """A number that is written as text, as YAML reads ``1e-4``, as a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 @cache
