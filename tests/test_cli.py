@@ -159,6 +159,8 @@ def test_trace_shows_every_layer_and_draws(folder, tmp_path, capsys):
         (["--model", "MODEL", *FACT, "--out", "MODEL"], "exists already"),
         (["--model", "MODEL", *FACT, "--out", "README.md/x"], "README.md is no folder"),
         (["--model", "MODEL", *FACT, "--save-delta", "docs"], "--save-delta names the folder docs"),
+        (["--model", "MODEL", *FACT, "--neighbour", " "], "--neighbour is empty"),
+        (["--model", "MODEL", *FACT, "--neighbour", "\ud800"], "half a surrogate pair"),
         (["--model", "MODEL", *FACT, "--device", "gpu"], "one of auto, cpu, mps, cuda, balanced"),
         (["--model", "MODEL", *FACT, "--dtype", "fp16"], "float32, bfloat16, float16"),
         (["--model", "MODEL", *FACT, "--moments", "none"], "no such file"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from kmebench.data.texts import clean
 from kmebench.errors import ConfigError
 from kmebench.experiments import grid, values
 from kmebench.experiments.overlays import read_yaml
@@ -56,6 +57,14 @@ def count(option: str) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+def neighbour(text: str) -> str:
+    """A prompt that can be asked."""
+    try:
+        return clean(text, "--neighbour")
+    except ValueError as error:
+        raise ConfigError(f"A neighbour cannot be asked: {error}.") from error
 
 
 def setting(text: str) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     edit.add_argument(
         "--neighbour",
+        type=arguments.neighbour,
         action="append",
         metavar="TEXT",
         help="a prompt whose answer should stay; may be repeated (default: the same question "
