@@ -38,7 +38,9 @@ class EasyEdit(Toolkit):
         "ddb2446712f1ad8c916d1eb91a56c516e8305d530538ca654db31cd9ba06bbbc",
     )
     editors = tuple(_CODE)
+    overrides: ClassVar = {"emmet": {"epsilon_single": True}}
     notes: ClassVar = {
+        "emmet": "epsilon for one request too, as the toolkit has it (epsilon_single)",
         "pmet": "texts padded on the right (the toolkit's own loader pads on the left, where its "
         "positions are off), targets with their leading blank (the toolkit puts it there for "
         "models whose path holds 'gpt' alone)",
