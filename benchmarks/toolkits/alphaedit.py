@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -59,7 +59,7 @@ class AlphaEditCode(Toolkit):
         for name in ("memit.compute_z", "AlphaEdit.compute_z"):
             code = importlib.import_module(name)
             code.nethook = SimpleNamespace(
-                **vars(code.nethook) | {"TraceDict": _traces(code.nethook)}
+                **vars(code.nethook) | {"TraceDict": tuple_traces(code.nethook)}
             )
         for _, name in _CODE.values():
             importlib.import_module(name).layer_stats = self.layer_stats
@@ -127,7 +127,7 @@ class _Edits:
         return result
 
 
-def _traces(nethook: ModuleType) -> type:
+def tuple_traces(nethook: Any) -> type:
     """Return the toolkit's TraceDict for layers that say a tensor, where it expects a tuple."""
 
     class Traces(nethook.TraceDict):
