@@ -1,6 +1,6 @@
 """Weight changes and seconds per edit of the editors here, beside those of public reference code.
 
-python benchmarks/against_reference.py --toolkit FOLDER [--records 3] [--steps 6]
+python benchmarks/against_reference.py --toolkit FOLDER [--records 2] [--steps 5]
 
 FOLDER is your own clone of EasyEdit (14cea824), of AlphaEdit's repository (f5248d3d) or of PAC's
 (12401021). Both sides get the same model, records, contexts, second moments and hyper-parameters
@@ -261,7 +261,7 @@ def write(path: Path, about: Mapping[str, Any], found: Sequence[Row]) -> None:
 def options() -> argparse.Namespace:
     found = parser(__doc__.splitlines()[0])
     found.add_argument("--toolkit", type=Path, required=True, help="your clone")
-    found.add_argument("--records", type=int, default=3, help="of each data set")
+    found.add_argument("--records", type=int, default=2, help="of each data set")
     found.add_argument(
         "--data", nargs="+", default=["counterfact", "zsre"], help="data sets of --config"
     )
@@ -271,7 +271,7 @@ def options() -> argparse.Namespace:
     found.add_argument("--mirror", default=os.environ.get("KMEBENCH_DATA_MIRROR", ""))
     found.add_argument("--editors", nargs="+", help="some of those the toolkit has")
     found.add_argument(
-        "--steps", type=int, default=6, help="of a target's optimisation; PAC: epochs"
+        "--steps", type=int, default=5, help="of a target's optimisation; PAC: epochs"
     )
     found.add_argument("--out", type=Path, help="every run, as .csv or .json")
     return found.parse_args()

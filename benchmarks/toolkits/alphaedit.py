@@ -43,10 +43,14 @@ class AlphaEditCode(Toolkit):
         "309bb56d1afd438fc6cb263265ccb13a43c7a018d8a864bbf7d7bf37cf9465cf",
     )
     editors = tuple(_CODE)
-    overrides: ClassVar = {"prune": {"base": math.e}}
+    #: Values under which a few edits change a weight by more than its largest singular value.
+    overrides: ClassVar = {
+        "prune": {"base": math.e, "layers": [5], "learning_rate": 5.0, "moment_weight": 1.0}
+    }
     notes: ClassVar = {
         "prune": "natural logarithm on both sides (the paper's base is 1.2); the code adds the "
-        "restrained change on top of the edited weights: what it adds is compared",
+        "restrained change on top of the edited weights, so what it adds is compared; one layer, "
+        "learning rate 5 and lambda 1, so that few edits are restrained at all",
     }
 
     def __init__(self, *given: Any) -> None:
