@@ -58,4 +58,6 @@ def test_snakemake_says_so_before_any_job(tmp_path):
         text=True,
     )
     assert done.returncode
-    assert f"The path of Python, {environment}/bin/python, holds a blank" in done.stdout + done.stderr
+    assert (
+        f"The path of Python, {environment}/bin/python, holds a blank" in done.stdout + done.stderr
+    )
