@@ -16,4 +16,4 @@ def usable(text: str) -> bool:
 
 characters = st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from(" \n{}\u0301e")
 #: Texts that are not refused, with blanks at their ends and unusual characters among them.
-texts = st.text(characters, min_size=1).filter(usable)
+texts = st.text(characters, min_size=1, max_size=12).filter(usable)

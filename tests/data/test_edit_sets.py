@@ -360,7 +360,7 @@ anything = st.recursive(
 
 @pytest.mark.parametrize("schema", RECORDS)
 @given(data=st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_record_is_read_or_refused_in_one_sentence(schema, data):
     record = json.loads(json.dumps(RECORDS[schema]))
     place = record
@@ -389,7 +389,7 @@ pieces = st.sampled_from(
 
 
 @given(st.binary(max_size=60) | st.lists(pieces, max_size=8).map(lambda p: "".join(p).encode()))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_file_is_read_or_refused_in_one_sentence(content):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "set.json"

@@ -3,13 +3,14 @@
 import unicodedata
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kmebench.data.texts import clean, shown, word_places
 from tests.data.strategies import texts
 
 
+@settings(deadline=None)
 @given(texts)
 def test_cleaning_changes_form_and_ends_only(text):
     cleaned = clean(text, "it")
@@ -20,6 +21,7 @@ def test_cleaning_changes_form_and_ends_only(text):
     assert clean(f" \u200b{unicodedata.normalize('NFD', text)}\n", "it") == cleaned
 
 
+@settings(deadline=None)
 @given(st.text(st.characters()))
 @example("\ud83d\ude00")
 def test_any_text_is_cleaned_or_refused_in_one_line_by_its_name(text):
@@ -71,6 +73,7 @@ letters = st.text(st.sampled_from("aA\u00e9\u0436\u0930\u094b1"), min_size=1).fi
 gaps = st.text(st.sampled_from(" ;'()-\n"), min_size=1)
 
 
+@settings(deadline=None)
 @given(st.lists(letters, min_size=1), gaps, st.data())
 def test_among_words_with_gaps_a_word_stands_where_it_is_one_of_them(words, gap, data):
     word = data.draw(st.sampled_from(words) | letters)
