@@ -104,17 +104,25 @@ def test_without_a_limit_nothing_is_too_long(make_model, requests):
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_what_is_not_too_long_can_be_asked_and_edited(make_model, requests, words, wild):
+def test_what_is_not_too_long_can_be_asked(make_model, requests, words, wild):
     """On learned positions: one token too many is an index error."""
     model = make_model("gpt2")
-    for field in ("prompt", "paraphrases", "portability"):
+    for field in ("prompt", "target_new", "paraphrases", "portability"):
         request = long(requests[0], field, words)
         if too_long(model, request, wild):
             continue
         prompts = [p for i, r in enumerate([request, *requests]) for p in prompts_of(r, i)]
         fitting = Settings(batch_size=8, wild_max_tokens=wild)
         predict(model, prompts, fitting, decode=True)
-        model.encode([("." * EDIT_ROOM + request.filled_prompt, request.target_new)])
+
+
+def test_an_edit_must_leave_room_for_what_editors_put_before_it(make_model):
+    model = make_model("llama")
+    request = EditRequest("a", "Rome", "{} is", "Paris " * 20)
+    (item,) = model.encode([(request.filled_prompt, request.target_new)])
+    for room, fits in ((EDIT_ROOM, True), (EDIT_ROOM - 1, False)):
+        model.model.config.max_position_embeddings = len(item.ids) + room
+        assert (too_long(model, request, 1) is None) == fits
 
 
 def test_a_row_without_room_for_the_longest_target_is_decoded_by_itself(make_model, requests):
