@@ -31,7 +31,8 @@ from toolkits.pac import PACCode
 from toolkits.values import edited_layers
 from torch import Tensor
 
-from kmebench.data.records import SLOT, EditRequest, read_records
+from kmebench.data.edit_sets import read_records
+from kmebench.data.records import SLOT, EditRequest
 from kmebench.data.sources import Source, fetch
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.contexts import Contexts, contexts_state, sample_contexts
@@ -128,7 +129,10 @@ def find_toolkit(folder: Path) -> type[Toolkit]:
 
 
 def records(name: str, config: Mapping[str, Any], mirror: str, scratch: Path) -> list[EditRequest]:
-    """Return the usable records of a configured data set, in its order."""
+    """Return the usable records of a configured data set, in its order.
+
+    Records with braces of their own are left out: the toolkits would fill them.
+    """
     if name not in config:
         raise ConfigError(f"There is no data set {name!r}; there are {', '.join(config)}.")
     source = dict(config[name]["source"])
@@ -136,7 +140,8 @@ def records(name: str, config: Mapping[str, Any], mirror: str, scratch: Path) ->
         return openfacts_requests(100)
     raw = scratch / f"{name}.json"
     fetch(Source(**source), raw, mirror)
-    return [request for _, request in read_records(raw, config[name]["schema"], "skip")[0]]
+    found = [request for _, request in read_records(raw, config[name]["schema"], "skip")[0]]
+    return [r for r in found if not set("{}") & set(r.filled_prompt + r.target_new)]
 
 
 def given_contexts(model: EditableModel, editor: Editor) -> Contexts | None:

@@ -97,6 +97,19 @@ def test_the_digest_sees_content_and_names_but_not_line_ends(script, tmp_path):
     assert release.digest_of(windows) == digest
 
 
+def test_records_come_from_the_mirror_without_those_that_a_toolkit_would_fill(script, tmp_path):
+    questions = ["What is A made of?", "What is {A} made of?", "Who made A?"]
+    raw = [{"subject": "A", "src": text, "alt": "tin", "answers": ["zinc"]} for text in questions]
+    for record in raw:
+        record |= {"rephrase": "A is made of", "loc": "B is made of", "loc_ans": "iron"}
+    raw[2]["alt"] = "{x}"
+    (tmp_path / "own.json").write_text(json.dumps(raw))
+    config = {"own": {"source": {"source": "file", "filenames": ["own.json"]}, "schema": "mend"}}
+    (tmp_path / "scratch").mkdir()
+    found = script.records("own", config, str(tmp_path), tmp_path / "scratch")
+    assert [(r.prompt, r.target_new) for r in found] == [("What is {} made of?", "tin")]
+
+
 # -- cosine and norm ratio ----------------------------------------------------------------------
 
 
