@@ -21,11 +21,10 @@ from kmebench.errors import KMEBenchError
 from tests.reference_clones import ALPHAEDIT, EASYEDIT, PAC
 
 FILES = {
-    "easyedit": ["easyeditor/models/memit/memit_main.py", "easyeditor/util/nethook.py"],
-    "alphaedit": ["AlphaEdit/AlphaEdit_main.py", "globals.yml"],
-    "pac": ["plms/gptj.py", "pac.py"],
+    "EasyEdit": ["easyeditor/models/memit/memit_main.py", "easyeditor/util/nethook.py"],
+    "AlphaEditCode": ["AlphaEdit/AlphaEdit_main.py", "globals.yml"],
+    "PACCode": ["plms/gptj.py", "pac.py"],
 }
-CLASSES = {"easyedit": "EasyEdit", "alphaedit": "AlphaEditCode", "pac": "PACCode"}
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def clone(folder: Path, files: dict[str, str]) -> Path:
 
 def known(script, monkeypatch, kind: str, folder: Path) -> type:
     """Make the code of ``folder`` the known one."""
-    cls = next(t for t in script.TOOLKITS if t.__name__ == CLASSES[kind])
+    cls = getattr(script, kind)
     release = dataclasses.replace(cls.release, digest=cls.release.digest_of(folder))
     monkeypatch.setattr(cls, "release", release)
     return cls
@@ -80,7 +79,7 @@ def test_a_folder_without_a_toolkit_is_one_sentence(script, monkeypatch, tmp_pat
 
 
 def test_the_digest_sees_content_and_names_but_not_line_ends(script, tmp_path):
-    release = script.TOOLKITS[0].release
+    release = script.EasyEdit.release
     files = {"easyeditor/util/a.py": "x = 1\ny = 2\n", "easyeditor/util/b.py": "z = 3\n"}
     digest = release.digest_of(clone(tmp_path / "a", files))
     changed = {**files, "easyeditor/util/b.py": "z = 4\n"}
@@ -90,9 +89,8 @@ def test_the_digest_sees_content_and_names_but_not_line_ends(script, tmp_path):
         "easyeditor/util/c.py": "z = 3\n",
     }
     assert release.digest_of(clone(tmp_path / "c", renamed)) != digest
-    windows = clone(tmp_path / "d", {})
+    windows = clone(tmp_path / "d", files)
     for name, content in files.items():
-        (windows / name).parent.mkdir(parents=True, exist_ok=True)
         (windows / name).write_bytes(content.replace("\n", "\r\n").encode())
     assert release.digest_of(windows) == digest
 
@@ -285,7 +283,7 @@ def compared(script, monkeypatch, tmp_path):
 
 def test_both_sides_get_the_same_and_a_doubled_change_is_seen(compared, capsys):
     arguments = ("--editors", "memit", "--records", "2", "--steps", "3")
-    written, _ = compared("easyedit", EASYEDIT, *arguments)
+    written, _ = compared("EasyEdit", EASYEDIT, *arguments)
     runs = written["runs"]
     assert written["toolkit"] == "EasyEdit"
     assert [(run["pipeline"], run["edits"]) for run in runs] == [
@@ -309,7 +307,7 @@ def test_both_sides_get_the_same_and_a_doubled_change_is_seen(compared, capsys):
 
 def test_the_main_of_alphaedit_is_fed_and_what_prune_adds_on_top_is_taken_alone(compared):
     arguments = ("--editors", "memit", "prune", "--records", "2", "--steps", "3")
-    written, changes = compared("alphaedit", ALPHAEDIT, *arguments)
+    written, changes = compared("AlphaEditCode", ALPHAEDIT, *arguments)
     pipelines = [(run["editor"], run["pipeline"]) for run in written["runs"]]
     assert pipelines == [
         ("memit", "single"),
@@ -331,7 +329,7 @@ def test_the_main_of_alphaedit_is_fed_and_what_prune_adds_on_top_is_taken_alone(
 def test_pac_is_driven_in_the_order_of_our_mini_batches(compared, monkeypatch, tmp_path, script):
     monkeypatch.setenv("KIT_LOG", str(tmp_path / "log"))
     code = {"pac.py": PAC, "plms/gptj.py": "raise RuntimeError('needs other versions')\n"}
-    _, changes = compared("pac", code, "--records", "3", "--steps", "2")
+    _, changes = compared("PACCode", code, "--records", "3", "--steps", "2")
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     requests = script.openfacts_requests(3)
     prompts = [r.filled_prompt for r in requests]
@@ -354,7 +352,7 @@ def test_an_editor_that_the_toolkit_lacks_and_a_file_of_another_kind_are_sentenc
     script, monkeypatch, tmp_path
 ):
     folder = clone(tmp_path, EASYEDIT)
-    known(script, monkeypatch, "easyedit", folder)
+    known(script, monkeypatch, "EasyEdit", folder)
     wrong = {("--editors", "rect"): "EasyEdit has no rect", ("--out", "x.txt"): "neither .csv"}
     wrong |= {("--data", "zsri"): "no data set 'zsri'"}
     for arguments, sentence in wrong.items():
