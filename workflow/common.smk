@@ -165,7 +165,7 @@ def edit_params(mode):
             "batch_size": config["batch_size"],
             "checkpoint_every": config["checkpoint_every"],
             "on_failed_edit": config["on_failed_edit"],
-            "on_bad_record": asked_params(wildcards)["on_bad_record"],
+            "on_bad_record": on_bad_record(wildcards),
             "load": load_params(run.model),
             "evaluation": config["evaluation"],
         }
@@ -173,13 +173,21 @@ def edit_params(mode):
     return params
 
 
-def asked_params(wildcards):
-    """Which requests of a data set a model is asked: what becomes of those too long for it."""
+def on_bad_record(wildcards):
+    """What becomes of requests of a data set that cannot be used, or are too long for a model."""
     spec = config["datasets"][wildcards.dataset.removesuffix(grid.DEVELOPMENT)]
-    return {
-        "wild_max_tokens": config["evaluation"]["wild_max_tokens"],
-        "on_bad_record": spec.get("on_bad_record", "error"),
-    }
+    return spec.get("on_bad_record", "error")
+
+
+def asked_params(wildcards):
+    """Which requests tracing and targets leave out: the same as predictions.
+
+    Where none may be left out, predictions refuse what is too long, and how long answers may be
+    concerns them alone.
+    """
+    answer = on_bad_record(wildcards)
+    wild = config["evaluation"]["wild_max_tokens"] if answer == "skip" else 0
+    return {"wild_max_tokens": wild, "on_bad_record": answer}
 
 
 def load_params(model):

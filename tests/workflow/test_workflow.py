@@ -134,6 +134,14 @@ def test_other_paths_or_lambda_reuse_the_gradient_cache(hparams, expected, copy_
     assert apart(planned)[0] == expected
 
 
+def test_longer_answers_trace_nothing_again(copy_of_finished):
+    """How long answers may be concerns predictions, and what is left out of a data set."""
+    overlay = copy_of_finished.overlay("longer", evaluation={"wild_max_tokens": 9})
+    planned = copy_of_finished.planned(configs=("config/ci.yaml", overlay))
+    assert {"predict_original", "edit_batch"} <= planned.keys()
+    assert not {"cache_gradients", "select_paths", "optimise_targets"} & planned.keys()
+
+
 def test_another_point_of_a_sweep_runs_that_point_alone(copy_of_finished):
     sweep = {"ablation-paths": {"sweep": {"paths": [5, 15, 20]}}}
     overlay = copy_of_finished.overlay("point", experiments=sweep)

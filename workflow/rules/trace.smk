@@ -29,7 +29,7 @@ rule predict_original:
         models=1,
     params:
         load=lambda w: load_params(w.model),
-        asked=asked_params,
+        on_bad_record=on_bad_record,
         evaluation=config["evaluation"],
     message:
         "Asking the unedited {wildcards.model} about {wildcards.dataset}"

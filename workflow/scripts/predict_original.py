@@ -15,6 +15,7 @@ with script_log(snakemake):
     seed_everything(0)  # greedy throughout: the seed decides nothing, the flags do
     model = EditableModel.load(snakemake.input.model, **snakemake.params.load)
     requests = read_requests(snakemake.input.requests)
-    asked = askable(model, requests, **snakemake.params.asked)
-    frame = original_frame(model, asked, Settings(**snakemake.params.evaluation))
+    settings = Settings(**snakemake.params.evaluation)
+    asked = askable(model, requests, settings.wild_max_tokens, snakemake.params.on_bad_record)
+    frame = original_frame(model, asked, settings)
     write_frame(frame, ORIGINAL, snakemake.output.predictions)
