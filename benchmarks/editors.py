@@ -27,7 +27,7 @@ from common import (
 
 from kmebench.editors.base import Editor, build_editor
 from kmebench.experiments.configuration import read_config
-from kmebench.experiments.grid import base_hparams, editor_of, moment_layers
+from kmebench.experiments.grid import LOCATE_AND_EDIT, base_hparams, edited_layers, editor_of
 from kmebench.models.editable import EditableModel
 from kmebench.moments.store import write_moments
 
@@ -85,8 +85,11 @@ def rows(arguments: argparse.Namespace, moments: Path) -> list[list[str]]:
     name = arguments.architecture or arguments.model.name
     methods = arguments.methods or list(config["methods"])
     if arguments.architecture:
-        asked = config | {"methods": {method: config["methods"][method] for method in methods}}
-        made_up_moments(moments, model, moment_layers(asked, name))
+        layers: set[int] = set()
+        for method, size in itertools.product(methods, arguments.sizes):
+            if (editor := editor_of(config, method)) in LOCATE_AND_EDIT:
+                layers |= edited_layers(editor, hparams_of(config, name, method, size))
+        made_up_moments(moments, model, sorted(layers))
     found = []
     for method, size in itertools.product(methods, arguments.sizes):
         hparams = hparams_of(config, name, method, size)
