@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,19 @@ def batches_of(pipeline: str, requests: Sequence[EditRequest]) -> list[Batches]:
 # -- the comparison -------------------------------------------------------------------------------
 
 
+def warm_up(
+    toolkit: Toolkit, name: str, editor: Editor, contexts: Contexts | None, request: EditRequest
+) -> None:
+    """Let both sides make what they make once of the second moments, by an edit of one step."""
+    if not hasattr(editor.hparams, "steps"):
+        return
+    asked = editor.hparams
+    editor.hparams = replace(asked, steps=1)
+    our_run(editor, toolkit.ours, contexts, [[request]])
+    toolkit.run(name, editor.hparams, contexts, [[request]])
+    editor.hparams = asked
+
+
 def rows(
     toolkit: Toolkit, editors: Mapping[str, Editor], data: Mapping[str, Sequence[EditRequest]]
 ) -> Iterator[Row]:
@@ -181,6 +194,7 @@ def rows(
     model = toolkit.ours
     for name, editor in editors.items():
         contexts = given_contexts(model, editor)
+        warm_up(toolkit, name, editor, contexts, next(iter(data.values()))[0])
         for data_name, requests in data.items():
             for pipeline in PIPELINES.get(name, ("single", "batch")):
                 for batches in batches_of(pipeline, requests):
