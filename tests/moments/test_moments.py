@@ -303,6 +303,8 @@ def test_a_file_that_is_missing_or_no_text_is_named(make_model, tmp_path):
     path.write_bytes(b"caf\xe9 au lait")
     with pytest.raises(DataError, match=r"text\.txt is not UTF-8"):
         list(text_batches(model, settings(path)))
+    with pytest.raises(DataError, match=r"moments\.text\.path: .* cannot be read \(Is a directory"):
+        list(text_batches(model, settings(tmp_path)))
 
 
 DATASET = {
@@ -341,6 +343,9 @@ def test_a_data_set_is_streamed_as_configured(make_model, monkeypatch):
     wrong = settings(text=DATASET | {"column": "body"})
     with pytest.raises(DataError, match=r"owner/texts has no column 'body'; it has text, url"):
         list(text_batches(model, wrong))
+    stand_in(monkeypatch, lambda *_, **__: Streamed([{"text": None}]))
+    with pytest.raises(DataError, match=r"'text' of owner/texts holds a NoneType, expected texts"):
+        list(text_batches(model, chosen))
 
 
 def test_a_data_set_that_cannot_be_had_ends_in_a_sentence(make_model, monkeypatch):

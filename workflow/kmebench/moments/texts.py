@@ -72,9 +72,9 @@ def read_file(spec: Mapping[str, Any], seed: int) -> Iterator[str]:
     """Yield the paragraphs (separated by empty lines) of a UTF-8 file, in their order.
 
     Raises:
-        DataError: the file is not there or is not UTF-8.
+        DataError: the file is not there, cannot be read or is not UTF-8.
     """
-    path = Path(spec["path"])
+    path = Path(spec["path"]).expanduser()
     try:
         with open(path, encoding="utf-8-sig") as stream:
             yield from _paragraphs(stream)
@@ -82,6 +82,8 @@ def read_file(spec: Mapping[str, Any], seed: int) -> Iterator[str]:
         raise DataError(f"moments.text.path: there is no file {path}.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"moments.text.path: {path} is not UTF-8 text ({error}).") from error
+    except OSError as error:
+        raise DataError(f"moments.text.path: {path} cannot be read ({error.strerror}).") from error
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
@@ -125,7 +127,13 @@ def read_dataset(spec: Mapping[str, Any], seed: int) -> Iterator[str]:
                 f"moments.text.column: {spec['name']} has no column {spec['column']!r}; "
                 f"it has {', '.join(row)}."
             )
-        yield row[spec["column"]]
+        text = row[spec["column"]]
+        if not isinstance(text, str):
+            raise DataError(
+                f"moments.text.column: {spec['column']!r} of {spec['name']} holds a "
+                f"{type(text).__name__}, expected texts."
+            )
+        yield text
 
 
 def _pieces(model: EditableModel, texts: Iterable[str], length: int) -> Iterator[list[int]]:
