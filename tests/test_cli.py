@@ -14,9 +14,10 @@ from snakemake.utils import update_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kmebench import arguments as argument_types
-from kmebench import fact_inputs
+from kmebench import config_commands, fact_inputs
 from kmebench.cli import main
 from kmebench.editors.base import Editor, build_editor
+from kmebench.errors import ConfigError
 from kmebench.experiments import grid
 from kmebench.experiments.configuration import SCHEMA, check_config, read_checked_config
 from kmebench.models.editable import EditableModel
@@ -205,6 +206,7 @@ def test_what_cannot_be_traced_or_drawn_is_one_sentence(
     [
         ("none.safetensors", "there is no such file"),
         ("docs", "names the folder docs"),
+        ("a\nb", "delta names a b, and there is no such file"),
         ("README.md", "README.md cannot be read as a weight delta"),
         ("MODEL/model.safetensors", "is not a weight delta"),
     ],
@@ -389,6 +391,16 @@ def test_a_fact_is_edited_with_a_config_that_is_right(folder, tmp_path, capsys):
     bare.write_text(Path("config.yaml").read_text() + "\nmethodz: {}\n")
     assert main(["trace", "--model", str(folder), *FACT, "--configfile", str(bare)]) == 1
     assert "methodz" in capsys.readouterr().err
+
+
+def test_a_plan_is_made_where_the_workflow_is(tmp_path, monkeypatch, capsys):
+    config = Path("config.yaml").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    refused(["plan"], "There is no Snakefile here", capsys)
+    Path("Snakefile").write_text("rule: oops")
+    Path("config.yaml").write_text(config, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"The workflow cannot be planned: .*oops"):
+        config_commands._jobs([])
 
 
 def test_plan_without_measurements_says_so(tmp_path, capsys):

@@ -149,6 +149,7 @@ WRONG = {
         "models: 'Qwen2.5-0.5B' is not .* did you mean 'qwen2.5-0.5b'",
     ),
     "a number": ({"models": {1: {}}}, "models: the key 1 is no text; quote it"),
+    "a line break": ({"models": {"a\nb": {1: 2}}}, r"at models\.a b: the key 1 is no text"),
     "a yes": ({"experiments": {"table1": {True: 1}}}, "table1: the key True is no text"),
     "a key": ({"sead": 1}, "top level: there is no key 'sead'; did you mean 'seed'"),
     "a deep key": ({"models": {"tiny-gptj": {"Dtype": "float32"}}}, "did you mean 'dtype'"),

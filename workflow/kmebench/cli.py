@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = complaint(error)
         if told is None:
             raise
-        print(f"kmebench: {told}", file=sys.stderr)
+        print("kmebench:", " ".join(told.splitlines()), file=sys.stderr)
         return 1
     return 0
 

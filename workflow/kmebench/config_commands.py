@@ -14,6 +14,7 @@ from rich.table import Table
 from kmebench.errors import ConfigError
 from kmebench.experiments import grid, plan
 from kmebench.experiments.configuration import read_checked_config
+from kmebench.fact_inputs import reason
 
 console = Console(markup=False, emoji=False)
 
@@ -26,6 +27,8 @@ def check_command(arguments: argparse.Namespace) -> None:
 
 def plan_command(arguments: argparse.Namespace) -> None:
     """Count, estimate, show."""
+    if not Path("Snakefile").is_file():
+        raise ConfigError("There is no Snakefile here; run this in the folder of KME-Bench.")
     config = read_checked_config(Path("config.yaml"), arguments.configfile)
     measured = plan.measurements(arguments.measured)
     if measured.empty:
@@ -47,14 +50,14 @@ def _jobs(overlays: Sequence[Path]) -> Table:
     """What a dry run of the workflow counts: all jobs, finished ones included, by rule.
 
     Raises:
-        ConfigError: the workflow cannot be planned; shows what Snakemake says.
+        ConfigError: the workflow cannot be planned; says why.
     """
     command = [sys.executable, "-m", "snakemake", "--dry-run", "--forceall", "--quiet", "rules"]
     if overlays:
         command += ["--configfile", *map(str, overlays)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ConfigError(f"The workflow cannot be planned:\n{done.stdout}{done.stderr}")
+        raise ConfigError(f"The workflow cannot be planned: {reason(done.stderr)}")
     counts = done.stdout.partition("Job stats:\n")[2].partition("\n\n")[0]
     table = _table("jobs", ["rule", "jobs"])
     for line in counts.splitlines()[2:]:  # below a heading and a rule

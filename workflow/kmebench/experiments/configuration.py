@@ -144,4 +144,6 @@ def _meant(error: ValidationError) -> str | None:
 
 
 def _wrong_at(parts: Iterable[str | int]) -> str:
-    return f"The config is wrong at {'.'.join(map(str, parts)) or 'the top level'}"
+    """Begin a sentence, on one line whatever a key holds."""
+    where = re.sub(r"\s+", " ", ".".join(map(str, parts)))
+    return f"The config is wrong at {where or 'the top level'}"
