@@ -10,16 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from snakemake.utils import update_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kmebench import arguments as argument_types
 from kmebench import config_commands, fact_inputs
 from kmebench.cli import main
 from kmebench.editors.base import Editor, build_editor
 from kmebench.errors import ConfigError
-from kmebench.experiments import grid
-from kmebench.experiments.configuration import SCHEMA, check_config, read_checked_config
+from kmebench.experiments.configuration import read_checked_config
 from kmebench.models.editable import EditableModel
 from kmebench.models.sources import save_model
 from kmebench.moments.store import write_moments
@@ -261,25 +258,6 @@ def test_what_only_the_arguments_tell_is_said_before_torch_is_imported(arguments
     assert re.fullmatch("kmebench: .*\n", done.stderr)
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("layers=[0,1]", [0, 1]),
-        ("layers=0:1", [0, 1]),
-        ("learning_rate=1e+0", 1.0),
-        ("learning_rate=1e-4", 1e-4),
-        ("norm_constraint=null", None),
-        ("norm_constraint=None", None),
-        ("second_moment=false", False),
-        ("score=l2", "l2"),
-        ("text=a=b", "a=b"),
-    ],
-)
-def test_a_setting_is_read_as_yaml_and_as_a_folders_name(text, value):
-    ((name, found),) = argument_types.setting(text).items()
-    assert (name, found, type(found)) == (text.partition("=")[0], value, type(value))
-
-
 def test_a_fact_is_edited_with_an_overlay_over_the_config(folder, tmp_path, capsys):
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("methods: {mine: {editor: full-c, hparams: {steps: 9, layers: [0]}}}")
@@ -308,36 +286,6 @@ def test_a_model_that_only_an_overlay_defines_is_made_or_the_reason_is_told(
         f"models/empty could not be made: fetch_model: {tmp_path / 'none'} is no Hugging Face",
         capsys,
     )
-
-
-@pytest.mark.parametrize(
-    ("log", "why"),
-    [
-        ("Building DAG of jobs...\nfetch_model: There is no x.\nRuleException:\nmore\n", "no x."),
-        ("Building\nMissingRuleException:\nNo rule to produce x.\n", "No rule to produce x."),
-        (
-            'ConfigError in file "/a/common.smk", line 18:\nThe config is wrong.\n  File "x"\n',
-            "The config is wrong.",
-        ),
-        ("LockException:\nError: locked.\nUse --unlock.\n", "Error: locked. Use --unlock."),
-        ("something else\n", "something else"),
-    ],
-)
-def test_why_the_workflow_failed_is_found_in_what_it_wrote(log, why):
-    found = fact_inputs.reason(log)
-    assert found.endswith(why)
-    assert "Building" not in found
-
-
-def test_moments_are_asked_for_by_an_overlay_of_the_edit():
-    config = read_checked_config(Path("config.yaml"))
-    hparams = {"layers": [3], "steps": 1}
-    asking = fact_inputs.asking_overlay("tiny-gptj", config, "memit", hparams)
-    update_config(config, asking)
-    check_config(config, SCHEMA)
-    (run,) = grid.runs_of(config, "kmebench-edit")
-    assert (run.model, grid.hparams_of(config, run)) == ("tiny-gptj", hparams)
-    assert 3 in grid.moment_layers(config, "tiny-gptj")
 
 
 def test_brackets_and_dollars_of_a_prompt_are_shown_and_drawn_as_they_are(folder, tmp_path, capsys):
