@@ -321,7 +321,7 @@ def run(arguments: argparse.Namespace, scratch: Path) -> None:
     }
     layers = {layer for editor in editors.values() for layer in edited_layers(editor.hparams)}
     if layers:
-        second_moments(moments, model, layers, TextSettings(tokens=4 * model.ffn_width))
+        second_moments(moments, model, layers, TextSettings(tokens=2 * model.ffn_width))
     found = []
     with kind.standing_in(folder):
         toolkit = kind(folder, model, moments, scratch)
