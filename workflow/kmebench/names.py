@@ -3,10 +3,15 @@
 import difflib
 from collections.abc import Iterable
 
+#: What people call a thing, where another name is more like it in letters.
+_CALLED = {"gpu": "cuda", "half": "float16"}
+
 
 def near_name(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most like ``name``, in small or capital letters."""
     by_letters = {each.lower(): each for each in known}
+    if (meant := _CALLED.get(name.lower())) in by_letters:
+        return meant
     near = difflib.get_close_matches(name.lower(), by_letters, n=1)
     return by_letters[near[0]] if near else None
 
