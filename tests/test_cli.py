@@ -159,7 +159,7 @@ def test_trace_shows_every_layer_and_draws(folder, tmp_path, capsys):
         (["--model", "MODEL", *FACT, "--save-delta", "docs"], "--save-delta names the folder docs"),
         (["--model", "MODEL", *FACT, "--neighbour", " "], "--neighbour is empty"),
         (["--model", "MODEL", *FACT, "--neighbour", "\ud800"], "half a surrogate pair"),
-        (["--model", "MODEL", *FACT, "--device", "gpu"], "mean .cuda."),
+        (["--model", "MODEL", *FACT, "--device", "gpu"], "did you mean 'cuda'?"),
         (["--model", "MODEL", *FACT, "--dtype", "fp16"], "float32, bfloat16, float16"),
         (["--model", "MODEL", *FACT, "--moments", "none"], "no such file"),
         (["--model", "MODEL", *FACT, "--config", "none.yaml"], "There is no config none.yaml"),
