@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kmebench.evaluation.frames import write_frame
-from kmebench.reading import DamagedFileError, read_json, read_parquet
+from kmebench.reading import DamagedFileError, read_json, read_parquet, users_own
 from kmebench.tensor_files import TensorFile, write_tensors
 
 FORM = "test.v1"
@@ -91,3 +91,14 @@ def test_a_flipped_bit_of_a_table_is_found(tmp_path):
 def test_a_missing_file_is_no_damage(read, tmp_path):
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "file")
+
+
+def test_a_damaged_file_of_a_users_stays_where_and_as_it_is(tmp_path):
+    mine = tmp_path / "mine.json"
+    mine.write_text("{")
+    with users_own(mine, None), pytest.raises(DamagedFileError, match=r"mine\.json is damaged \("):
+        read_json(mine)
+    assert mine.read_text() == "{"
+    with pytest.raises(DamagedFileError, match="set aside"):
+        read_json(mine)
+    assert not mine.exists()

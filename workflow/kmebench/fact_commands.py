@@ -21,6 +21,7 @@ from kmebench.fact_inputs import Inputs, Model, make
 from kmebench.models.editable import SPREAD, EditableModel, pick_device, seed_everything
 from kmebench.models.sources import save_model
 from kmebench.moments.store import check_moments
+from kmebench.reading import users_own
 from kmebench.weights.delta import WeightDelta
 
 OPENFACTS = Path("resources/openfacts")
@@ -32,6 +33,11 @@ console = Console(markup=False, emoji=False)
 
 def edit_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     """Edit, show what changed, save."""
+    with users_own(arguments.moments):
+        _edit(arguments, inputs)
+
+
+def _edit(arguments: argparse.Namespace, inputs: Inputs) -> None:
     request = inputs.request
     if arguments.moments:
         check_moments(arguments.moments)
@@ -85,7 +91,8 @@ def trace_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
 
 def apply_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     """Load, apply, save."""
-    delta = WeightDelta.load(arguments.delta)
+    with users_own(arguments.delta):
+        delta = WeightDelta.load(arguments.delta)
     model = _load(inputs.model, arguments)
     shapes = {name: parameter.shape for name, parameter in model.model.named_parameters()}
     for name, part in delta.items():

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,23 @@ class DamagedFileError(KMEBenchError):
     """A file of the workflow does not hold what was written to it."""
 
 
+_USERS: ContextVar[frozenset[Path]] = ContextVar("files of the user's", default=frozenset())
+
+
+@contextmanager
+def users_own(*paths: str | Path | None) -> Iterator[None]:
+    """Leave these files as they are in the block, even if they are damaged."""
+    before = _USERS.set(_USERS.get() | {Path(path).resolve() for path in paths if path})
+    try:
+        yield
+    finally:
+        _USERS.reset(before)
+
+
 def set_aside(path: str | Path, why: str) -> DamagedFileError:
-    """Rename a damaged file to ``{path}.damaged``; return the error to raise."""
+    """Rename a damaged file to ``{path}.damaged``, unless it is a user's; return the error."""
+    if Path(path).resolve() in _USERS.get():
+        return DamagedFileError(f"{path} is damaged ({why}); make it again, or name another.")
     try:
         os.replace(path, f"{path}.damaged")
         mend = f"It is set aside as {path}.damaged"
