@@ -264,7 +264,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(copy_of_finished):
 @pytest.mark.parametrize(
     ("overlay", "complaint"),
     [
-        ({"methods": {"pac": {"hparam": {}}}}, "methods.pac: Additional properties"),
+        ({"methods": {"pac": {"hparam": {}}}}, "methods.pac: there is no key 'hparam'"),
         ({"experiments": {"table1": {"methods": ["pax"]}}}, "did you mean 'pac'"),
     ],
 )
