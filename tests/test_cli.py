@@ -225,6 +225,18 @@ def test_a_file_of_the_users_that_holds_no_moments_stays_as_it_is(folder, tmp_pa
     assert weights.exists()
 
 
+def test_a_damaged_file_of_second_moments_of_the_users_stays_as_it_is(folder, tmp_path, capsys):
+    moments = tmp_path / "moments.safetensors"
+    write_moments(
+        moments, {1: torch.eye(EditableModel.load(folder, device="cpu").ffn_width)}, 1, {}
+    )
+    damaged = moments.read_bytes()[:-1] + b"\xff"
+    moments.write_bytes(damaged)
+    arguments = ["edit", "--model", str(folder), *FACT, "--method", "rome", "--set", "layer=1"]
+    refused([*arguments, "--moments", str(moments)], "is damaged (the checksum of", capsys)
+    assert moments.read_bytes() == damaged
+
+
 def test_a_folder_that_may_not_be_written_to_is_found_before_the_model_is_loaded(
     folder, tmp_path, capsys, monkeypatch
 ):

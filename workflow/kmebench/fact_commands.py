@@ -91,8 +91,7 @@ def trace_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
 
 def apply_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     """Load, apply, save."""
-    with users_own(arguments.delta):
-        delta = WeightDelta.load(arguments.delta)
+    delta = WeightDelta.load(arguments.delta)
     model = _load(inputs.model, arguments)
     shapes = {name: parameter.shape for name, parameter in model.model.named_parameters()}
     for name, part in delta.items():
