@@ -100,6 +100,30 @@ def test_rome_maps_the_key_to_the_target(
     assert math.isclose(abs(float(cosine)), 1.0, rel_tol=1e-9)
 
 
+@pytest.mark.parametrize(("name", "module"), [("rome", "rome"), ("pmet", "memit")])
+def test_every_value_of_the_loss_reaches_the_optimisation(
+    name, module, make_model, requests, moments, monkeypatch
+):
+    loss = {
+        "steps": 2,
+        "learning_rate": 0.11,
+        "kl_factor": 0.22,
+        "weight_decay": 0.33,
+        "clamp_factor": 0.44,
+        "kl_position": "prompt_last",
+    }
+    used = []
+
+    def spy(model, requests, contexts, settings, editor):
+        used.append(settings)
+        return optimise_targets(model, requests, contexts, settings, editor)
+
+    monkeypatch.setattr(f"kmebench.editors.{module}.optimise_targets", spy)
+    where = {"layer": 1} if name == "rome" else {"layers": (0, 1)}
+    editor_of(name, moments, **where, **loss).edit(make_model("llama"), requests[:1])
+    assert {key: getattr(used[0], key) for key in loss} == loss
+
+
 def literal(name, model, requests, moments, solve):
     """The layers in turn on dense live weights; ``solve(layer, R, K, W)`` gives each change."""
     groups = sample_contexts(model, MEMIT_LENGTHS, seed=0)

@@ -110,6 +110,12 @@ def test_emmet_takes_keys_that_differ_by_a_hundredth(given):
     torch.testing.assert_close(u @ v @ keys, given["residual"], rtol=1e-7, atol=1e-7)
 
 
+def test_emmet_takes_keys_of_very_different_lengths(given):
+    keys = given["keys"] * torch.tensor([1.0, 1e-6, 1e6], dtype=torch.float64)
+    u, v = emmet_update(given["residual"], keys, moment_factor(given["moment"], 1.0), 0.0)
+    torch.testing.assert_close(u @ v @ keys, given["residual"], rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize("n_earlier", [0, 4])
 def test_alphaedit_solves_its_equation_and_spares_the_preserved_directions(given, n_earlier):
     keys, residual, moment = given["keys"], given["residual"], given["moment"]
