@@ -36,11 +36,11 @@ from kmebench.data.records import SLOT, EditRequest
 from kmebench.data.sources import Source, fetch
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.contexts import Contexts, contexts_state, sample_contexts
+from kmebench.editors.locate.covariance.stage import second_moments
+from kmebench.editors.locate.covariance.texts import TextSettings
 from kmebench.errors import ConfigError, KMEBenchError
-from kmebench.experiments.configuration import read_config
 from kmebench.models.editable import EditableModel
-from kmebench.moments.stage import second_moments
-from kmebench.moments.texts import TextSettings
+from kmebench.planning.config import read_config
 
 TOOLKITS: tuple[type[Toolkit], ...] = (EasyEdit, AlphaEditCode, PACCode)
 #: How the records are edited: each on the unedited model, all together, or one after another.

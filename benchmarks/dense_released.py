@@ -7,14 +7,14 @@ from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
-from kmebench.editors.pac_released import PACReleasedHparams
+from kmebench.editors.pac.released import PACReleasedHparams
+from kmebench.editors.pac.zscore import abs_zscore
+from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.models.editable import EditableModel
-from kmebench.tracing.released import abs_zscore
-from kmebench.weights.delta import Dense, WeightDelta
 
 
 class DenseReleased(Editor):
-    """What :class:`kmebench.editors.pac_released.PACReleased` must equal, and beat."""
+    """What :class:`kmebench.editors.pac.released.PACReleased` must equal, and beat."""
 
     Hparams = PACReleasedHparams
 

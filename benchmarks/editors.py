@@ -26,10 +26,10 @@ from common import (
 )
 
 from kmebench.editors.base import Editor, build_editor
-from kmebench.experiments.configuration import read_config
-from kmebench.experiments.grid import LOCATE_AND_EDIT, base_hparams, edited_layers, editor_of
+from kmebench.editors.locate.covariance.store import write_moments
 from kmebench.models.editable import EditableModel
-from kmebench.moments.store import write_moments
+from kmebench.planning.config import read_config
+from kmebench.planning.grid import LOCATE_AND_EDIT, base_hparams, edited_layers, editor_of
 
 HEADER = ["method", "requests", "steps", "learnt", "s/edit", "peak (GiB)", "peak / weights"]
 FORMATS = ("{:.0f}", "{:.0f}", "{:.0%}", "{:.2f}", "{:.2f}", "{:.2f}")

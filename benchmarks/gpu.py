@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import gpu_parts
 from gpu_parts import SHAPES, Bench, Piece
 
-from kmebench.files import write_json
+from kmebench.io.files import write_json
 from kmebench.models.editable import pick_device, seed_everything
 
 

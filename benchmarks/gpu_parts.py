@@ -32,14 +32,14 @@ from transformers import PretrainedConfig
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor, Stopwatch
-from kmebench.editors.locate import LocateAndEdit
-from kmebench.editors.pac import PAC, PACHparams
+from kmebench.editors.locate.base import LocateAndEdit
+from kmebench.editors.locate.covariance.keys import Written
+from kmebench.editors.locate.covariance.stage import Sums
+from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.pac.pac import PAC, PACHparams
 from kmebench.editors.registry import editor_target
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch
-from kmebench.moments.keys import Written
-from kmebench.moments.stage import Sums
-from kmebench.moments.store import write_moments
 
 Piece = dict[str, Any]
 
@@ -232,8 +232,8 @@ def not_deterministic() -> Iterator[None]:
 #: the one that does not cut a batch tell where this device should do so.
 WAYS: dict[str, Callable[[], AbstractContextManager]] = {
     "as_it_is": nullcontext,
-    "rows_doubled": partial(patch, "kmebench.editors.pac.DOUBLED_TOKENS", 1 << 40),
-    "backward_twice": partial(patch, "kmebench.editors.pac.DOUBLED_TOKENS", 0),
+    "rows_doubled": partial(patch, "kmebench.editors.pac.pac.DOUBLED_TOKENS", 1 << 40),
+    "backward_twice": partial(patch, "kmebench.editors.pac.pac.DOUBLED_TOKENS", 0),
     "batch_uncut": partial(patch, "kmebench.models.encoding.PASS_TOKENS", 1 << 40),
     "not_deterministic": not_deterministic,
 }

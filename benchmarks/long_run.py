@@ -19,9 +19,9 @@ from editors import hparams_of
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import build_editor
 from kmebench.evaluation.predict import Settings
-from kmebench.experiments.configuration import read_config
-from kmebench.experiments.grid import editor_of
-from kmebench.experiments.session import Checkpoints, run_consecutive
+from kmebench.pipelines.pipelines import Checkpoints, run_consecutive
+from kmebench.planning.config import read_config
+from kmebench.planning.grid import editor_of
 
 HEADER = ["edits", "steps/edit", "s/edit", "checkpoint (s)", "checkpoint (MiB)", "memory (GiB)"]
 

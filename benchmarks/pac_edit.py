@@ -22,8 +22,8 @@ from common import (
 from editors import hparams_of
 
 from kmebench.editors.base import Editor, build_editor
-from kmebench.experiments.configuration import read_config
 from kmebench.models.editable import EditableModel
+from kmebench.planning.config import read_config
 
 FORMATS = ("{:.0%}", "{:.3f}", "{:.0f}", "{:.2f}", "{:.2f}")
 HEADER = ["editor", "requests", "steps", "learnt", "s/edit", "tokens/s", "peak (GiB)"]

@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Stopwatch
-from kmebench.editors.pac import PAC, PACHparams
+from kmebench.editors.pac.gradients import observed
+from kmebench.editors.pac.pac import PAC, PACHparams
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch
-from kmebench.tracing.observe import observed
 
 HEADER = ["requests", "tokens", "plain, 1 loss (ms)", "plain, 2 losses (ms)", "PAC step (ms)"]
 HEADER += ["to 1", "to 2", "limit (ms)", "share of limit"]

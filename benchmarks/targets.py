@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS, Contexts, prefixes, sample_contexts
-from kmebench.editors.targets import TargetSettings, optimise_targets
+from kmebench.editors.locate.targets import TargetSettings, optimise_targets
+from kmebench.models.early_exit import first
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import SubjectText
-from kmebench.models.partial import first
 
 HEADER = ["way", "s/request", "times the last"]
 

@@ -14,7 +14,7 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.base import build_editor
 from kmebench.editors.contexts import contexts_state
 from kmebench.models.editable import EditableModel
-from kmebench.moments.store import write_moments
+from kmebench.editors.locate.covariance.store import write_moments
 
 CONTEXT_TEMPLATES_CACHE = None
 layer_stats = None

@@ -15,7 +15,7 @@ import yaml
 from transformers import GPTJConfig, LlamaConfig
 
 from kmebench.editors.base import build_editor
-from kmebench.experiments.grid import LOCATE_AND_EDIT
+from kmebench.planning.grid import LOCATE_AND_EDIT
 
 SMALL = {
     "llama": lambda: LlamaConfig(

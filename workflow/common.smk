@@ -11,13 +11,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from kmebench import origins
+from kmebench.io import origins
 from kmebench.editors.registry import editor_target
-from kmebench.experiments import grid
-from kmebench.experiments.configuration import check_config
-from kmebench.experiments.dependencies import source_closure
-from kmebench.experiments.interpreter import check_interpreter
-from kmebench.experiments.overlays import read_overlay
+from kmebench.planning import grid
+from kmebench.planning.config import check_config
+from kmebench.planning.dependencies import source_closure
+from kmebench.planning.interpreter import check_interpreter
+from kmebench.planning.overlays import read_overlay
 
 for configfile_path in workflow.configfiles:
     read_overlay(configfile_path)  # refuses a key that stands twice; Snakemake does not

@@ -114,7 +114,7 @@ def notebook_settings(wildcards):
 def notebook_inputs(wildcards):
     """An input function: a notebook, the files that it reads, and the code that it imports."""
     notebook = f"notebooks/{wildcards.notebook}.ipynb"
-    editors = ["kmebench.editors.pac"] if wildcards.notebook in MODEL_NOTEBOOKS else []
+    editors = ["kmebench.editors.pac.pac"] if wildcards.notebook in MODEL_NOTEBOOKS else []
     return {
         "notebook": notebook,
         "files": list(dict.fromkeys(notebook_settings(wildcards)[1])),

@@ -1,6 +1,6 @@
 """What is reported: inputs and parameters of metrics, tables, figures and pages. Holds no rule."""
 
-from kmebench.experiments import claims
+from kmebench.planning import claims
 
 CLAIMS = "resources/paper/findings.yaml"
 

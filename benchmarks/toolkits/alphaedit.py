@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import Contexts
-from kmebench.models.partial import first
+from kmebench.models.early_exit import first
 
 from .base import Batches, Release, Run, Toolkit
 from .standins import OnDevice, quietly_in, standing_in

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import Contexts
+from kmebench.editors.locate.covariance.store import SecondMoments
 from kmebench.errors import KMEBenchError
 from kmebench.models.editable import EditableModel
-from kmebench.moments.store import SecondMoments
 
 Batches = Sequence[Sequence[EditRequest]]  # one after another, each edited together
 

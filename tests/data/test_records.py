@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kmebench.data.records import SLOT, EditRequest, read_requests, write_requests
-from kmebench.reading import DamagedFileError
+from kmebench.io.checked_files import DamagedFileError
 from tests.data.strategies import texts
 
 PLAIN = {"case_id": "a", "subject": "Ada", "prompt": "{} speaks", "target_new": "French"}

@@ -9,9 +9,9 @@ import zipfile
 
 import pytest
 
-from kmebench import origins
 from kmebench.data.sources import Patience, Source, fetch
 from kmebench.errors import DataError
+from kmebench.io import origins
 
 BODY = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(BODY).hexdigest()

@@ -16,13 +16,13 @@ from transformers import GPTJConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.locate import LocateAndEdit
+from kmebench.editors.locate.base import LocateAndEdit
+from kmebench.editors.locate.covariance.stage import Sums
+from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.locate.covariance.texts import Sampled
 from kmebench.editors.registry import EDITORS, editor_target
 from kmebench.models.editable import EditableModel
 from kmebench.models.tiny import train_tokenizer
-from kmebench.moments.stage import Sums
-from kmebench.moments.store import write_moments
-from kmebench.moments.texts import Sampled
 
 #: The value to write, if there is one, must lie with what it is written to.
 INDEXING = {

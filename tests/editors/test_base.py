@@ -5,8 +5,8 @@ import yaml
 
 from kmebench.editors.base import Editor, build_editor, resolved
 from kmebench.editors.registry import EDITORS
+from kmebench.edits.weights import WeightDelta
 from kmebench.errors import ConfigError
-from kmebench.weights.delta import WeightDelta
 
 
 @pytest.mark.parametrize("name", EDITORS)
@@ -53,7 +53,7 @@ def test_a_number_that_yaml_reads_as_text_is_a_number():
 class Nothing(Editor):
     """An editor from outside the library."""
 
-    from kmebench.editors.full_c import FullCHparams as Hparams
+    from kmebench.editors.finetune.full_c import FullCHparams as Hparams
 
     def edit(self, model, requests):
         return WeightDelta({})

@@ -6,7 +6,7 @@ from kmebench.editors.base import build_editor
 from kmebench.editors.registry import EDITORS
 from kmebench.evaluation.predict import Settings, predict
 from kmebench.evaluation.prompts import prompts_of
-from kmebench.experiments.grid import LOCATE_AND_EDIT
+from kmebench.planning.grid import LOCATE_AND_EDIT
 
 HPARAMS = {
     "pac": {"trace_on": "current", "learning_rate": 1e-3},

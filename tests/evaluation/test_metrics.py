@@ -180,7 +180,7 @@ def test_cohorts_follow_each_group_of_edits_through_time():
 
 @pytest.mark.parametrize(
     "module",
-    ["kmebench.evaluation.score", "kmebench.reporting.tables", "kmebench.experiments.grid"],
+    ["kmebench.evaluation.score", "kmebench.reporting.tables", "kmebench.planning.grid"],
 )
 def test_nothing_after_the_predictions_imports_torch(module):
     code = (

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from kmebench.errors import DataError
 from kmebench.evaluation.frames import write_frame
 from kmebench.evaluation.schema import PREDICTIONS
-from kmebench.experiments.claims import Claim, cells_of, read_claims
-from kmebench.experiments.configuration import check_config, read_config
+from kmebench.planning.claims import Claim, cells_of, read_claims
+from kmebench.planning.config import check_config, read_config
 from kmebench.reporting.findings import Runs, findings, findings_markdown, judge
 
 CLAIMS = Path("resources/paper/findings.yaml")

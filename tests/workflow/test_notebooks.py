@@ -69,7 +69,7 @@ def test_a_failing_cell_fails_its_rule_and_leaves_no_result(copy_of_finished):
         ("editors/lora.py", ("03", "05")),
         ("data/records.py", ("01", "02", "03", "04", "05")),
         ("reporting/comparisons.py", ("05",)),
-        ("experiments/single.py", ("02",)),
+        ("pipelines/one_fact.py", ("02",)),
     ],
 )
 def test_a_change_executes_the_notebooks_that_it_can_influence(changed, again, copy_of_finished):

@@ -217,7 +217,7 @@ TOY = """
 from dataclasses import dataclass
 
 from kmebench.editors.base import Editor
-from kmebench.weights.delta import WeightDelta
+from kmebench.edits.weights import WeightDelta
 
 
 @dataclass(frozen=True)

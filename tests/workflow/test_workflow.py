@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from kmebench.weights.delta import WeightDelta
+from kmebench.edits.weights import WeightDelta
 
 RUN = "results/runs/tiny-gptj/openfacts-zsre/consecutive/pac/default/seed0"
 
@@ -80,7 +80,10 @@ def apart(planned):
         ("editors/memit.py", {"edit_batch": 4, "edit_consecutive": 2}),
         # ROME optimises its own targets.
         ("editors/targets.py", {"optimise_targets": 4, "edit_batch": 4, "edit_consecutive": 4}),
-        ("moments/texts.py", {"second_moments": 1, "edit_batch": 4, "edit_consecutive": 4}),
+        (
+            "editors/locate/covariance/texts.py",
+            {"second_moments": 1, "edit_batch": 4, "edit_consecutive": 4},
+        ),
         # PAC: two more consecutive runs in the ablations.
         ("editors/pac.py", {"edit_batch": 2, "edit_consecutive": 4}),
         ("editors/pac_released.py", {"edit_breadth_first": 1}),
@@ -112,7 +115,7 @@ def test_changing_what_reports_runs_no_editor(changed, expected, copy_of_finishe
 
 
 def test_a_change_taken_back_runs_nothing(copy_of_finished):
-    file = copy_of_finished.folder / "workflow/kmebench/editors/pac.py"
+    file = copy_of_finished.folder / "workflow/kmebench/editors/pac/pac.py"
     text = file.read_text(encoding="utf-8")
     file.write_text(text + "\n", encoding="utf-8")
     file.write_text(text, encoding="utf-8")
@@ -307,7 +310,7 @@ import torch
 
 from kmebench.editors.base import Editor
 from kmebench.errors import EditError
-from kmebench.weights.delta import Columns, WeightDelta
+from kmebench.edits.weights import Columns, WeightDelta
 
 
 @dataclass(frozen=True)

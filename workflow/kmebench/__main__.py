@@ -2,6 +2,6 @@
 
 import sys
 
-from kmebench.cli import main
+from kmebench.cli.main import main
 
 sys.exit(main())

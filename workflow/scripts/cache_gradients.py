@@ -1,12 +1,12 @@
-"""Cache the impact scores of all FFN segments for all requests (kmebench.tracing)."""
+"""Cache the impact scores of all FFN segments for all requests (kmebench.editors.pac.impact)."""
 
 import torch
 
 from kmebench.data.records import read_requests
+from kmebench.editors.pac.cache import cache_gradients
 from kmebench.evaluation.prompts import askable
-from kmebench.logs import script_log
+from kmebench.io.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
-from kmebench.tracing.cache import cache_gradients
 
 with script_log(snakemake):
     torch.set_num_threads(snakemake.threads)

@@ -1,7 +1,7 @@
 """Compare runs in pairs (kmebench.reporting.comparisons)."""
 
-from kmebench.files import atomic_path, write_text
-from kmebench.logs import script_log
+from kmebench.io.files import atomic_path, write_text
+from kmebench.io.logs import script_log
 from kmebench.reporting.comparisons import compare, comparison_markdown
 from kmebench.reporting.html import page
 

@@ -1,7 +1,7 @@
 """Lay time and memory of all runs out as a table (kmebench.reporting)."""
 
-from kmebench.files import atomic_path, write_text
-from kmebench.logs import script_log
+from kmebench.io.files import atomic_path, write_text
+from kmebench.io.logs import script_log
 from kmebench.reporting.costs import costs, costs_markdown
 from kmebench.reporting.html import page
 

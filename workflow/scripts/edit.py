@@ -1,11 +1,11 @@
-"""Run one cell of the grid: edit a model, predict with it, record how (kmebench.experiments)."""
+"""Run one cell of the grid: edit a model, predict with it, record how (kmebench.pipelines)."""
 
 import torch
 
 from kmebench.data.records import read_requests
-from kmebench.experiments.run import run_cell
-from kmebench.logs import script_log
+from kmebench.io.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
+from kmebench.pipelines.run import run_cell
 
 with script_log(snakemake):
     torch.set_num_threads(snakemake.threads)

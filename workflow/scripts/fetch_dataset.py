@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from kmebench import origins
 from kmebench.data.openfacts import counterfact_records, zsre_records
 from kmebench.data.sources import Source, fetch
-from kmebench.files import write_json
-from kmebench.logs import script_log
+from kmebench.io import origins
+from kmebench.io.files import write_json
+from kmebench.io.logs import script_log
 
 with script_log(snakemake):
     spec, digest = dict(snakemake.params.source), None

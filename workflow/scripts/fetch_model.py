@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from kmebench import origins
-from kmebench.logs import script_log
+from kmebench.io import origins
+from kmebench.io.logs import script_log
 from kmebench.models.sources import fetch_model
 
 with script_log(snakemake):

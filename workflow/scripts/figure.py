@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from kmebench.files import atomic_path
-from kmebench.logs import script_log
-from kmebench.reading import read_parquet
+from kmebench.io.checked_files import read_parquet
+from kmebench.io.files import atomic_path
+from kmebench.io.logs import script_log
 from kmebench.reporting import figure_tables, figures
 
 with script_log(snakemake):

@@ -1,8 +1,8 @@
 """Test the paper's claims on finished runs (kmebench.reporting)."""
 
-from kmebench.experiments.claims import read_claims
-from kmebench.files import atomic_path, write_text
-from kmebench.logs import script_log
+from kmebench.io.files import atomic_path, write_text
+from kmebench.io.logs import script_log
+from kmebench.planning.claims import read_claims
 from kmebench.reporting.findings import Runs, findings, findings_markdown
 from kmebench.reporting.html import page
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from kmebench.files import write_text
-from kmebench.logs import script_log
+from kmebench.io.files import write_text
+from kmebench.io.logs import script_log
 from kmebench.reporting.html import index, provenance_of
 
 with script_log(snakemake):

@@ -1,7 +1,7 @@
 """Average the impact of every node of the critical paths (kmebench.reporting)."""
 
-from kmebench.files import atomic_path
-from kmebench.logs import script_log
+from kmebench.io.files import atomic_path
+from kmebench.io.logs import script_log
 from kmebench.reporting.figure_tables import importance
 
 with script_log(snakemake):

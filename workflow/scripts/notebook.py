@@ -9,8 +9,8 @@ from nbconvert import HTMLExporter
 from papermill import execute_notebook
 
 import kmebench
-from kmebench.files import write_text
-from kmebench.logs import script_log
+from kmebench.io.files import write_text
+from kmebench.io.logs import script_log
 
 SCRIPTS = ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs")
 #: A page that asks no server for anything.

@@ -1,11 +1,11 @@
-"""Targets of MEMIT's family for all requests on the unedited model (kmebench.editors.targets)."""
+"""Targets of MEMIT's family for all requests on the unedited model (editors.locate.targets)."""
 
 import torch
 
 from kmebench.data.records import read_requests
-from kmebench.editors.target_store import cache_targets
+from kmebench.editors.locate.target_store import cache_targets
 from kmebench.evaluation.prompts import askable
-from kmebench.logs import script_log
+from kmebench.io.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
 
 with script_log(snakemake):

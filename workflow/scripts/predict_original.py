@@ -7,7 +7,7 @@ from kmebench.evaluation.frames import original_frame, write_frame
 from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.prompts import askable
 from kmebench.evaluation.schema import ORIGINAL
-from kmebench.logs import script_log
+from kmebench.io.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
 
 with script_log(snakemake):

@@ -3,8 +3,8 @@
 from kmebench.data.edit_sets import read_records
 from kmebench.data.prepare import Selection, prepare
 from kmebench.data.records import write_requests
-from kmebench.files import write_json
-from kmebench.logs import logger, script_log
+from kmebench.io.files import write_json
+from kmebench.io.logs import logger, script_log
 
 with script_log(snakemake):
     options = dict(snakemake.params.selection)

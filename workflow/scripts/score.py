@@ -1,8 +1,8 @@
 """Score all runs of one experiment by all protocols (kmebench.evaluation)."""
 
 from kmebench.evaluation.score import score_experiment
-from kmebench.files import atomic_path
-from kmebench.logs import script_log
+from kmebench.io.files import atomic_path
+from kmebench.io.logs import script_log
 
 with script_log(snakemake):
     metrics = score_experiment(

@@ -1,13 +1,13 @@
-"""Second moments of W2's inputs over generic text (kmebench.moments)."""
+"""Second moments of W2's inputs over generic text (kmebench.editors.locate.covariance)."""
 
 import torch
 
-from kmebench import origins
-from kmebench.files import sha256_of
-from kmebench.logs import script_log
+from kmebench.editors.locate.covariance.stage import second_moments
+from kmebench.editors.locate.covariance.texts import TextSettings
+from kmebench.io import origins
+from kmebench.io.files import sha256_of
+from kmebench.io.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
-from kmebench.moments.stage import second_moments
-from kmebench.moments.texts import TextSettings
 
 with script_log(snakemake):
     torch.set_num_threads(snakemake.threads)

@@ -1,7 +1,7 @@
-"""Select transmission paths from cached impact scores (kmebench.tracing.paths)."""
+"""Select transmission paths from cached impact scores (kmebench.editors.pac.paths)."""
 
-from kmebench.logs import script_log
-from kmebench.tracing.cache import GradientCache, select_groups, write_paths
+from kmebench.editors.pac.cache import GradientCache, select_groups, write_paths
+from kmebench.io.logs import script_log
 
 with script_log(snakemake):
     settings = snakemake.params.settings

@@ -1,8 +1,8 @@
 """Write one table as CSV, Markdown, LaTeX and HTML (kmebench.reporting)."""
 
-from kmebench.files import atomic_path, write_text
-from kmebench.logs import script_log
-from kmebench.reading import read_parquet
+from kmebench.io.checked_files import read_parquet
+from kmebench.io.files import atomic_path, write_text
+from kmebench.io.logs import script_log
 from kmebench.reporting.html import page
 from kmebench.reporting.paper import read_paper_table
 from kmebench.reporting.tables import Layout, to_latex, to_markdown, wide_table

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from kmebench.data.openfacts import fact_sentences
-from kmebench.logs import logger, script_log
+from kmebench.io.logs import logger, script_log
 from kmebench.models.editable import seed_everything
 from kmebench.models.sources import save_model
 from kmebench.models.tiny import train_tiny

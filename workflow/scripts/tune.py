@@ -1,9 +1,9 @@
-"""Choose hyper-parameters from a sweep on development splits (kmebench.experiments.tuning)."""
+"""Choose hyper-parameters from a sweep on development splits (kmebench.planning.tuning)."""
 
-from kmebench.experiments.tuning import search_table, tuned_config
-from kmebench.files import write_text
-from kmebench.logs import script_log
-from kmebench.reading import read_parquet
+from kmebench.io.checked_files import read_parquet
+from kmebench.io.files import write_text
+from kmebench.io.logs import script_log
+from kmebench.planning.tuning import search_table, tuned_config
 
 with script_log(snakemake):
     metrics = read_parquet(snakemake.input.metrics)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kmebench.data.texts import clean, shown
-from kmebench.files import write_text
-from kmebench.reading import set_aside, trusted
+from kmebench.io.checked_files import set_aside, trusted
+from kmebench.io.files import write_text
 
 #: Where the subject stands in :attr:`EditRequest.prompt`.
 SLOT = "{}"

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 import requests
 
-from kmebench import origins
 from kmebench.errors import DataError
-from kmebench.files import atomic_path, sha256_of
-from kmebench.logs import track
+from kmebench.io import origins
+from kmebench.io.files import atomic_path, sha256_of
+from kmebench.io.logs import track
 
 logger = logging.getLogger("kmebench")
 
@@ -54,7 +54,7 @@ def fetch(
 ) -> str:
     """Bring ``source`` to ``destination``, which appears only when complete and checked.
 
-    Returns the digest of the file as it was found or downloaded (:func:`kmebench.origins.digest`).
+    Returns the digest of the file as it was found or downloaded (see :mod:`kmebench.io.origins`).
 
     Raises:
         DataError: the file is nowhere, is not what it should be, or cannot be downloaded.

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.registry import editor_target
+from kmebench.edits.weights import WeightDelta
 from kmebench.errors import ConfigError
 from kmebench.models.editable import EditableModel
-from kmebench.weights.delta import WeightDelta
 
 
 class Stopwatch:

@@ -7,19 +7,19 @@ from kmebench.names import nearest
 
 #: Editor name in the config -> "module:class".
 EDITORS: dict[str, str] = {
-    "pac": "kmebench.editors.pac:PAC",
-    "pac-released": "kmebench.editors.pac_released:PACReleased",
-    "full-c": "kmebench.editors.full_c:FullC",
-    "rome": "kmebench.editors.rome:ROME",
-    "r-rome": "kmebench.editors.r_rome:RROME",
-    "memit": "kmebench.editors.memit:MEMIT",
-    "pmet": "kmebench.editors.pmet:PMET",
-    "emmet": "kmebench.editors.emmet:EMMET",
-    "alphaedit": "kmebench.editors.alphaedit:AlphaEdit",
-    "prune": "kmebench.editors.prune:PRUNE",
-    "rect": "kmebench.editors.rect:RECT",
-    "kn": "kmebench.editors.kn:KN",
-    "lora": "kmebench.editors.lora:LoRA",
+    "pac": "kmebench.editors.pac.pac:PAC",
+    "pac-released": "kmebench.editors.pac.released:PACReleased",
+    "full-c": "kmebench.editors.finetune.full_c:FullC",
+    "rome": "kmebench.editors.locate.rome:ROME",
+    "r-rome": "kmebench.editors.locate.r_rome:RROME",
+    "memit": "kmebench.editors.locate.memit:MEMIT",
+    "pmet": "kmebench.editors.locate.pmet:PMET",
+    "emmet": "kmebench.editors.locate.emmet:EMMET",
+    "alphaedit": "kmebench.editors.locate.alphaedit:AlphaEdit",
+    "prune": "kmebench.editors.locate.prune:PRUNE",
+    "rect": "kmebench.editors.locate.rect:RECT",
+    "kn": "kmebench.editors.kn.kn:KN",
+    "lora": "kmebench.editors.finetune.lora:LoRA",
 }
 
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")

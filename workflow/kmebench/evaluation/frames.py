@@ -12,8 +12,8 @@ from kmebench.data.records import EditRequest
 from kmebench.errors import DataError
 from kmebench.evaluation.predict import Settings, predict
 from kmebench.evaluation.prompts import Prompt, prompts_of
-from kmebench.files import atomic_path
-from kmebench.logs import track
+from kmebench.io.files import atomic_path
+from kmebench.io.logs import track
 from kmebench.models.editable import EditableModel
 
 #: What identifies a prompt of a request.

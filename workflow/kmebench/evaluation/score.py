@@ -19,7 +19,7 @@ from kmebench.evaluation.metrics import (
     summarise,
 )
 from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS, check_columns
-from kmebench.reading import read_json, read_parquet, trusted
+from kmebench.io.checked_files import read_json, read_parquet, trusted
 
 #: Columns that name a run.
 RUN = ["model", "dataset", "mode", "method", "variant", "seed"]

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from kmebench.edits.weights import Part, WeightDelta
 from kmebench.models.editable import EditableModel
-from kmebench.weights.delta import Part, WeightDelta
 
 
 class Draft:

@@ -18,6 +18,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kmebench.data.texts import shown
+from kmebench.edits.ledger import Ledger
+from kmebench.edits.weights import WeightDelta
 from kmebench.errors import ModelError
 from kmebench.models.encoding import (
     Batch,
@@ -30,8 +32,7 @@ from kmebench.models.encoding import (
     encode_subjects,
 )
 from kmebench.models.layouts import FFN, ffn_layers, layout_of
-from kmebench.weights.delta import WeightDelta
-from kmebench.weights.ledger import Ledger
+from kmebench.precision import promoted
 
 logger = logging.getLogger("kmebench")
 
@@ -199,7 +200,7 @@ class EditableModel:
     def head(self, states: Tensor) -> Tensor:
         """Return the logits of normed final states, [..., vocabulary], in float32 or float64."""
         logits = self.model.get_output_embeddings()(states)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.to(promoted(logits.dtype))
 
 
 def pick_device(device: str) -> torch.device:

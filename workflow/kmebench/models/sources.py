@@ -18,9 +18,9 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from kmebench import origins
 from kmebench.errors import ModelError
-from kmebench.files import sha256_of
+from kmebench.io import origins
+from kmebench.io.files import sha256_of
 from kmebench.names import nearest
 
 logger = logging.getLogger("kmebench")

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
 from kmebench.errors import ModelError
-from kmebench.logs import track
+from kmebench.io.logs import track
 from kmebench.models.encoding import Batch, Encoded, collate, encode
 
 logger = logging.getLogger("kmebench")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from kmebench.reading import read_json
+from kmebench.io.checked_files import read_json
 from kmebench.reporting.tables import markdown_table
 
 #: Parts of an edit, as editors' stopwatches call them (kmebench.editors.base).

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from kmebench.evaluation.metrics import SCORED
 from kmebench.evaluation.score import RUN
-from kmebench.reading import read_json, read_parquet, trusted
+from kmebench.io.checked_files import read_json, read_parquet, trusted
 
 Runs = Sequence[Mapping[str, Any]]
 Labels = Mapping[str, Mapping[str, str]]

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from kmebench.errors import KMEBenchError
-from kmebench.files import atomic_path
+from kmebench.io.files import atomic_path
 
 plt.style.use(Path(__file__).with_name("kmebench.mplstyle"))
 COLOURS: list[str] = plt.rcParams["axes.prop_cycle"].by_key()["color"]

@@ -10,8 +10,8 @@ import pandas as pd
 
 from kmebench.evaluation.metrics import PARTS, bootstrap, paired_difference, request_values
 from kmebench.evaluation.score import read_predictions
-from kmebench.experiments.claims import Claim
-from kmebench.reading import read_json
+from kmebench.io.checked_files import read_json
+from kmebench.planning.claims import Claim
 from kmebench.reporting.figure_tables import layer_shares
 from kmebench.reporting.tables import markdown_table
 

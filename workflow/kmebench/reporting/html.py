@@ -11,7 +11,7 @@ import mistune
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from kmebench.reading import read_json
+from kmebench.io.checked_files import read_json
 
 _PAGES = Environment(
     loader=PackageLoader("kmebench.reporting"), autoescape=True, undefined=StrictUndefined

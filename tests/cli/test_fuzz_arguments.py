@@ -1,0 +1,144 @@
+"""Whatever stands on a command line, it is taken or refused in one sentence."""
+
+import contextlib
+import copy
+import io
+import types
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kmebench.cli import inputs as fact_inputs
+from kmebench.cli import main as cli
+from kmebench.planning.config import read_checked_config
+
+TEXTS = [
+    "",
+    " ",
+    "France",
+    "{}",
+    "The capital of {} is",
+    "{} {}",
+    "é",
+    "\ud800",
+    "[/b]",
+    "\0",
+    "a\nb",
+]
+PATHS = [
+    "",
+    ".",
+    "/",
+    "docs",
+    "README.md",
+    "none",
+    "none/none",
+    "README.md/x",
+    "/proc/1/mem",
+    "x" * 300,
+]
+PATHS += ["a.png", "a.jpg", "a.PDF", "~", "\0", "-", "config/ci.yaml", "LICENSE", "config.yaml"]
+NUMBERS = ["0", "1", "-1", "15", "1.5", "nan", "", "1e3", "9" * 30, "\u0663", "0x10", "+2"]
+SETTINGS = [
+    "steps=3",
+    "steps",
+    "=3",
+    "steps=",
+    "layers=[0,1]",
+    "layers=[0",
+    "layers=:",
+    "x=1",
+    "steps=null",
+]
+SETTINGS += [
+    "steps={a: 1}",
+    "steps=!!int ",
+    "steps=*a",
+    "learning_rate=1e+0",
+    "steps=2024-13-45",
+    "a=\t",
+]
+VALUES = {
+    "--model": ["tiny-gptj", "smollm2-135m", "Tiny", "", "docs", "\0", "x" * 300],
+    "--method": ["pac", "PAC", "memit", "rome", "", "full-c-epochs", "\0"],
+    "--device": ["auto", "cpu", "gpu", "cuda:1", "cuda:", "cuda:x", "", "balanced", "CPU"],
+    "--dtype": ["float32", "fp16", "", "bfloat16", "int8", "torch.float32"],
+    "--score": ["l2", "l3", ""],
+    **dict.fromkeys(["--subject", "--prompt", "--target", "--neighbour"], TEXTS),
+    **dict.fromkeys(["--paths", "--devices"], NUMBERS),
+    **dict.fromkeys(["--out", "--plot", "--save-delta", "--moments", "--measured"], PATHS),
+    **dict.fromkeys(["--configfile", "--config"], PATHS),
+    "--set": SETTINGS,
+    "--zzz": ["", "x"],
+}
+MODEL = ["--model", "tiny-gptj"]
+FACT = ["--subject", "France", "--prompt", "{} is", "--target", "Rome"]
+#: What makes a command complete.
+COMPLETE = {
+    "edit": [*MODEL, *FACT],
+    "trace": [*MODEL, *FACT],
+    "apply": ["README.md", *MODEL, "--out", "none"],
+}
+
+options = st.sampled_from(sorted(VALUES)).flatmap(
+    lambda name: st.sampled_from(VALUES[name]).map(lambda value: [name, value])
+)
+vectors = st.tuples(
+    st.sampled_from(["edit", "trace", "apply", "check-config", "plan", "edits", ""]),
+    st.booleans(),
+    st.lists(options, max_size=4),
+    st.lists(st.sampled_from(PATHS), max_size=1),
+)
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """Stop where the model would be loaded, or the workflow be planned."""
+    known = read_checked_config(Path("config.yaml"))
+
+    def read(path, overlays):
+        return read_checked_config(path, overlays) if overlays else copy.deepcopy(known)
+
+    def imported(name):
+        if name == "kmebench.cli.inputs":
+            return fact_inputs
+        return types.SimpleNamespace(
+            **dict.fromkeys(["edit_command", "trace_command", "apply_command"], lambda *_: None),
+            **dict.fromkeys(["check_command", "plan_command"], lambda *_: None),
+        )
+
+    monkeypatch.setattr(fact_inputs, "read_checked_config", read)
+    monkeypatch.setattr(cli, "importlib", types.SimpleNamespace(import_module=imported))
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(vectors)
+def test_any_arguments_are_taken_or_refused_in_one_sentence(nothing_runs, vector):
+    command, complete, chosen, loose = vector
+    arguments = [command, *(COMPLETE.get(command, []) if complete else [])]
+    arguments += [word for option in chosen for word in option] + loose
+    status, said = ended(arguments)
+    if status == 2:  # argparse's own, which shows the usage too
+        assert "error: " in said
+    elif status == 1:
+        assert said.startswith("kmebench: ")
+        assert said.count("\n") == 1
+    else:
+        assert (status, said) == (0, "")
+
+
+def ended(arguments):
+    """The exit status and what stands on the error stream."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            status = cli.main(arguments)
+        except SystemExit as end:
+            status = end.code
+    return status, said.getvalue()

@@ -1,0 +1,60 @@
+"""What the commands that run a model are asked for, before torch is imported."""
+
+from pathlib import Path
+
+import pytest
+from snakemake.utils import update_config
+
+from kmebench.cli import arguments
+from kmebench.cli import inputs as fact_inputs
+from kmebench.planning import grid
+from kmebench.planning.config import SCHEMA, check_config, read_checked_config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("layers=[0,1]", [0, 1]),
+        ("layers=0:1", [0, 1]),
+        ("learning_rate=1e+0", 1.0),
+        ("learning_rate=1e-4", 1e-4),
+        ("norm_constraint=null", None),
+        ("norm_constraint=None", None),
+        ("second_moment=false", False),
+        ("score=l2", "l2"),
+        ("text=a=b", "a=b"),
+    ],
+)
+def test_a_setting_is_read_as_yaml_and_as_a_folders_name(text, value):
+    ((name, found),) = arguments.setting(text).items()
+    assert (name, found, type(found)) == (text.partition("=")[0], value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        ("Building DAG of jobs...\nfetch_model: There is no x.\nRuleException:\nmore\n", "no x."),
+        ("Building\nMissingRuleException:\nNo rule to produce x.\n", "No rule to produce x."),
+        (
+            'ConfigError in file "/a/common.smk", line 18:\nThe config is wrong.\n  File "x"\n',
+            "The config is wrong.",
+        ),
+        ("LockException:\nError: locked.\nUse --unlock.\n", "Error: locked. Use --unlock."),
+        ("something else\n", "something else"),
+    ],
+)
+def test_why_the_workflow_failed_is_found_in_what_it_wrote(log, why):
+    found = fact_inputs.reason(log)
+    assert found.endswith(why)
+    assert "Building" not in found
+
+
+def test_moments_are_asked_for_by_an_overlay_of_the_edit():
+    config = read_checked_config(Path("config.yaml"))
+    hparams = {"layers": [3], "steps": 1}
+    asking = fact_inputs.asking_overlay("tiny-gptj", config, "memit", hparams)
+    update_config(config, asking)
+    check_config(config, SCHEMA)
+    (run,) = grid.runs_of(config, "kmebench-edit")
+    assert (run.model, grid.hparams_of(config, run)) == ("tiny-gptj", hparams)
+    assert 3 in grid.moment_layers(config, "tiny-gptj")

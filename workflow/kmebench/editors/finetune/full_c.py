@@ -1,0 +1,159 @@
+"""Full-C: constrained fine-tuning (Zhu et al. 2021, "Modifying memories in transformer models").
+
+    minimise L(y*) over the FFN weights W   subject to   ‖W − W0‖∞ ≤ δ
+
+by Adam, projecting onto the constraint after every step. W0 are the weights before any edit,
+so along consecutive edits the model stays inside one box around the original.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.epochs import EpochEditor, adam_state, load_adam_state
+from kmebench.editors.losses import check_finite, row_losses
+from kmebench.edits.weights import Dense, WeightDelta
+from kmebench.errors import ConfigError
+from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import Encoded, length_sorted_chunks
+
+
+@dataclass(frozen=True)
+class FullCHparams:
+    """Hyper-parameters of constrained fine-tuning."""
+
+    layers: tuple[int, ...] | None = None  # layer numbers from 0; none given: all
+    projections: Literal["both", "value"] = "both"  # W1 and W2, or W2 alone
+    norm_constraint: float | None = 5e-4  # δ; none: unconstrained
+    learning_rate: float = 5e-5
+    steps: int = 25  # passes over the requests
+    mini_batch: int | None = None  # requests in one step, in random order; none given: all
+    tolerance: float = 0.01  # nats per target token; what is learnt is not stepped on
+    micro_batch: int = 50  # requests in one forward pass
+
+
+class FullC(EpochEditor):
+    """Fine-tuning inside a box around the original weights."""
+
+    Hparams = FullCHparams
+
+    def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
+        """Edit ``requests`` together; see :meth:`Editor.edit`."""
+        encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
+        names = self._names(model)
+        start = {name: model.edits.master(name) for name in names}
+        try:
+            tuned = self._tune(model, requests, encoded, start)
+            return WeightDelta({n: Dense(tuned[n] - start[n]) for n in names})
+        finally:
+            for name in names:
+                parameter = model.parameter(name).requires_grad_(False)
+                parameter.grad = None
+                parameter.copy_(start[name])  # the live weight is the rounded master
+
+    def _names(self, model: EditableModel) -> list[str]:
+        layers = range(model.n_layers) if self.hparams.layers is None else self.hparams.layers
+        if any(not 0 <= layer < model.n_layers for layer in layers):
+            raise ConfigError(
+                f"full-c: layers {list(layers)} are not all among the model's "
+                f"0 to {model.n_layers - 1}."
+            )
+        ffns = [model.ffn[layer] for layer in layers]
+        keys = [f.key.weight_name for f in ffns] if self.hparams.projections == "both" else []
+        return keys + [f.value.weight_name for f in ffns]
+
+    def _tune(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        encoded: Sequence[Encoded],
+        start: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Return the tuned masters; in float32 they are the live weights themselves."""
+        live = {name: model.parameter(name).requires_grad_() for name in start}
+        masters = {
+            name: p.detach() if p.dtype == start[name].dtype else start[name].clone()
+            for name, p in live.items()
+        }
+        optimiser = torch.optim.Adam(masters.values(), lr=self.hparams.learning_rate, fused=True)
+        bounded = self.hparams.norm_constraint is not None
+        originals = {name: model.edits.original(name) for name in start} if bounded else {}
+        done, state = self.resumed()
+        load_adam_state(optimiser, "adam", state)
+        for name, master in masters.items() if state else ():
+            master.copy_(state[name])
+            live[name].detach().copy_(master)
+        for epoch in range(done, self.hparams.steps):
+            before = self.steps
+            with self.stopwatch("optimise"):
+                for group in self._groups(len(requests)):
+                    if self._backward(model, requests, encoded, group):
+                        for parameter in live.values():
+                            parameter.grad = None
+                        continue
+                    self._step(optimiser, live, masters, originals)
+            if self.steps == before:
+                break
+            self.keep(epoch + 1, lambda: masters | adam_state(optimiser, "adam"))
+        return masters
+
+    def _step(
+        self,
+        optimiser: torch.optim.Optimizer,
+        live: dict[str, Tensor],
+        masters: dict[str, Tensor],
+        originals: dict[str, Tensor],
+    ) -> None:
+        """Move the masters by the gradients of the live weights, which follow them."""
+        for name, master in masters.items():
+            master.grad = live[name].grad.to(master.dtype)
+            live[name].grad = None
+        optimiser.step()
+        self._project(masters, originals)
+        for name, master in masters.items():
+            master.grad = None
+            live[name].detach().copy_(master)
+        self.steps += 1
+
+    def _groups(self, n_requests: int) -> Sequence[Sequence[int]]:
+        """Split the requests into those of one step each."""
+        if self.hparams.mini_batch is None:
+            return [range(n_requests)]
+        return [g.tolist() for g in torch.randperm(n_requests).split(self.hparams.mini_batch)]
+
+    def _backward(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        encoded: Sequence[Encoded],
+        group: Sequence[int],
+    ) -> bool:
+        """Accumulate the gradient of the group's mean loss; true if all of it is learnt."""
+        worst = 0.0
+        lengths = [len(encoded[i].ids) for i in group]
+        chunks = [
+            [group[i] for i in chunk]
+            for chunk in length_sorted_chunks(lengths, self.hparams.micro_batch)
+        ]
+        for chunk in chunks:
+            batch = model.collate([encoded[i] for i in chunk])
+            with torch.enable_grad():
+                losses = row_losses(model.answer_logits(batch), batch.labels, batch)
+            asked = [requests[i] for i in chunk]
+            check_finite("full-c", losses.detach(), asked, self.steps, self.hparams.learning_rate)
+            worst = max(worst, float(losses.detach().max()))
+            if chunk is chunks[-1] and worst < self.hparams.tolerance:
+                return True
+            (losses.sum() / len(group)).backward()
+        return False
+
+    def _project(self, masters: dict[str, Tensor], originals: dict[str, Tensor]) -> None:
+        """Clamp every master into the box around the original weight."""
+        bound = self.hparams.norm_constraint
+        for name, original in originals.items():
+            center = original.to(masters[name].dtype)
+            masters[name].clamp_(min=center - bound, max=center + bound)

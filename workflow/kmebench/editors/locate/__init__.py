@@ -1,0 +1,1 @@
+"""The family of ROME: locate a fact, solve for the weights."""

@@ -1,0 +1,76 @@
+"""AlphaEdit (Fang et al. 2025, "AlphaEdit: null-space constrained knowledge editing").
+
+MEMIT, whose changes leave alone what preserved keys use: Δ vanishes on the eigenvectors of C with
+eigenvalues at or above a threshold. What earlier edits wrote at their keys, the editor's memory
+along consecutive edits, is kept as well.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kmebench.editors.locate.memit import MEMIT, MEMITHparams
+from kmebench.editors.locate.updates import Factors, alphaedit_update, null_space
+from kmebench.errors import EditError
+from kmebench.models.editable import EditableModel
+
+logger = logging.getLogger("kmebench")
+
+
+@dataclass(frozen=True)
+class AlphaEditHparams(MEMITHparams):
+    """Hyper-parameters of AlphaEdit (which has no λ)."""
+
+    threshold: float = 2e-2  # eigenvalues of C below it count as unused
+    ridge: float = 10.0  # α
+
+
+class AlphaEdit(MEMIT):
+    """Changes in the null space of preserved keys."""
+
+    Hparams = AlphaEditHparams
+    name = "alphaedit"
+
+    def __init__(self, hparams, assets) -> None:
+        super().__init__(hparams, assets)
+        self._bases: dict[int, Tensor] = {}  # layer -> [M, n]
+        self._earlier: dict[int, Tensor] = {}  # layer -> keys of earlier edits, [M, E]
+
+    def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
+        earlier = self._earlier.get(layer, keys[:, :0]).to(keys)
+        basis = self._basis(model, layer)
+        update = alphaedit_update(residual, keys, earlier, basis, self.hparams.ridge)
+        self._earlier[layer] = torch.cat([earlier, keys], dim=1)
+        return update
+
+    def _basis(self, model: EditableModel, layer: int) -> Tensor:
+        if layer not in self._bases:
+            moment = self.moments.of(layer).to(model.ffn[layer].value.weight.device)
+            basis = null_space(moment, self.hparams.threshold)
+            if not basis.shape[1]:
+                raise EditError(
+                    f"no eigenvalue of the second moment is below {self.hparams.threshold:g}, so "
+                    "nothing may be changed; raise threshold."
+                )
+            logger.info(
+                "alphaedit: layer %d may change in %d of %d directions", layer, *basis.shape[::-1]
+            )
+            self._bases[layer] = basis
+        return self._bases[layer]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the contexts and the keys of earlier edits."""
+        keys = {f"keys.{layer}": keys for layer, keys in self._earlier.items()}
+        return super().state_dict() | keys
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore contexts and keys; an empty state forgets them."""
+        super().load_state_dict(state)
+        self._earlier = {
+            int(name.removeprefix("keys.")): keys
+            for name, keys in state.items()
+            if name.startswith("keys.")
+        }

@@ -1,0 +1,96 @@
+"""What the locate-and-edit editors share: contexts, second moments, drafts of W2."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+
+from torch import Tensor
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.base import Editor
+from kmebench.editors.contexts import (
+    Contexts,
+    contexts_from_state,
+    contexts_state,
+    sample_contexts,
+)
+from kmebench.editors.locate.covariance.store import SecondMoments
+from kmebench.editors.locate.updates import DependentKeysError, Factors, moment_factor
+from kmebench.edits.weights import LowRank
+from kmebench.errors import ConfigError, EditError
+from kmebench.models.editable import EditableModel
+from kmebench.models.layouts import Projection
+from kmebench.precision import promoted
+
+
+class LocateAndEdit(Editor):
+    """An editor of W2 of few layers; remembers the contexts sampled from the original model."""
+
+    #: (tokens of a text, number of texts) of each group of contexts.
+    lengths: tuple[tuple[int, int], ...]
+
+    def __init__(self, hparams, assets) -> None:
+        super().__init__(hparams, assets)
+        self._contexts: Contexts | None = None
+        self._factors: dict[tuple[int, float], Tensor] = {}
+
+    def contexts(self, model: EditableModel) -> Contexts:
+        """Return the contexts; the first call samples them."""
+        if self._contexts is None:
+            self._contexts = sample_contexts(model, self.lengths, seed=0)
+        return self._contexts
+
+    @cached_property
+    def moments(self) -> SecondMoments:
+        """The cached second moments."""
+        return SecondMoments.open(self.assets["moments"])
+
+    def factor(self, model: EditableModel, layer: int, weight: float) -> Tensor:
+        """Return the Cholesky factor of weight·C of a layer, made once."""
+        if (layer, weight) not in self._factors:
+            moment = self.moments.of(layer).to(model.ffn[layer].value.weight.device)
+            self._factors[layer, weight] = moment_factor(moment, weight)
+        return self._factors[layer, weight]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the contexts."""
+        return {} if self._contexts is None else contexts_state(self._contexts)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the contexts; an empty state forgets them."""
+        self._contexts = contexts_from_state(state)
+
+
+def check_layers(editor: str, layers: tuple[int, ...], model: EditableModel) -> None:
+    """Refuse layers that the model does not have.
+
+    Raises:
+        ConfigError: names the editor and the layers there are.
+    """
+    if not layers or any(not 0 <= layer < model.n_layers for layer in layers):
+        raise ConfigError(
+            f"{editor}: layers {list(layers)} are not all among the model's 0 to "
+            f"{model.n_layers - 1}."
+        )
+
+
+@contextmanager
+def naming(editor: str, layer: int, requests: Sequence[EditRequest]) -> Iterator[None]:
+    """Say in an :class:`EditError` of the block which editor, layer and requests it is about."""
+    try:
+        yield
+    except DependentKeysError as error:
+        first, second = (requests[place].case_id for place in error.pair)
+        where = f"{editor}: layer {layer}, requests {first!r} and {second!r}"
+        raise EditError(f"{where}: {error}") from error
+    except EditError as error:
+        last = f" to {requests[-1].case_id!r}" if len(requests) > 1 else ""
+        where = f"{editor}: layer {layer}, request {requests[0].case_id!r}{last}"
+        raise EditError(f"{where}: {error}") from error
+
+
+def low_rank(projection: Projection, factors: Factors) -> LowRank:
+    """Return factors of Δ [D, M] as a part of W2's weight, however it is stored."""
+    dtype = promoted(projection.weight.dtype)
+    u, v = factors.u.to(dtype), factors.v.to(dtype)
+    return LowRank(u, v) if projection.axis == 1 else LowRank(v.T, u.T)

@@ -1,0 +1,1 @@
+"""Second moments (uncentred covariances) of the inputs of W2."""

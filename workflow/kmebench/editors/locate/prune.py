@@ -1,0 +1,45 @@
+"""PRUNE (Ma et al. 2025, "Perturbation-restrained sequential model editing").
+
+MEMIT, and at the end of a run the singular values of each weight's total change are restrained
+where they exceed the largest one of the original weight.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kmebench.editors.locate.base import low_rank
+from kmebench.editors.locate.memit import MEMIT, MEMITHparams
+from kmebench.editors.locate.updates import restraint
+from kmebench.edits.weights import WeightDelta
+from kmebench.models.editable import EditableModel
+
+
+@dataclass(frozen=True)
+class PRUNEHparams(MEMITHparams):
+    """Hyper-parameters of PRUNE."""
+
+    base: float = 1.2  # of the logarithm that replaces large singular values
+
+
+class PRUNE(MEMIT):
+    """MEMIT with a restrained sum."""
+
+    Hparams = PRUNEHparams
+    name = "prune"
+
+    def finish(self, model: EditableModel) -> WeightDelta:
+        """Return what restrains the sum of all edits; see :meth:`Editor.finish`."""
+        total = model.edits.total()
+        parts = {}
+        for layer in self.hparams.layers:
+            value = model.ffn[layer].value
+            if value.weight_name not in total:  # no edit could be made
+                continue
+            original = model.edits.original(value.weight_name).double()
+            largest = float(torch.linalg.matrix_norm(original, ord=2))
+            delta = total[value.weight_name].dense(original.shape)
+            delta = delta if value.axis == 1 else delta.T  # [D, M]
+            factors = restraint(delta, largest, self.hparams.base)
+            parts[value.weight_name] = low_rank(value, factors)
+        return WeightDelta(parts)

@@ -1,0 +1,84 @@
+"""ROME (Meng et al. 2022, "Locating and editing factual associations in GPT").
+
+One layer's W2 learns one pair by a change of rank one, Δ = (v* − o) uᵀ / (kᵀ u), u = C⁻¹ k*, with
+k* the subject's key averaged over contexts and v* what W2 should say there; k and o are of the bare
+prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kmebench.data.records import SLOT, EditRequest
+from kmebench.editors.contexts import ROME_LENGTHS
+from kmebench.editors.locate.base import LocateAndEdit, check_layers, low_rank, naming
+from kmebench.editors.locate.keys import Activations, subject_activations
+from kmebench.editors.locate.targets import KLPosition, TargetSettings, optimise_targets
+from kmebench.editors.locate.updates import rome_update
+from kmebench.edits.weights import LowRank, WeightDelta
+from kmebench.models.draft import drafted
+from kmebench.models.editable import EditableModel
+
+
+@dataclass(frozen=True)
+class ROMEHparams:
+    """Hyper-parameters of ROME."""
+
+    layer: int = 5  # from 0
+    steps: int = 25  # forward passes of the optimisation of v*, one more than updates
+    learning_rate: float = 0.5
+    kl_factor: float = 0.0625  # κ
+    weight_decay: float = 1e-3  # ω
+    clamp_factor: float = 4.0  # c
+    kl_position: KLPosition = "subject_last"  # as released; "prompt_last": after "is a"
+    second_moment: bool = True  # off: C = I
+
+
+class ROME(LocateAndEdit):
+    """Requests one after another, each on the model with the earlier ones."""
+
+    Hparams = ROMEHparams
+    lengths = ROME_LENGTHS
+    name = "rome"
+
+    def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
+        """Edit ``requests``; see :meth:`Editor.edit`."""
+        layer = self.hparams.layer
+        check_layers(self.name, (layer,), model)
+        name = model.ffn[layer].value.weight_name
+        self.contexts(model)
+        with drafted(model, [name]) as draft:
+            for request in requests:
+                draft.add(name, self._update(model, request))
+        return draft.delta
+
+    def _update(self, model: EditableModel, request: EditRequest) -> LowRank:
+        layer = self.hparams.layer
+        groups = self.contexts(model)
+        contexts = (tuple(template for group in groups for template in group),)  # one mean
+        with self.stopwatch("optimise"):
+            settings = TargetSettings(
+                layer=layer,
+                site="value",
+                steps=self.hparams.steps,
+                learning_rate=self.hparams.learning_rate,
+                kl_factor=self.hparams.kl_factor,
+                weight_decay=self.hparams.weight_decay,
+                clamp_factor=self.hparams.clamp_factor,
+                kl_position=self.hparams.kl_position,
+            )
+            targets = optimise_targets(model, [request], contexts, settings, self.name)
+        self.steps += int(targets.steps)
+        with self.stopwatch("solve"), naming(self.name, layer, [request]):
+            averaged = subject_activations(model, [request], contexts, layer, 1)
+            probe = self._probe(model, request, averaged)
+            factor = self.factor(model, layer, 1.0) if self.hparams.second_moment else None
+            factors = rome_update(
+                targets.values[0], probe.outputs[0], averaged.keys[0], probe.keys[0], factor
+            )
+            return low_rank(model.ffn[layer].value, factors)
+
+    def _probe(
+        self, model: EditableModel, request: EditRequest, averaged: Activations
+    ) -> Activations:
+        """Return the key that is to be mapped to v*, and what W2 says of it now."""
+        return subject_activations(model, [request], ((SLOT,),), self.hparams.layer, 1)

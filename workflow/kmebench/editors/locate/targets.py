@@ -1,0 +1,199 @@
+"""What the edited layer should say at a subject's last token: v* (ROME) and z* (MEMIT, PMET).
+
+    minimise over δ   mean_contexts L(y*)  +  κ KL(p_δ ‖ p0)  +  ω ‖δ‖ / ‖h0‖²,   ‖δ‖ ≤ c ‖h0‖
+
+with δ added at t(s) to what the layer says there, h0 what it says in the bare prompt, p_δ the next
+token's distribution in "{subject} is a" (Meng et al. 2022, eq. 4; Meng et al. 2023, eq. 16). The
+papers' words take it after "is a"; every released code takes it after the subject, and so do
+published numbers (``kl_position``). Whether δ is added to the output of W2 or of the layer is the
+same; the two differ in h0 alone. PMET (Li et al. 2024) adds one δ to the attention's output and one
+to W2's, each with a norm of its own, and writes the second.
+
+Requests are independent: they share forward passes of their upper layers (see
+:mod:`kmebench.models.suffix_cache`) and nothing else, and leave the batch when they are learnt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kmebench.data.records import SLOT, EditRequest
+from kmebench.editors.contexts import Contexts, prefixes
+from kmebench.editors.locate.keys import module_outputs
+from kmebench.editors.locate.target_rows import Losses, Site, TargetRows
+from kmebench.errors import EditError
+from kmebench.io.logs import track
+from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import Encoded, SubjectText, length_sorted_chunks
+
+#: In which the next token is to stay what it was.
+KL_PROMPT = f"{SLOT} is a"
+
+#: After which token of the KL prompt: the subject's last, or the prompt's.
+KLPosition = Literal["subject_last", "prompt_last"]
+
+#: Where every context says the target, PMET ends if κ KL is at most this; else L(y*) counts this
+#: share in the next step. Constants of the authors' code.
+PMET_KL = 0.01
+PMET_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """Where δ is added and how it is optimised."""
+
+    layer: int
+    site: Site
+    steps: int  # forward passes; the last one makes no update
+    learning_rate: float
+    kl_factor: float  # κ
+    weight_decay: float  # ω
+    clamp_factor: float  # c
+    kl_position: KLPosition = "subject_last"
+    stop_loss: float = 0.05
+    micro_batch: int = 20  # requests optimised together
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the site should say, in float32 or float64."""
+
+    values: Tensor  # [B, D], h0 + δ; PMET: of W2's output
+    start: Tensor  # [B, D], h0
+    steps: Tensor  # [B], updates that each request took
+    losses: Tensor  # [steps, B], of each forward pass; NaN after a request has stopped
+
+
+def optimise_targets(
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    contexts: Contexts,
+    settings: TargetSettings,
+    editor: str,
+) -> Targets:
+    """Optimise the targets of ``requests`` on the live weights; leaves the model as it was.
+
+    Raises:
+        EditError: a loss or a target becomes NaN or infinite; names ``editor``, layer and case_id.
+        ModelError: a prompt has no slot, or no token holds the end of its subject.
+    """
+    texts = [_texts(request, prefixes(contexts), settings) for request in requests]
+    n_texts = len(texts[0])
+    encoded = [
+        _until_subject(e) if e.n_target == 0 and settings.kl_position == "subject_last" else e
+        for e in model.encode_subjects([text for group in texts for text in group])
+    ]
+    encoded = [encoded[i : i + n_texts] for i in range(0, len(encoded), n_texts)]
+    start = torch.stack(
+        [module_outputs(model, requests, m, settings.micro_batch) for m in _sites(model, settings)]
+    )
+    deltas = torch.zeros_like(start)
+    losses = start.new_full((settings.steps, len(requests)), torch.nan)
+    steps = torch.zeros(len(requests), dtype=torch.long)
+    widths = [max(len(e.ids) - e.subject_last for e in group) for group in encoded]
+    chunks = list(length_sorted_chunks(widths, settings.micro_batch))
+    for chunk in track(chunks, "batches of targets", len(chunks)) if len(chunks) > 1 else chunks:
+        rows = TargetRows.of(model, [encoded[i] for i in chunk], settings.layer, settings.site)
+        run = _Run(settings, start[:, chunk], [requests[i] for i in chunk], editor)
+        losses[:, chunk] = run.optimise(rows)
+        deltas[:, chunk], steps[chunk] = run.deltas.detach(), run.steps.cpu()
+    return Targets(start[0] + deltas[0], start[0], steps, losses)
+
+
+def _texts(
+    request: EditRequest, before: Sequence[str], settings: TargetSettings
+) -> list[SubjectText]:
+    """Return the prompts of one request, bare one first, and the KL prompt if it is asked for."""
+    texts = [SubjectText.of(request, b, request.target_new) for b in before]
+    kl = [SubjectText("", KL_PROMPT, request.subject, None)]
+    return texts + kl if settings.kl_factor > 0 else texts
+
+
+def _until_subject(encoded: Encoded) -> Encoded:
+    """Cut a text after its subject: what follows is neither read nor predicted."""
+    return replace(encoded, ids=encoded.ids[: encoded.subject_last + 1])
+
+
+def _sites(model: EditableModel, settings: TargetSettings) -> list[nn.Module]:
+    """Return the U modules whose outputs are measured; the first one's is the target."""
+    value = model.ffn[settings.layer].value.module
+    return {
+        "layer": [model.layers[settings.layer]],
+        "value": [value],
+        "attention-value": [value, model.attention[settings.layer]],
+    }[settings.site]
+
+
+class _Run:
+    """The optimisation of b requests that share a batch."""
+
+    def __init__(
+        self, settings: TargetSettings, start: Tensor, requests: Sequence[EditRequest], editor: str
+    ) -> None:
+        self.settings, self.requests, self.editor = settings, requests, editor
+        self.norms = start.norm(dim=2)  # [U, b]
+        self.deltas = torch.zeros_like(start).requires_grad_()  # [U, b, D]
+        self.adam = torch.optim.Adam([self.deltas], lr=settings.learning_rate)
+        self.share = torch.ones_like(self.norms[0])  # [b], of L(y*) in the loss
+        self.steps = torch.zeros_like(self.norms[0], dtype=torch.long)  # [b]
+
+    def optimise(self, rows: TargetRows) -> Tensor:
+        """Move the deltas; return the losses of each forward pass, [steps, b]."""
+        losses = self.norms.new_full((self.settings.steps, len(self.requests)), torch.nan)
+        learning = torch.arange(len(self.requests), device=losses.device)
+        for step in range(self.settings.steps):
+            with torch.enable_grad():
+                loss, parts = self._loss(rows, learning)
+            losses[step, learning] = loss.detach()
+            self._check_finite(loss.detach(), learning, step)
+            goes_on = self._goes_on(loss.detach(), parts, learning)
+            if step == self.settings.steps - 1 or not goes_on.any():
+                break
+            self.adam.zero_grad()
+            loss.backward(goes_on.to(loss.dtype))
+            learning = learning[goes_on]
+            self._step(learning)
+            self._check_finite(self.deltas.detach()[:, learning].sum(dim=(0, 2)), learning, step)
+            if not goes_on.all():
+                rows = rows.select(goes_on.nonzero().flatten())
+        return losses
+
+    def _loss(self, rows: TargetRows, learning: Tensor) -> tuple[Tensor, Losses]:
+        """Return the loss of each request that is still learning, and what it consists of."""
+        deltas = self.deltas[:, learning]
+        parts = Losses(*(part.to(deltas.device) for part in rows.losses(deltas)))
+        decay = (deltas.norm(dim=2) / self.norms[:, learning] ** 2).sum(dim=0)
+        loss = self.share[learning] * parts.nll + self.settings.kl_factor * parts.kl
+        return loss + self.settings.weight_decay * decay, parts
+
+    def _goes_on(self, loss: Tensor, parts: Losses, learning: Tensor) -> Tensor:
+        """Say which requests are not learnt yet."""
+        learnt = loss < self.settings.stop_loss
+        if self.settings.site == "attention-value":
+            learnt |= parts.said & (self.settings.kl_factor * parts.kl.detach() <= PMET_KL)
+            self.share[learning] = torch.where(parts.said, PMET_SHARE, 1.0).to(self.share)
+        return ~learnt
+
+    @torch.no_grad()
+    def _step(self, learning: Tensor) -> None:
+        """Move the deltas of ``learning`` alone, then back into their balls."""
+        settled = self.deltas.clone()
+        self.adam.step()  # rows of settled requests would drift by momentum
+        moved = self.deltas[:, learning]
+        bound = self.settings.clamp_factor * self.norms[:, learning]
+        scale = (bound / moved.norm(dim=2)).clamp(max=1.0)
+        settled[:, learning] = moved * scale[..., None]
+        self.deltas.copy_(settled)
+        self.steps[learning] += 1
+
+    def _check_finite(self, values: Tensor, learning: Tensor, step: int) -> None:
+        bad = learning[~values.isfinite()].tolist()
+        if bad:
+            raise EditError(
+                f"{self.editor}: the target of request {self.requests[bad[0]].case_id!r} at layer "
+                f"{self.settings.layer} became NaN or infinite at step {step}; lower "
+                f"learning_rate (now {self.settings.learning_rate:g})."
+            )

@@ -1,0 +1,1 @@
+"""PAC and what it traces."""

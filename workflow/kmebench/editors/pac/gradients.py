@@ -1,0 +1,50 @@
+"""The activations from which the gradient of every FFN segment follows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kmebench.models.editable import EditableModel
+
+KEY, VALUE = 0, 1  # of the two matrices of a layer
+#: Called with (layer, matrix, residual [R, T, D], inner [R, T, M]).
+Receiver = Callable[[int, int, Tensor, Tensor], None]
+
+
+@contextmanager
+def observed(model: EditableModel, receive: Receiver, layers: Sequence[int]) -> Iterator[None]:
+    """Call ``receive`` for both FFN matrices of ``layers`` in every backward pass of the block.
+
+    The gradient of segment j is Σ_t residual_t · inner_tj: for keys, residual is the input of W1
+    and inner the loss gradient at its output; for values, residual is the loss gradient at the
+    output of W2 and inner its input. All weights stay frozen.
+    """
+
+    def grow_graph(_module, _inputs, output):
+        # Without a leaf that wants gradients there would be no graph.
+        return output.detach().requires_grad_()
+
+    def observe(layer: int, matrix: int):
+        def on_forward(_module, inputs, output):
+            x = inputs[0].detach()
+
+            def on_backward(gradient: Tensor) -> None:
+                pair = (x, gradient) if matrix == KEY else (gradient, x)
+                receive(layer, matrix, *pair)
+
+            output.register_hook(on_backward)
+
+        return on_forward
+
+    handles = [model.model.get_input_embeddings().register_forward_hook(grow_graph)]
+    for layer in layers:
+        for matrix, projection in enumerate((model.ffn[layer].key, model.ffn[layer].value)):
+            handles.append(projection.module.register_forward_hook(observe(layer, matrix)))
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

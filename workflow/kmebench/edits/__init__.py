@@ -1,0 +1,1 @@
+"""Edits: what an editor returns, and how a model carries them."""

@@ -1,0 +1,228 @@
+"""Weight deltas: what an edit is.
+
+A :class:`WeightDelta` maps parameter names to parts: :class:`Rows` or :class:`Columns` (some
+segments of a matrix, or entries of a vector), :class:`LowRank` or :class:`Dense`. Values are
+float32 or better whatever the model's dtype. Files are safetensors.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kmebench.errors import KMEBenchError
+from kmebench.io.files import atomic_path
+
+
+def put_segments(tensor: Tensor, axis: int, index: Tensor, values: Tensor) -> None:
+    """Overwrite segments of a tensor along ``axis``; ``values[i]`` goes to ``index[i]``.
+
+    Not by indexing a transposed view: under deterministic algorithms CUDA would copy the whole
+    tensor, there and back.
+    """
+    tensor.index_copy_(axis, index, values.movedim(0, axis))
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """Distinct segments of a parameter along ``axis``; ``values[i]`` belongs to ``index[i]``."""
+
+    index: Tensor  # [n] int64, ascending, distinct
+    values: Tensor  # [n, segment size], or [n] for a vector
+    axis: ClassVar[int]
+
+    @classmethod
+    def summed(cls, index: Tensor, values: Tensor) -> "_Segments":
+        """Build from an index in any order, adding up the values of equal entries."""
+        distinct, inverse = index.unique(return_inverse=True)
+        total = values.new_zeros(len(distinct), *values.shape[1:])
+        return cls(distinct, total.index_add(0, inverse, values))
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """Return the part as a tensor of the parameter's shape."""
+        full = self.values.new_zeros(shape)
+        put_segments(full, self.axis, self.index, self.values)
+        return full
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that make up the part, in the order of its fields."""
+        return self.index, self.values
+
+    def norm(self) -> float:
+        """Return the Frobenius norm."""
+        return float(torch.linalg.vector_norm(self.values))
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether the part can be added to a parameter of this shape."""
+        if len(shape) <= self.axis or self.index.dim() != 1 or self.index.dtype != torch.int64:
+            return False
+        inside = (self.index >= 0) & (self.index < shape[self.axis])
+        rest = shape[: self.axis] + shape[self.axis + 1 :]
+        return bool(inside.all()) and self.values.shape == (len(self.index), *rest)
+
+
+@dataclass(frozen=True)
+class Rows(_Segments):
+    """Rows of a matrix, or entries of a vector."""
+
+    axis: ClassVar[int] = 0
+
+
+@dataclass(frozen=True)
+class Columns(_Segments):
+    """Columns of a matrix; ``values[i]`` is a column."""
+
+    axis: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``u @ v`` with u [out, r] and v [r, in]."""
+
+    u: Tensor
+    v: Tensor
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """Return the part as a tensor of the parameter's shape."""
+        return (self.u @ self.v).reshape(shape)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that make up the part, in the order of its fields."""
+        return self.u, self.v
+
+    def norm(self) -> float:
+        """Return the Frobenius norm."""
+        # |uv|_F^2 = tr(u'u vv'), without forming the product.
+        square = torch.sum((self.u.T @ self.u) * (self.v @ self.v.T))
+        return float(square.clamp(min=0).sqrt())
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether the part can be added to a parameter of this shape."""
+        return self.u.shape[1:] == self.v.shape[:1] and (
+            (*self.u.shape[:1], *self.v.shape[1:]) == tuple(shape)
+        )
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every entry of a parameter."""
+
+    values: Tensor
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """Return the part as a tensor of the parameter's shape."""
+        return self.values.reshape(shape)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that make up the part, in the order of its fields."""
+        return (self.values,)
+
+    def norm(self) -> float:
+        """Return the Frobenius norm."""
+        return float(torch.linalg.vector_norm(self.values))
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether the part can be added to a parameter of this shape."""
+        return self.values.shape == shape
+
+
+Part = Rows | Columns | LowRank | Dense
+
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Rows, Columns, LowRank, Dense)}
+_FACTORS = {"Rows": ("index", "values"), "Columns": ("index", "values")}
+_FACTORS |= {"LowRank": ("u", "v"), "Dense": ("values",)}
+
+
+class WeightDelta(Mapping[str, Part]):
+    """An edit: parameter name -> part."""
+
+    def __init__(self, parts: Mapping[str, Part]) -> None:
+        self._parts = dict(parts)
+
+    def __getitem__(self, name: str) -> Part:
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __add__(self, other: "WeightDelta") -> "WeightDelta":
+        """Sum of two deltas of one model; sparse parts of one kind stay sparse."""
+        total = dict(self._parts)
+        for name, part in other.items():
+            total[name] = _add(total[name], part) if name in total else part
+        return WeightDelta(total)
+
+    def norms(self) -> dict[str, float]:
+        """Frobenius norm of every part, by parameter name."""
+        return {name: part.norm() for name, part in self.items()}
+
+    def is_finite(self) -> bool:
+        """Whether no entry is NaN or infinite."""
+        return all(bool(f.isfinite().all()) for part in self.values() for f in part.factors())
+
+    def save(self, path: str | Path) -> None:
+        """Write the delta as one safetensors file (tensors ``name|kind|factor``)."""
+        tensors = {
+            f"{name}|{type(part).__name__}|{factor}": tensor.contiguous().cpu()
+            for name, part in self.items()
+            for factor, tensor in zip(_FACTORS[type(part).__name__], part.factors(), strict=True)
+        }
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "kmebench.delta.v1"})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "WeightDelta":
+        """Read a delta written by :meth:`save`.
+
+        Raises:
+            KMEBenchError: the file is no delta.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as stream:
+                if (stream.metadata() or {}).get("format") != "kmebench.delta.v1":
+                    raise KMEBenchError(f"{path} is not a weight delta of this program.")
+                tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+            kinds = {tuple(key.split("|")[:2]) for key in tensors}
+            return cls(
+                {
+                    name: _KINDS[kind](*(tensors[f"{name}|{kind}|{f}"] for f in _FACTORS[kind]))
+                    for name, kind in sorted(kinds)
+                }
+            )
+        except (SafetensorError, OSError) as error:
+            raise KMEBenchError(f"{path} cannot be read as a weight delta: {error}.") from error
+        except (KeyError, ValueError) as error:
+            raise KMEBenchError(
+                f"{path} is a damaged weight delta: a tensor is missing, or has another name; "
+                "save it again."
+            ) from error
+
+
+def _add(a: Part, b: Part) -> Part:
+    if type(a) is type(b):
+        if isinstance(a, Dense):
+            return Dense(a.values + b.values)
+        if isinstance(a, LowRank):
+            return LowRank(torch.cat([a.u, b.u], dim=1), torch.cat([a.v, b.v]))
+        return type(a).summed(torch.cat([a.index, b.index]), torch.cat([a.values, b.values]))
+    shape = _shape(a, b)
+    return Dense(a.dense(shape) + b.dense(shape))
+
+
+def _shape(a: Part, b: Part) -> torch.Size:
+    """Shape of the parameter that two parts of different kinds touch."""
+    for part in (a, b):
+        if isinstance(part, Dense):
+            return part.values.shape
+        if isinstance(part, LowRank):
+            return torch.Size((part.u.shape[0], part.v.shape[1]))
+    rows, columns = (a, b) if isinstance(a, Rows) else (b, a)
+    return torch.Size((columns.values.shape[1], rows.values.shape[1]))

@@ -1,1 +1,0 @@
-"""Experiments: the grid of runs and the editing sessions."""

@@ -1,0 +1,1 @@
+"""Files: complete or not there, checked when read; logs."""

@@ -1,1 +1,0 @@
-"""Second moments of FFN keys: the covariance that locate-and-edit editors need."""

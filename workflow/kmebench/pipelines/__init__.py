@@ -1,0 +1,1 @@
+"""Running editors over many requests, and over one."""

@@ -1,0 +1,189 @@
+"""One cell of the grid: from a model and requests to the files of a run folder."""
+
+import hashlib
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from kmebench import __version__
+from kmebench.data.records import EditRequest
+from kmebench.editors.base import Editor, build_editor, resolved
+from kmebench.evaluation.frames import beside_original, write_frame
+from kmebench.evaluation.predict import Settings
+from kmebench.evaluation.prompts import askable
+from kmebench.evaluation.schema import PREDICTIONS
+from kmebench.io import origins
+from kmebench.io.checked_files import read_parquet
+from kmebench.io.files import write_json
+from kmebench.models.editable import EditableModel, describe
+from kmebench.pipelines.pipelines import (
+    Checkpoints,
+    Outcome,
+    run_batches,
+    run_breadth_first,
+    run_consecutive,
+)
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "peft",
+    "pandas",
+    "snakemake",
+)
+
+
+def run_cell(
+    load: Callable[[], EditableModel],
+    requests: Sequence[EditRequest],
+    settings: Mapping[str, Any],
+    *,
+    assets: Mapping[str, str],
+    original: str,
+    inputs: Sequence[str],
+    output: Mapping[str, str],
+) -> None:
+    """Edit, predict and write ``output`` (predictions, timing, run; delta unless in batches).
+
+    ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, on_failed_edit,
+    on_bad_record, evaluation. Requests that the model cannot be asked are left out.
+    ``inputs`` names all that the outcome depends on, the model's folder and source files among
+    it: a checkpoint made with others, or with other settings or requests, is not resumed.
+    """
+    started = time.perf_counter()
+    model = load()
+    load_seconds = time.perf_counter() - started
+    longest = settings["evaluation"]["wild_max_tokens"]
+    requests = askable(model, requests, longest, settings["on_bad_record"])
+    editor = build_editor(settings["editor"], settings["hparams"], assets)
+    checkpoints = Checkpoints(
+        Path(output["predictions"]).parent / "checkpoints",
+        settings["checkpoint_every"],
+        {"settings": dict(settings), "requests": _digest(requests), "inputs": _digest_of(inputs)},
+        "epochs" if settings["mode"] == "breadth_first" else "edits",
+    )
+    outcome = _session(model, editor, requests, settings, checkpoints)
+    frame = beside_original(outcome.predictions, read_parquet(original))
+    write_json(output["timing"], timing(outcome, model, settings, load_seconds))
+    write_json(output["run"], record(outcome, model, editor, requests, settings))
+    if outcome.delta is not None:
+        outcome.delta.save(output["delta"])
+    write_frame(frame, PREDICTIONS, output["predictions"])
+    checkpoints.clear()
+
+
+def _session(
+    model: EditableModel,
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    settings: Mapping[str, Any],
+    checkpoints: Checkpoints,
+) -> Outcome:
+    evaluation = Settings(**settings["evaluation"])
+    skip = {"skip_failed": settings["on_failed_edit"] == "skip"}
+    if settings["mode"] == "batch":
+        size = settings["batch_size"]
+        return run_batches(model, editor, requests, size, evaluation, checkpoints, **skip)
+    if settings["mode"] == "breadth_first":
+        return run_breadth_first(model, editor, requests, evaluation, checkpoints, **skip)
+    ordered = in_order(requests, settings["seed"])
+    return run_consecutive(model, editor, ordered, evaluation, checkpoints, **skip)
+
+
+def in_order(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
+    """Order consecutive edits: as the data set has them for seed 0, else shuffled by the seed."""
+    ordered = list(requests)
+    if seed:
+        random.Random(seed).shuffle(ordered)
+    return ordered
+
+
+def timing(
+    outcome: Outcome, model: EditableModel, settings: Mapping[str, Any], load_seconds: float
+) -> dict[str, Any]:
+    """Summarise where the time went; evaluation and loading are not part of an edit."""
+    n = sum(call["requests"] for call in outcome.times)
+    names = sorted({name for call in outcome.times for name in call["seconds"]})
+    seconds = {m: sum(call["seconds"].get(m, 0.0) for call in outcome.times) / n for m in names}
+    per_edit = [sum(call["seconds"].values()) / call["requests"] for call in outcome.times]
+    return {
+        "pipeline": settings["mode"],
+        "batch_size": max(call["requests"] for call in outcome.times),
+        "requests": n,
+        "seconds_per_edit": sum(seconds.values()),
+        "median_seconds_per_edit": float(pd.Series(per_edit).median()),
+        "seconds": seconds,
+        "steps_per_call": sum(call["steps"] for call in outcome.times) / len(outcome.times),
+        "failed_edits": sum(len(failure["case_ids"]) for failure in outcome.failed),
+        "failures": outcome.failed,
+        "evaluation_seconds": outcome.evaluation_seconds,
+        "model_load_seconds": load_seconds,
+        "peak_memory_bytes": peak_memory(),
+        "threads": torch.get_num_threads(),
+        **describe(model),
+        "calls": outcome.times,
+    }
+
+
+def peak_memory() -> dict[str, int]:
+    """Return the peak memory of the process, and of the GPU if there is one, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def record(
+    outcome: Outcome,
+    model: EditableModel,
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Describe how a run was made, so that it can be made again."""
+    return {
+        "kmebench": __version__,
+        "git_commit": git_commit(),
+        "settings": dict(settings) | {"hparams": resolved(editor)},
+        "requests": {"count": len(requests), "sha256": _digest(requests)},
+        "model": describe(model),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "delta_norms": outcome.norms,
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout, with ``-dirty`` for local changes; None outside one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _digest(requests: Sequence[EditRequest]) -> str:
+    return hashlib.sha256("\n".join(map(repr, requests)).encode()).hexdigest()
+
+
+def _digest_of(paths: Sequence[str]) -> str:
+    return hashlib.sha256("".join(origins.digest(p) for p in sorted(paths)).encode()).hexdigest()

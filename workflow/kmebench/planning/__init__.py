@@ -1,0 +1,1 @@
+"""From the config to the jobs. Imports no torch."""

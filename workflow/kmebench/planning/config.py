@@ -1,0 +1,149 @@
+"""Validation of the config before anything is planned."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError, best_match
+from snakemake.utils import update_config, validate
+
+from kmebench.errors import ConfigError
+from kmebench.names import near_name, nearest
+from kmebench.planning import grid
+from kmebench.planning.hparams import check_hparams
+from kmebench.planning.overlays import read_overlay
+
+SCHEMA = Path(__file__).parents[2] / "schemas/config.schema.yaml"
+#: Sections whose entries an overlay takes out by setting them to null.
+_REMOVABLE = ("experiments", "tables", "figures", "comparisons")
+
+
+def read_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, Any]:
+    """Read a config as the Snakefile does: the file, the tuned values beside it, then overlays.
+
+    Raises:
+        ConfigError: a file is missing, or is not YAML; see :func:`read_overlay`.
+    """
+    config: dict[str, Any] = {}
+    for part in (path, *sorted(path.parent.glob("config/tuned/*.yaml")), *overlays):
+        update_config(config, read_overlay(part))
+    return config
+
+
+def read_checked_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, Any]:
+    """Read a config with overlays, fill in its defaults, and check it against the schema.
+
+    Raises:
+        ConfigError: as :func:`read_config` and :func:`check_config`.
+    """
+    config = read_config(path, overlays)
+    check_config(config, SCHEMA)
+    return config
+
+
+def check_config(config: dict[str, Any], schema: str | Path) -> None:
+    """Validate a config against its schema, fill in defaults, and check its names.
+
+    Experiments, tables, figures and comparisons that an overlay has set to null are taken out.
+
+    Raises:
+        ConfigError: names the key and says what is wrong with it.
+    """
+    for section in _REMOVABLE:
+        entries = config.get(section)
+        if isinstance(entries, dict):
+            for name in [name for name, entry in entries.items() if entry is None]:
+                del entries[name]
+    _refuse_keys_of_other_types(config)
+    rules = yaml.safe_load(Path(schema).read_text(encoding="utf-8"))
+    error = best_match(Draft202012Validator(rules).iter_errors(config))
+    if error:
+        raise ConfigError(_sentence(error))
+    validate(config, str(schema))  # fills in the defaults
+    config["methods"] |= {name: {} for name, spec in config["methods"].items() if spec is None}
+    for name, dataset in config["datasets"].items():
+        for segment in dataset.get("segments", []):
+            if segment[0] >= segment[1]:
+                where = f"datasets.{name}.segments"
+                raise ConfigError(f"{_wrong_at([where])}: {segment} ends before it starts.")
+    for name in config["experiments"]:
+        grid.runs_of(config, name)
+    for name in config["comparisons"]:
+        grid.pairs_of(config, name)
+    for method in config["methods"]:
+        grid.editor_of(config, method)
+    check_hparams(config)
+    for name, table in config["tables"].items():
+        where = f"tables.{name}.experiment"
+        grid.check_name(table["experiment"], config["experiments"], "experiments", where)
+    for name, figure in config["figures"].items():
+        _check_figure(config, f"figures.{name}", figure)
+
+
+def _check_figure(config: dict[str, Any], where: str, figure: dict[str, Any]) -> None:
+    """Refuse a figure of something that is not there, or that would show nothing."""
+    for table in figure.get("tables", []):
+        grid.check_name(table, config["tables"], "tables", f"{where}.tables")
+    if "experiment" not in figure:
+        return
+    names = config["experiments"]
+    grid.check_name(figure["experiment"], names, "experiments", f"{where}.experiment")
+    experiment = names[figure["experiment"]]
+    if figure["kind"] == "sweep":
+        swept = ["seed", *experiment.get("sweep", {})]
+        grid.check_name(figure["parameter"], swept, "the sweep", f"{where}.parameter")
+    if figure["kind"] == "edits" and experiment["mode"] != "consecutive":
+        raise ConfigError(
+            f"{where} shows metrics along consecutive edits, but the experiment "
+            f"{figure['experiment']!r} edits in mode {experiment['mode']!r}."
+        )
+
+
+def _refuse_keys_of_other_types(node: Any, where: tuple[str | int, ...] = ()) -> None:
+    """Refuse a key that YAML reads as something else than a text (1, yes, null, a date)."""
+    if isinstance(node, dict):
+        for key in node:
+            if not isinstance(key, str):
+                raise ConfigError(f"{_wrong_at(where)}: the key {key!r} is no text; quote it.")
+    children = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, child in children:
+        if isinstance(child, dict | list):
+            _refuse_keys_of_other_types(child, (*where, key))
+
+
+def _sentence(error: ValidationError) -> str:
+    """Turn the most telling validation error into one sentence."""
+    rules = error.schema if isinstance(error.schema, dict) else {}
+    description = rules.get("description", "").rstrip(".")
+    where = _wrong_at(error.absolute_path)
+    if error.validator == "additionalProperties" and "properties" in rules:
+        unknown = next(key for key in error.instance if key not in rules["properties"])
+        return f"{where}: there is no key {unknown!r}; {nearest(unknown, rules['properties'])}"
+    complaint = error.message
+    if error.validator == "pattern" and description:
+        complaint = f"{error.instance!r} is not of the right form"
+    hint = f" ({description})" if description else ""
+    near = _meant(error)
+    return f"{where}: {complaint}{hint}" + (f"; did you mean {near!r}?" if near else ".")
+
+
+def _meant(error: ValidationError) -> str | None:
+    """What a text was meant to be: the nearest of a list, or the same in a name's letters."""
+    text = error.instance
+    if not isinstance(text, str):
+        return None
+    if error.validator == "enum":
+        return near_name(text, [each for each in error.validator_value if each])
+    if error.validator == "pattern":
+        spelled = (text.lower(), re.sub(r"[\s_]+", "-", text.lower()))
+        return next((each for each in spelled if re.search(error.validator_value, each)), None)
+    return None
+
+
+def _wrong_at(parts: Iterable[str | int]) -> str:
+    """Begin a sentence, on one line whatever a key holds."""
+    where = re.sub(r"\s+", " ", ".".join(map(str, parts)))
+    return f"The config is wrong at {where or 'the top level'}"

@@ -1,0 +1,145 @@
+"""What a grid costs: hours and disk, from measured seconds per edit. Imports no torch.
+
+Seconds come from the ``timing.json`` files of finished runs. A model that has none takes those of
+a measured model, scaled by the one number that the paper gives for it: PAC's seconds per edit.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kmebench.io.checked_files import read_json
+from kmebench.planning import grid
+
+PAPER_TIMES = Path("resources/paper/time.csv")
+_MASTER = 4  # bytes of a float32
+_RUN = ("model", "dataset", "mode", "method", "variant")
+
+
+def measurements(folders: Iterable[Path]) -> pd.DataFrame:
+    """Read every finished run below ``folders``: one row each.
+
+    Columns: model, dataset, mode, method, variant, ``editing`` and ``evaluation`` (seconds per
+    edit; evaluation is NaN for runs of version 0.1.0, which did not note it), ``predictions``
+    (bytes per edit).
+    """
+    rows = []
+    for folder in folders:
+        for path in sorted(folder.glob("**/runs/*/*/*/*/*/seed*/timing.json")):
+            timing = read_json(path)
+            n = timing["requests"]
+            rows.append(
+                dict(zip(_RUN, path.parts[-7:-2], strict=True))
+                | {
+                    "editing": timing["seconds_per_edit"],
+                    "evaluation": timing.get("evaluation_seconds", np.nan) / n,
+                    "predictions": path.with_name("predictions.parquet").stat().st_size / n,
+                }
+            )
+    return pd.DataFrame(rows, columns=[*_RUN, "editing", "evaluation", "predictions"])
+
+
+def run_costs(config: Mapping[str, Any], measured: pd.DataFrame) -> pd.DataFrame:
+    """Estimate every run of the grid: one row each, sorted.
+
+    Columns: those of :class:`~kmebench.planning.grid.Run`, edits, ``editing`` and
+    ``evaluation`` (hours, NaN where nothing is known), ``hours`` (what is
+    known of their sum), ``source`` (of ``editing``): measured, scaled or unknown.
+    """
+    seconds = _medians(measured)
+    scales = {model: _scale(config, model, seconds) for model in config["models"]}
+    sizes = grid.datasets(config)
+    rows = []
+    for run in grid.all_runs(config):
+        known, source, scale = (run.model, run.mode, run.method), "measured", 1.0
+        if known not in seconds.index and scales[run.model]:
+            reference, scale = scales[run.model]
+            known, source = (reference, run.mode, run.method), "scaled"
+        found = known in seconds.index
+        hours = seconds.loc[known] * scale * sizes[run.dataset] / 3600 if found else np.nan
+        rows.append(
+            asdict(run)
+            | {"edits": sizes[run.dataset], "source": source if found else "unknown"}
+            | {name: hours[name] if found else np.nan for name in ("editing", "evaluation")}
+        )
+    costs = pd.DataFrame(rows)
+    return costs.assign(hours=costs[["editing", "evaluation"]].sum(axis=1, min_count=1))
+
+
+def _medians(measured: pd.DataFrame) -> pd.DataFrame:
+    """Median seconds per edit by (model, mode, method), over data sets and variants."""
+    return measured.groupby(["model", "mode", "method"])[["editing", "evaluation"]].median()
+
+
+def _scale(
+    config: Mapping[str, Any], model: str, seconds: pd.DataFrame
+) -> tuple[str, float] | None:
+    """How many times longer an edit of ``model`` takes than one of a measured model (its name).
+
+    By the paper's seconds per edit of PAC over our own; None where either is missing.
+    """
+    times = pd.read_csv(PAPER_TIMES).query("editor == 'Ours'").set_index("model")
+    name = config["models"][model].get("paper_name")
+    ours = seconds["editing"].get([(m, "consecutive", "pac") for m in seconds.index.levels[0]])
+    if name not in times.index or ours is None or ours.dropna().empty:
+        return None
+    # The model of which most editors have been measured.
+    reference = seconds.groupby(level="model").size().idxmax()
+    return reference, times["seconds_per_edit"][name] / ours[reference, "consecutive", "pac"]
+
+
+def wall_hours(costs: pd.DataFrame, devices: int) -> float:
+    """Hours that a grid takes at least: runs are serial, so never less than the longest.
+
+    Schedules the longest run first, each on the device that is free soonest.
+    """
+    free = np.zeros(devices)
+    for hours in costs["hours"].dropna().sort_values()[::-1]:
+        free[free.argmin()] += hours
+    return float(free.max())
+
+
+def disk(config: Mapping[str, Any], measured: pd.DataFrame) -> pd.DataFrame:
+    """Estimate the bytes below ``results``: one row per model.
+
+    Columns: model, weights, gradients, moments, deltas (at most), predictions. Models without
+    ``shape`` in the config have NaN where it is needed.
+    """
+    sizes, per_edit = grid.datasets(config), measured["predictions"].median()
+    rows = []
+    for name, spec in config["models"].items():
+        runs = [run for run in grid.all_runs(config) if run.model == name]
+        if not runs:
+            continue
+        predicted = sum(sizes[run.dataset] for run in runs) * per_edit
+        row = {"model": name, "predictions": predicted}
+        if shape := spec.get("shape"):
+            width, layers = shape["ffn_width"], shape["layers"]
+            matrix = shape["width"] * width * _MASTER
+            traced = {run.dataset for run in runs if grid.needs_paths(config, run)}
+            needed = any(grid.needs_moments(config, run) for run in runs)
+            row["weights"] = shape["parameters"] * grid.BYTES[spec["dtype"]]
+            row["gradients"] = sum(sizes[d] for d in traced) * 2 * 2 * layers * width * _MASTER
+            row["moments"] = needed * len(grid.moment_layers(config, name)) * width**2 * _MASTER
+            row["deltas"] = matrix * sum(_matrices(config, run, layers) for run in runs)
+        rows.append(row)
+    columns = ["model", "weights", "gradients", "moments", "deltas", "predictions"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _matrices(config: Mapping[str, Any], run: grid.Run, layers: int) -> int:
+    """FFN matrices that the saved delta of a run holds at most; a batch's is not saved."""
+    if run.mode == "batch":
+        return 0
+    hparams = grid.LOCATE_AND_EDIT.get(grid.editor_of(config, run.method), {}) | grid.hparams_of(
+        config, run
+    )
+    if "layer" in hparams:
+        return 1
+    edited = len(hparams.get("layers") or range(layers))
+    located = grid.editor_of(config, run.method) in grid.LOCATE_AND_EDIT
+    return edited * (1 if located or hparams.get("projections") == "value" else 2)

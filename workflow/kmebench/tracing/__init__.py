@@ -1,1 +1,0 @@
-"""Tracing: impact scores of FFN segments and selection of transmission paths."""

@@ -1,1 +1,0 @@
-"""Weight deltas: what an edit is."""
