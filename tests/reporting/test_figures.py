@@ -120,7 +120,7 @@ def lines(figure, panel=0):
 def test_a_sweep_has_a_line_for_every_metric_with_the_values_in_order():
     table = pd.concat(
         [
-            series(metric=list(figures.PERCENT)).assign(model="M", dataset="D", value=v)
+            series(metric=list(figures.SWEPT)).assign(model="M", dataset="D", value=v)
             for v in (20, 5, 15)
         ]
     )
@@ -128,7 +128,7 @@ def test_a_sweep_has_a_line_for_every_metric_with_the_values_in_order():
     axes = figure.axes[0]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["5", "15", "20"]
     assert len(axes.containers) == 4
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == list(figures.PERCENT)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == list(figures.SWEPT)
 
 
 def test_every_editor_can_be_told_apart_without_colour():
