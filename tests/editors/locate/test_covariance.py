@@ -10,7 +10,8 @@ from safetensors import safe_open
 from tokenizers import processors
 
 from kmebench.editors.locate.covariance import stage
-from kmebench.editors.locate.covariance.keys import Sampled, beginning, sample
+from kmebench.editors.locate.covariance.keys import Sampled
+from kmebench.models.sampling import beginning, sample
 from kmebench.editors.locate.covariance.stage import second_moments
 from kmebench.editors.locate.covariance.store import SecondMoments
 from kmebench.editors.locate.covariance.texts import TextSettings, text_batches
