@@ -15,7 +15,8 @@ import yaml
 from kmebench.data.texts import clean
 from kmebench.errors import ConfigError
 from kmebench.names import near_name
-from kmebench.planning import grid, values
+from kmebench import values
+from kmebench.planning import grid
 from kmebench.planning.overlays import read_yaml
 
 PLOTS = (".png", ".pdf", ".svg")

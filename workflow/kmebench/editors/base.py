@@ -1,22 +1,24 @@
 """What an editor is, and how one is built from the config."""
 
-import dataclasses
-import importlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.registry import editor_target
+from kmebench.editors.cards import card_of
+from kmebench.edits.edit import Edit
 from kmebench.edits.weights import WeightDelta
-from kmebench.errors import ConfigError
 from kmebench.models.editable import EditableModel
+
+#: Files of cached stages, by the name of what they hold (:attr:`Need.asset`).
+Assets = Mapping[str, Path]
 
 
 class Stopwatch:
@@ -39,31 +41,57 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
-class Editor(ABC):
-    """A function from edit requests to a weight delta.
+@dataclass(frozen=True)
+class Result:
+    """What a call of an editor returned, and what it took."""
 
-    Subclasses are built from their ``Hparams`` (a frozen dataclass: the documentation of what
-    can be varied) and from the files of cached stages. ``stopwatch`` and ``steps`` are filled
-    by :meth:`edit` and reset by the session that calls it.
+    edit: Edit
+    steps: int  # of optimisation
+    seconds: Mapping[str, float]  # by name: see Stopwatch
+
+
+class Editor(ABC):
+    """A function from edit requests to an edit.
+
+    Editors are built from their hyper-parameters and from the files of cached stages. They are
+    called; subclasses implement :meth:`edit`, where they count ``self.steps``, time by
+    ``self.stopwatch`` and pass at most ``self.micro_batch`` requests through the model at once.
     """
 
-    Hparams: ClassVar[type]
+    #: As the card has it; begins the editor's messages.
+    name = ""
 
-    def __init__(self, hparams: Any, assets: Mapping[str, Path]) -> None:
-        self.hparams = hparams
-        self.assets = assets
-        self.stopwatch = Stopwatch()
-        self.steps = 0
+    def __init__(self, hparams: Any, assets: Assets) -> None:
+        self.hparams, self.assets = hparams, assets
+        self._begin(None)
+        self.load_state_dict({})
 
-    @abstractmethod
-    def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
-        """Return the delta that edits ``requests`` together; leaves the model as it was.
+    def __call__(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        micro_batch: int | None = None,
+    ) -> Result:
+        """Edit ``requests`` together; leaves the model as it was.
+
+        ``micro_batch`` goes before the hyper-parameter of that name.
 
         Raises:
             EditError: a request cannot be edited; names editor and case_id.
         """
+        self._begin(micro_batch)
+        edit = Edit.of(self.edit(model, requests))
+        return Result(edit, self.steps, self.stopwatch.seconds)
 
-    def finish(self, model: EditableModel) -> WeightDelta:
+    def _begin(self, micro_batch: int | None) -> None:
+        self.stopwatch, self.steps = Stopwatch(), 0
+        self.micro_batch: int = micro_batch or getattr(self.hparams, "micro_batch", 1)
+
+    @abstractmethod
+    def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> Edit | WeightDelta:
+        """Return what edits ``requests`` together; leaves the model as it was."""
+
+    def final_edit(self, model: EditableModel) -> Edit | WeightDelta:
         """Return what is still to be added when a run ends here (nothing, for most).
 
         ``model`` carries all edits of the run; called before every evaluation of a run's end.
@@ -85,40 +113,10 @@ def build_editor(name: str, hparams: Mapping[str, Any], assets: Mapping[str, str
     """Build an editor from its config name, its hyper-parameters and its cached stages.
 
     Raises:
-        ConfigError: no such editor, a hyper-parameter it does not have, or a value of another
-            type than the editor declares (numbers written as text, as YAML reads ``1e-4``, are
-            taken as numbers).
+        ConfigError: no such editor, a hyper-parameter it does not have, or a wrong value of one.
     """
-    # Only here: an editor that is built by its class needs no pydantic.
-    from pydantic import TypeAdapter, ValidationError
-
-    module, class_name = editor_target(name)
-    try:
-        editor_class = getattr(importlib.import_module(module), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"The editor {name!r} cannot be imported: {error}") from error
-    fields = {
-        field.name.rstrip("_"): field.name for field in dataclasses.fields(editor_class.Hparams)
-    }
-    unknown = sorted(set(hparams) - set(fields))
-    if unknown:
-        raise ConfigError(
-            f"The editor {name!r} has no hyper-parameter {unknown[0]!r}; "
-            f"it has {', '.join(fields)}."
-        )
-    try:
-        values = TypeAdapter(editor_class.Hparams).validate_python(
-            {fields[key]: value for key, value in hparams.items()}
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            f"The editor {name!r}: hyper-parameter {str(first['loc'][0]).rstrip('_')} cannot be "
-            f"{first['input']!r}: {first['msg']}."
-        ) from error
-    return editor_class(values, {key: Path(path) for key, path in assets.items()})
-
-
-def resolved(editor: Editor) -> dict[str, Any]:
-    """Return all hyper-parameters of an editor under their config names."""
-    return {key.rstrip("_"): value for key, value in dataclasses.asdict(editor.hparams).items()}
+    card = card_of(name)
+    values = card.values(hparams)
+    editor: Editor = card.load()(values, {key: Path(path) for key, path in assets.items()})
+    editor.name = card.name
+    return editor

@@ -7,16 +7,10 @@ float32 or better whatever the model's dtype. Files are safetensors.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-
-from kmebench.errors import KMEBenchError
-from kmebench.io.files import atomic_path
 
 
 def put_segments(tensor: Tensor, axis: int, index: Tensor, values: Tensor) -> None:
@@ -168,42 +162,28 @@ class WeightDelta(Mapping[str, Part]):
         """Whether no entry is NaN or infinite."""
         return all(bool(f.isfinite().all()) for part in self.values() for f in part.factors())
 
-    def save(self, path: str | Path) -> None:
-        """Write the delta as one safetensors file (tensors ``name|kind|factor``)."""
-        tensors = {
-            f"{name}|{type(part).__name__}|{factor}": tensor.contiguous().cpu()
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that make up the delta, as ``name|kind|factor``."""
+        return {
+            f"{name}|{type(part).__name__}|{factor}": tensor
             for name, part in self.items()
             for factor, tensor in zip(_FACTORS[type(part).__name__], part.factors(), strict=True)
         }
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "kmebench.delta.v1"})
 
     @classmethod
-    def load(cls, path: str | Path) -> "WeightDelta":
-        """Read a delta written by :meth:`save`.
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "WeightDelta":
+        """Rebuild a delta from :meth:`tensors`.
 
         Raises:
-            KMEBenchError: the file is no delta.
+            KeyError: a tensor is missing, or has another name.
         """
-        try:
-            with safe_open(str(path), framework="pt") as stream:
-                if (stream.metadata() or {}).get("format") != "kmebench.delta.v1":
-                    raise KMEBenchError(f"{path} is not a weight delta of this program.")
-                tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-            kinds = {tuple(key.split("|")[:2]) for key in tensors}
-            return cls(
-                {
-                    name: _KINDS[kind](*(tensors[f"{name}|{kind}|{f}"] for f in _FACTORS[kind]))
-                    for name, kind in sorted(kinds)
-                }
-            )
-        except (SafetensorError, OSError) as error:
-            raise KMEBenchError(f"{path} cannot be read as a weight delta: {error}.") from error
-        except (KeyError, ValueError) as error:
-            raise KMEBenchError(
-                f"{path} is a damaged weight delta: a tensor is missing, or has another name; "
-                "save it again."
-            ) from error
+        kinds = {tuple(key.split("|")[:2]) for key in tensors}
+        return cls(
+            {
+                name: _KINDS[kind](*(tensors[f"{name}|{kind}|{f}"] for f in _FACTORS[kind]))
+                for name, kind in sorted(kinds)
+            }
+        )
 
 
 def _add(a: Part, b: Part) -> Part:

@@ -13,7 +13,7 @@ from typing import Any
 from kmebench.editors.registry import editor_target
 from kmebench.errors import ConfigError
 from kmebench.names import nearest
-from kmebench.planning.values import read, spell
+from kmebench.values import read, spell
 
 DEFAULT = "default"
 #: Joins the parts of a file's name. Not a comma: Snakemake's jobs on a cluster fail at one.

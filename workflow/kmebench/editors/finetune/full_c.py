@@ -7,8 +7,6 @@ so along consecutive edits the model stays inside one box around the original.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,24 +20,8 @@ from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, length_sorted_chunks
 
 
-@dataclass(frozen=True)
-class FullCHparams:
-    """Hyper-parameters of constrained fine-tuning."""
-
-    layers: tuple[int, ...] | None = None  # layer numbers from 0; none given: all
-    projections: Literal["both", "value"] = "both"  # W1 and W2, or W2 alone
-    norm_constraint: float | None = 5e-4  # δ; none: unconstrained
-    learning_rate: float = 5e-5
-    steps: int = 25  # passes over the requests
-    mini_batch: int | None = None  # requests in one step, in random order; none given: all
-    tolerance: float = 0.01  # nats per target token; what is learnt is not stepped on
-    micro_batch: int = 50  # requests in one forward pass
-
-
 class FullC(EpochEditor):
     """Fine-tuning inside a box around the original weights."""
-
-    Hparams = FullCHparams
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`."""
@@ -59,7 +41,7 @@ class FullC(EpochEditor):
         layers = range(model.n_layers) if self.hparams.layers is None else self.hparams.layers
         if any(not 0 <= layer < model.n_layers for layer in layers):
             raise ConfigError(
-                f"full-c: layers {list(layers)} are not all among the model's "
+                f"{self.name}: layers {list(layers)} are not all among the model's "
                 f"0 to {model.n_layers - 1}."
             )
         ffns = [model.ffn[layer] for layer in layers]
@@ -136,15 +118,14 @@ class FullC(EpochEditor):
         worst = 0.0
         lengths = [len(encoded[i].ids) for i in group]
         chunks = [
-            [group[i] for i in chunk]
-            for chunk in length_sorted_chunks(lengths, self.hparams.micro_batch)
+            [group[i] for i in chunk] for chunk in length_sorted_chunks(lengths, self.micro_batch)
         ]
         for chunk in chunks:
             batch = model.collate([encoded[i] for i in chunk])
             with torch.enable_grad():
                 losses = row_losses(model.answer_logits(batch), batch.labels, batch)
             asked = [requests[i] for i in chunk]
-            check_finite("full-c", losses.detach(), asked, self.steps, self.hparams.learning_rate)
+            check_finite(self.name, losses.detach(), asked, self.steps, self.hparams.learning_rate)
             worst = max(worst, float(losses.detach().max()))
             if chunk is chunks[-1] and worst < self.hparams.tolerance:
                 return True

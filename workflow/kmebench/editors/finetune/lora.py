@@ -8,47 +8,22 @@ are the editor's memory; Adam starts afresh with every call.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
-from kmebench.editors.finetune.adapters import Factors, adapters, change
+from kmebench.editors.finetune.adapters import adapters, change
 from kmebench.editors.losses import check_finite, row_losses
 from kmebench.edits.weights import WeightDelta
-from kmebench.errors import ConfigError, EditError
+from kmebench.errors import EditError
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, length_sorted_chunks
 
 
-@dataclass(frozen=True)
-class LoRAHparams:
-    """Hyper-parameters of LoRA."""
-
-    rank: int = 8  # r
-    alpha: float = 32.0
-    dropout: float = 0.1  # of the adapters' inputs while training
-    learning_rate: float = 5e-3
-    steps: int = 70
-    tolerance: float = 0.05  # nats per target token of the worst request, under dropout
-    micro_batch: int = 50  # requests in one forward pass
-
-
 class LoRA(Editor):
     """Adapters of q and v (Llama-like families) or of the FFN (GPT-J, GPT-2), merged."""
-
-    Hparams = LoRAHparams
-
-    def __init__(self, hparams, assets) -> None:
-        super().__init__(hparams, assets)
-        if hparams.rank < 1 or not 0 <= hparams.dropout < 1:
-            raise ConfigError(
-                f"lora: rank {hparams.rank} and dropout {hparams.dropout:g} make no adapter; rank "
-                "must be 1 or more, and dropout at least 0 and below 1."
-            )
-        self._factors: Factors = {}
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`.
@@ -60,8 +35,8 @@ class LoRA(Editor):
         """
         if self._factors and not model.edits.state():
             raise EditError(
-                "lora: the adapter has made edits that the model does not carry; apply every "
-                "delta before the next call, or forget the adapter by load_state_dict({})."
+                f"{self.name}: the adapter has made edits that the model does not carry; apply "
+                "every delta before the next call, or forget the adapter by load_state_dict({})."
             )
         encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
         earlier, h = self._factors, self.hparams
@@ -113,12 +88,12 @@ class LoRA(Editor):
         """Accumulate the gradient of the mean loss; return the loss of the worst request."""
         worst = 0.0
         lengths = [len(item.ids) for item in encoded]
-        for chunk in length_sorted_chunks(lengths, self.hparams.micro_batch):
+        for chunk in length_sorted_chunks(lengths, self.micro_batch):
             batch = model.collate([encoded[i] for i in chunk])
             with torch.enable_grad():
                 losses = row_losses(model.answer_logits(batch), batch.labels, batch)
             asked = [requests[i] for i in chunk]
-            check_finite("lora", losses.detach(), asked, self.steps, self.hparams.learning_rate)
+            check_finite(self.name, losses.detach(), asked, self.steps, self.hparams.learning_rate)
             worst = max(worst, float(losses.detach().max()))
             (losses.sum() / len(encoded)).backward()
         return worst

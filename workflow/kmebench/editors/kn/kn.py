@@ -14,7 +14,6 @@ request's ``target_true``, or the model's own argmax where a request names none.
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +29,6 @@ from kmebench.editors.contexts import (
 )
 from kmebench.editors.kn.attribution import attribute
 from kmebench.edits.weights import Columns, Part, Rows, WeightDelta
-from kmebench.errors import ConfigError
 from kmebench.models.editable import EditableModel
 from kmebench.precision import promoted
 
@@ -40,36 +38,8 @@ logger = logging.getLogger("kmebench")
 CONTEXT_TOKENS = 10
 
 
-@dataclass(frozen=True)
-class KNHparams:
-    """Hyper-parameters of KN; the paper's and its public implementations'."""
-
-    steps: int = 20  # m, points of the integral
-    threshold: float = 0.2  # of the largest attribution in a prompt
-    prompts: int = 10  # n, the bare edit prompt included
-    share: float = 0.4  # p; a neuron must be above the threshold in more of the prompts than this
-    scale: float = 2.0  # of both embeddings
-    micro_batch: int = 100  # points of the integrals (of all layers) in one forward pass
-
-
 class KN(Editor):
     """Moves the values of a fact's neurons; no optimisation."""
-
-    Hparams = KNHparams
-
-    def __init__(self, hparams, assets) -> None:
-        super().__init__(hparams, assets)
-        if hparams.steps < 2 or hparams.prompts < 1:
-            raise ConfigError(
-                f"kn: steps {hparams.steps} and prompts {hparams.prompts} are too few; one point "
-                "is no integral (steps must be 2 or more), and prompts counts the bare one."
-            )
-        if hparams.share >= 1:
-            raise ConfigError(
-                f"kn: share is {hparams.share:g}, but a neuron must be above the threshold in more "
-                "of the prompts than that; it must be below 1."
-            )
-        self._contexts: Contexts | None = None
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests``, each on the model as it is given; see :meth:`Editor.edit`.
@@ -89,7 +59,7 @@ class KN(Editor):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the contexts; an empty state forgets them."""
-        self._contexts = contexts_from_state(state)
+        self._contexts: Contexts | None = contexts_from_state(state)
 
     def _edit_one(self, model: EditableModel, request: EditRequest) -> WeightDelta:
         old, new = _answers(model, request)
@@ -100,7 +70,7 @@ class KN(Editor):
                 item.ids[: -item.n_target],
                 old,
                 steps=self.hparams.steps,
-                micro_batch=self.hparams.micro_batch,
+                micro_batch=self.micro_batch,
             )
             for item in model.encode([(prompt, request.target_new) for prompt in prompts])
         ]
@@ -108,7 +78,7 @@ class KN(Editor):
         neurons = knowledge_neurons(
             torch.stack(attributions), self.hparams.threshold, self.hparams.share
         )
-        logger.info("kn: request %r has %d neurons", request.case_id, int(neurons.sum()))
+        logger.info("%s: request %r has %d neurons", self.name, request.case_id, int(neurons.sum()))
         return _delta(model, neurons, old, new, self.hparams.scale)
 
 

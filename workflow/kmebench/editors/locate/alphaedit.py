@@ -7,12 +7,13 @@ along consecutive edits, is kept as well.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kmebench.editors.locate.memit import MEMIT, MEMITHparams
+from kmebench.editors.base import Assets
+from kmebench.editors.locate.cards import AlphaEditHparams
+from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import Factors, alphaedit_update, null_space
 from kmebench.errors import EditError
 from kmebench.models.editable import EditableModel
@@ -20,24 +21,12 @@ from kmebench.models.editable import EditableModel
 logger = logging.getLogger("kmebench")
 
 
-@dataclass(frozen=True)
-class AlphaEditHparams(MEMITHparams):
-    """Hyper-parameters of AlphaEdit (which has no λ)."""
-
-    threshold: float = 2e-2  # eigenvalues of C below it count as unused
-    ridge: float = 10.0  # α
-
-
 class AlphaEdit(MEMIT):
     """Changes in the null space of preserved keys."""
 
-    Hparams = AlphaEditHparams
-    name = "alphaedit"
-
-    def __init__(self, hparams, assets) -> None:
+    def __init__(self, hparams: AlphaEditHparams, assets: Assets) -> None:
         super().__init__(hparams, assets)
         self._bases: dict[int, Tensor] = {}  # layer -> [M, n]
-        self._earlier: dict[int, Tensor] = {}  # layer -> keys of earlier edits, [M, E]
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
         earlier = self._earlier.get(layer, keys[:, :0]).to(keys)
@@ -55,9 +44,8 @@ class AlphaEdit(MEMIT):
                     f"no eigenvalue of the second moment is below {self.hparams.threshold:g}, so "
                     "nothing may be changed; raise threshold."
                 )
-            logger.info(
-                "alphaedit: layer %d may change in %d of %d directions", layer, *basis.shape[::-1]
-            )
+            free, width = basis.shape[::-1]
+            logger.info("%s: layer %d: %d of %d directions free", self.name, layer, free, width)
             self._bases[layer] = basis
         return self._bases[layer]
 
@@ -69,7 +57,7 @@ class AlphaEdit(MEMIT):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore contexts and keys; an empty state forgets them."""
         super().load_state_dict(state)
-        self._earlier = {
+        self._earlier: dict[int, Tensor] = {  # layer -> keys of earlier edits, [M, E]
             int(name.removeprefix("keys.")): keys
             for name, keys in state.items()
             if name.startswith("keys.")

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor
+from kmebench.editors.base import Assets, Editor
 from kmebench.editors.contexts import (
     Contexts,
     contexts_from_state,
@@ -29,9 +30,8 @@ class LocateAndEdit(Editor):
     #: (tokens of a text, number of texts) of each group of contexts.
     lengths: tuple[tuple[int, int], ...]
 
-    def __init__(self, hparams, assets) -> None:
+    def __init__(self, hparams: Any, assets: Assets) -> None:
         super().__init__(hparams, assets)
-        self._contexts: Contexts | None = None
         self._factors: dict[tuple[int, float], Tensor] = {}
 
     def contexts(self, model: EditableModel) -> Contexts:
@@ -43,7 +43,7 @@ class LocateAndEdit(Editor):
     @cached_property
     def moments(self) -> SecondMoments:
         """The cached second moments."""
-        return SecondMoments.open(self.assets["moments"])
+        return SecondMoments.open(self.assets["covariance"])
 
     def factor(self, model: EditableModel, layer: int, weight: float) -> Tensor:
         """Return the Cholesky factor of weight·C of a layer, made once."""
@@ -58,7 +58,7 @@ class LocateAndEdit(Editor):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the contexts; an empty state forgets them."""
-        self._contexts = contexts_from_state(state)
+        self._contexts: Contexts | None = contexts_from_state(state)
 
 
 def check_layers(editor: str, layers: tuple[int, ...], model: EditableModel) -> None:

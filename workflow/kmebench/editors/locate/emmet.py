@@ -5,30 +5,15 @@ MEMIT with equality constraints: minimise tr(Δ C0 Δᵀ) subject to (W + Δ) K 
 two or more requests, whose keys may be nearly dependent; together with a large λ it damps strongly.
 """
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from kmebench.editors.locate.memit import MEMIT, MEMITHparams
+from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import Factors, emmet_update
 from kmebench.models.editable import EditableModel
 
 
-@dataclass(frozen=True)
-class EMMETHparams(MEMITHparams):
-    """Hyper-parameters of EMMET."""
-
-    layers: tuple[int, ...] = (5,)
-    moment_weight: float = 100_000.0
-    epsilon: float = 0.1  # ε for two or more requests, as released; 0 is exact
-    epsilon_single: bool = False  # ε for one request too, as one public toolkit has it
-
-
 class EMMET(MEMIT):
     """Equality constraints instead of least squares."""
-
-    Hparams = EMMETHparams
-    name = "emmet"
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
         factor = self.factor(model, layer, self.hparams.moment_weight)

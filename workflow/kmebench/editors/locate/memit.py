@@ -6,50 +6,32 @@ the model with the layers before it edited, W2 learns the share of the residual 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS
 from kmebench.editors.locate.base import LocateAndEdit, check_layers, low_rank, naming
+from kmebench.editors.locate.cards import Site
 from kmebench.editors.locate.keys import layer_outputs, subject_activations
-from kmebench.editors.locate.target_rows import Site
 from kmebench.editors.locate.target_store import stored_targets
-from kmebench.editors.locate.targets import KLPosition, TargetSettings, optimise_targets
+from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.editors.locate.updates import Factors, memit_update, spread
 from kmebench.edits.weights import WeightDelta
 from kmebench.models.draft import drafted
 from kmebench.models.editable import EditableModel
 
 
-@dataclass(frozen=True)
-class MEMITHparams:
-    """Hyper-parameters of MEMIT."""
-
-    layers: tuple[int, ...] = (4, 5, 6, 7, 8)  # from 0, in this order
-    steps: int = 25  # forward passes of the optimisation of z*, one more than updates
-    learning_rate: float = 0.5
-    kl_factor: float = 0.0625  # κ
-    weight_decay: float = 1e-3  # ω
-    clamp_factor: float = 4.0  # c
-    kl_position: KLPosition = "subject_last"  # as released; "prompt_last": after "is a"
-    moment_weight: float = 15_000.0  # λ
-    micro_batch: int = 20  # requests in one forward pass, in all their contexts
-
-
 class MEMIT(LocateAndEdit):
     """All requests of a batch together, spread over several layers."""
 
-    Hparams = MEMITHparams
     lengths = MEMIT_LENGTHS
-    name = "memit"
     site: Site = "layer"  # where the targets stand, in the last layer
     root = False  # residuals are spread evenly, not by the square root
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`."""
-        layers, size = self.hparams.layers, self.hparams.micro_batch
+        layers, size = self.hparams.layers, self.micro_batch
         check_layers(self.name, layers, model)
         targets = self._targets(model, requests)
         with (
@@ -82,7 +64,7 @@ class MEMIT(LocateAndEdit):
             weight_decay=self.hparams.weight_decay,
             clamp_factor=self.hparams.clamp_factor,
             kl_position=self.hparams.kl_position,
-            micro_batch=self.hparams.micro_batch,
+            micro_batch=self.micro_batch,
         )
         with self.stopwatch("optimise"):
             found = optimise_targets(model, requests, self.contexts(model), settings, self.name)
@@ -91,7 +73,7 @@ class MEMIT(LocateAndEdit):
 
     def _current(self, model: EditableModel, requests: Sequence[EditRequest]) -> Tensor:
         """Return what now stands where the targets do, [B, D]."""
-        return layer_outputs(model, requests, self.hparams.layers[-1], self.hparams.micro_batch)
+        return layer_outputs(model, requests, self.hparams.layers[-1], self.micro_batch)
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
         """Return Δ for residuals [D, B] and keys [M, B]."""

@@ -6,33 +6,21 @@ the layers by the square root of those left.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.locate.keys import module_outputs
-from kmebench.editors.locate.memit import MEMIT, MEMITHparams
+from kmebench.editors.locate.memit import MEMIT
 from kmebench.models.editable import EditableModel
-
-
-@dataclass(frozen=True)
-class PMETHparams(MEMITHparams):
-    """Hyper-parameters of PMET."""
-
-    steps: int = 20
-    weight_decay: float = 0.5
-    clamp_factor: float = 1.0
 
 
 class PMET(MEMIT):
     """Targets of the FFN alone."""
 
-    Hparams = PMETHparams
-    name = "pmet"
     site = "attention-value"
     root = True
 
     def _current(self, model: EditableModel, requests: Sequence[EditRequest]) -> Tensor:
         module = model.ffn[self.hparams.layers[-1]].value.module
-        return module_outputs(model, requests, module, self.hparams.micro_batch)
+        return module_outputs(model, requests, module, self.micro_batch)

@@ -4,32 +4,20 @@ MEMIT, and at the end of a run the singular values of each weight's total change
 where they exceed the largest one of the original weight.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from kmebench.editors.locate.base import low_rank
-from kmebench.editors.locate.memit import MEMIT, MEMITHparams
+from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import restraint
 from kmebench.edits.weights import WeightDelta
 from kmebench.models.editable import EditableModel
 
 
-@dataclass(frozen=True)
-class PRUNEHparams(MEMITHparams):
-    """Hyper-parameters of PRUNE."""
-
-    base: float = 1.2  # of the logarithm that replaces large singular values
-
-
 class PRUNE(MEMIT):
     """MEMIT with a restrained sum."""
 
-    Hparams = PRUNEHparams
-    name = "prune"
-
-    def finish(self, model: EditableModel) -> WeightDelta:
-        """Return what restrains the sum of all edits; see :meth:`Editor.finish`."""
+    def final_edit(self, model: EditableModel) -> WeightDelta:
+        """Return what restrains the sum of all edits; see :meth:`Editor.final_edit`."""
         total = model.edits.total()
         parts = {}
         for layer in self.hparams.layers:

@@ -13,8 +13,6 @@ from kmebench.models.editable import EditableModel
 class RROME(ROME):
     """ROME with the averaged key on both sides."""
 
-    name = "r-rome"
-
     def _probe(
         self, model: EditableModel, request: EditRequest, averaged: Activations
     ) -> Activations:

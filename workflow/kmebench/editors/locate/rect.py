@@ -5,27 +5,16 @@ once, after all layers have been solved, so that no later layer makes up for wha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.locate.memit import MEMIT, MEMITHparams
+from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import largest_relative
 from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.models.editable import EditableModel
 
 
-@dataclass(frozen=True)
-class RECTHparams(MEMITHparams):
-    """Hyper-parameters of RECT."""
-
-    share: float = 0.4  # of the entries of a weight, that are kept
-
-
 class RECT(MEMIT):
     """The largest relative changes alone."""
-
-    Hparams = RECTHparams
-    name = "rect"
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`."""

@@ -6,39 +6,22 @@ prompt.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kmebench.data.records import SLOT, EditRequest
 from kmebench.editors.contexts import ROME_LENGTHS
 from kmebench.editors.locate.base import LocateAndEdit, check_layers, low_rank, naming
 from kmebench.editors.locate.keys import Activations, subject_activations
-from kmebench.editors.locate.targets import KLPosition, TargetSettings, optimise_targets
+from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.editors.locate.updates import rome_update
 from kmebench.edits.weights import LowRank, WeightDelta
 from kmebench.models.draft import drafted
 from kmebench.models.editable import EditableModel
 
 
-@dataclass(frozen=True)
-class ROMEHparams:
-    """Hyper-parameters of ROME."""
-
-    layer: int = 5  # from 0
-    steps: int = 25  # forward passes of the optimisation of v*, one more than updates
-    learning_rate: float = 0.5
-    kl_factor: float = 0.0625  # κ
-    weight_decay: float = 1e-3  # ω
-    clamp_factor: float = 4.0  # c
-    kl_position: KLPosition = "subject_last"  # as released; "prompt_last": after "is a"
-    second_moment: bool = True  # off: C = I
-
-
 class ROME(LocateAndEdit):
     """Requests one after another, each on the model with the earlier ones."""
 
-    Hparams = ROMEHparams
     lengths = ROME_LENGTHS
-    name = "rome"
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests``; see :meth:`Editor.edit`."""

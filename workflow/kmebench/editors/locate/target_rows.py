@@ -4,20 +4,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kmebench.editors.locate.cards import Site
 from kmebench.models.early_exit import first
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded
 from kmebench.models.suffix_cache import Replay
-
-#: Whose output a target replaces: the layer's (MEMIT and its family), W2's (ROME), or W2's while
-#: the attention's is moved too (PMET).
-Site = Literal["layer", "value", "attention-value"]
 
 
 class Losses(NamedTuple):

@@ -15,15 +15,15 @@ Requests are independent: they share forward passes of their upper layers (see
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from kmebench.data.records import SLOT, EditRequest
 from kmebench.editors.contexts import Contexts, prefixes
+from kmebench.editors.locate.cards import KLPosition, Site
 from kmebench.editors.locate.keys import module_outputs
-from kmebench.editors.locate.target_rows import Losses, Site, TargetRows
+from kmebench.editors.locate.target_rows import Losses, TargetRows
 from kmebench.errors import EditError
 from kmebench.io.logs import track
 from kmebench.models.editable import EditableModel
@@ -31,9 +31,6 @@ from kmebench.models.encoding import Encoded, SubjectText, length_sorted_chunks
 
 #: In which the next token is to stay what it was.
 KL_PROMPT = f"{SLOT} is a"
-
-#: After which token of the KL prompt: the subject's last, or the prompt's.
-KLPosition = Literal["subject_last", "prompt_last"]
 
 #: Where every context says the target, PMET ends if κ KL is at most this; else L(y*) counts this
 #: share in the next step. Constants of the authors' code.

@@ -14,7 +14,6 @@ every request is learnt, or after ``steps`` updates.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
 from kmebench.editors.losses import check_finite, row_losses
 from kmebench.editors.pac.cache import PathFile, Route
+from kmebench.editors.pac.cards import PACHparams
 from kmebench.editors.pac.gradients import observed
 from kmebench.editors.pac.impact import trace
 from kmebench.editors.pac.paths import select_paths
@@ -33,24 +33,6 @@ from kmebench.edits.weights import WeightDelta
 from kmebench.errors import ConfigError, EditError
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, length_sorted_chunks
-
-
-@dataclass(frozen=True)
-class PACHparams:
-    """Hyper-parameters of PAC; N, λ and |τ−| are the paper's, the schedule is ours."""
-
-    paths: int = 15  # N = |T+|
-    negatives: int = 1  # |τ−|
-    lambda_: float = 0.1  # weight of the contrastive loss; 0 leaves it out
-    score: Literal["l2", "signed_sum", "abs_zscore"] = "l2"  # the last: trace_on current only
-    scope: Literal["edit", "batch"] = "edit"  # paths of each request, or of the whole batch
-    selection: Literal["disjoint", "kbest"] = "disjoint"
-    trace_on: Literal["original", "current"] = "original"
-    learning_rate: float = 2e-4
-    steps: int = 50
-    tolerance: float = 0.05  # nats per target token
-    micro_batch: int = 50  # requests in one forward pass
-
 
 #: Steps of a batch until requests that were learnt are asked again.
 RECHECK_EVERY = 5
@@ -67,8 +49,6 @@ class _Item(NamedTuple):
 class PAC(Editor):
     """The per-edit schedule of the paper's description."""
 
-    Hparams = PACHparams
-
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`."""
         encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
@@ -77,7 +57,7 @@ class PAC(Editor):
         for request, item, route in items:
             if len(route.answer) != item.n_target:
                 raise EditError(
-                    f"pac: the traced answer of request {request.case_id!r} has "
+                    f"{self.name}: the traced answer of request {request.case_id!r} has "
                     f"{len(route.answer)} tokens and its target {item.n_target}; the paths were "
                     "made with another tokenizer: delete results/trace and run again."
                 )
@@ -89,8 +69,8 @@ class PAC(Editor):
         if self.hparams.trace_on == "original":
             if self.hparams.score == "abs_zscore":
                 raise ConfigError(
-                    "pac: score abs_zscore needs whole gradients, which are not cached; set "
-                    "trace_on: current."
+                    f"{self.name}: score abs_zscore needs whole gradients, which are not cached; "
+                    "set trace_on: current."
                 )
             paths = PathFile(self.assets["paths"])
             routes = [paths.route(r.case_id) for r in requests]
@@ -125,7 +105,7 @@ class PAC(Editor):
 
     @property
     def _contrast(self) -> bool:
-        return self.hparams.lambda_ > 0 and self.hparams.negatives > 0
+        return self.hparams.contrast > 0 and self.hparams.negatives > 0
 
     def _backward(
         self,
@@ -137,7 +117,7 @@ class PAC(Editor):
         """Accumulate the gradient of I over those of ``asked`` not yet learnt; return these."""
         learning = []
         lengths = [len(items[i].encoded.ids) for i in asked]
-        for positions in length_sorted_chunks(lengths, self.hparams.micro_batch):
+        for positions in length_sorted_chunks(lengths, self.micro_batch):
             chunk = [asked[i] for i in positions]
             losses = self._chunk_backward(model, segments, items, chunk)
             above = (losses >= self.hparams.tolerance).tolist()
@@ -171,13 +151,13 @@ class PAC(Editor):
             logits = model.answer_logits(batch.repeat(2) if doubled else batch)
             edit = row_losses(logits[: len(own)], batch.labels, batch)
             requests = [items[i].request for i in chunk]
-            check_finite("pac", edit, requests, self.steps, self.hparams.learning_rate)
+            check_finite(self.name, edit, requests, self.steps, self.hparams.learning_rate)
             above = edit >= self.hparams.tolerance
             if above.any():
                 losses = [edit]
                 if self._contrast:
                     contrast = row_losses(logits[len(logits) - len(own) :], own, batch)
-                    losses.append(self.hparams.lambda_ * contrast)
+                    losses.append(self.hparams.contrast * contrast)
                 sums = [loss[above].sum() / len(items) for loss in losses]
                 for step in [[0, 1]] if doubled else [[kind] for kind in range(len(sums))]:
                     kinds[:] = step

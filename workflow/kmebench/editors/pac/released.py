@@ -14,8 +14,6 @@ the dense code. The biases of the second projection, where there are any, are al
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from kmebench.data.records import EditRequest
 from kmebench.editors.epochs import EpochEditor, adam_state, load_adam_state
 from kmebench.editors.losses import check_finite
+from kmebench.editors.pac.cards import PACReleasedHparams
 from kmebench.editors.pac.gradients import KEY, VALUE, observed
 from kmebench.editors.pac.paths import select_paths
 from kmebench.editors.pac.segments import LiveSegments
@@ -34,26 +33,8 @@ from kmebench.models.encoding import Batch
 from kmebench.precision import at_least_float32
 
 
-@dataclass(frozen=True)
-class PACReleasedHparams:
-    """Hyper-parameters of the released schedule, with its values."""
-
-    paths: int = 15  # N = |T+|
-    negatives: int = 1  # K = |τ−|
-    lambda_: float = 0.1  # weight of the contrastive loss; 0 leaves its step out
-    learning_rate: float = 1e-5
-    epochs: int = 12
-    mini_batch: int = 2  # requests in one step
-    rescore_every: int = 2  # epochs
-    shared_state: bool = True  # one Adam for both kinds of steps, or one for each
-    second_step: Literal["contrast", "momentum"] = "contrast"  # momentum: gradients all zero
-    layers_per_pass: int | None = None  # layers scored at a time; none given: all
-
-
 class PACReleased(EpochEditor):
     """Several epochs over all requests in mini-batches, breadth first."""
-
-    Hparams = PACReleasedHparams
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`."""
@@ -85,8 +66,8 @@ class PACReleased(EpochEditor):
                         own = torch.cat([answers[i] for i in chunk])
                         asked = [requests[i] for i in chunk]
                         self._step(model, batch, batch.labels, 1.0, trained, adams[0], asked)
-                        if hparams.lambda_ > 0 and hparams.negatives > 0:
-                            weight = hparams.lambda_
+                        if hparams.contrast > 0 and hparams.negatives > 0:
+                            weight = hparams.contrast
                             self._step(model, batch, own, weight, trained, adams[-1], asked)
                 self.keep(epoch + 1, lambda: _state(trained, adams))
             return WeightDelta({one.name: one.part(one.masters - one.start) for one in slots})
@@ -118,7 +99,7 @@ class PACReleased(EpochEditor):
         with observed(model, receive, range(model.n_layers)):
             loss = cross_entropy(model.answer_logits(batch), labels)
             check_finite(
-                "pac-released",
+                self.name,
                 loss.detach().expand(len(asked)),
                 asked,
                 self.steps,

@@ -1,12 +1,40 @@
 """Values of hyper-parameters as parts of a file's name, and read back. Imports no torch."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from kmebench.errors import ConfigError
+
+#: Joins the parts of a file's name. Not a comma: Snakemake's jobs on a cluster fail at one.
+JOIN = "+"
 #: Joins the items of a list; stands behind the item of a list of one.
 LIST = ":"
 _NAMEABLE = re.compile(r"[\w.-]+")
 _NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
+
+
+def spell_all(values: Mapping[str, Any]) -> str:
+    """Name a file by values, such that :func:`read_all` reads them back: ``paths=20+layers=1:2``.
+
+    Raises:
+        ConfigError: a value cannot be part of a file's name.
+    """
+    parts = []
+    for key, value in values.items():
+        try:
+            parts.append(f"{key}={spell(value)}")
+        except ValueError as error:
+            raise ConfigError(
+                f"{key}: {error}: make it a method of its own, with that hyper-parameter."
+            ) from error
+    return JOIN.join(parts)
+
+
+def read_all(text: str) -> dict[str, Any]:
+    """Read values back: ``paths=20+layers=1:2`` -> {"paths": 20, "layers": [1, 2]}."""
+    pairs = (item.partition("=") for item in text.split(JOIN) if item)
+    return {key: read(value) for key, _, value in pairs}
 
 
 def spell(value: Any) -> str:

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kmebench.planning import grid
-from kmebench.planning.values import read, spell
+from kmebench.values import read, spell
 
 scalars = (
     st.none()

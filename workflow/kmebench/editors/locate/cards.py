@@ -1,0 +1,179 @@
+"""Cards of the family of ROME. Import no torch."""
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from kmebench.editors.cards import Card, Count, Layers, Real, Whole, about, hyperparameters
+from kmebench.editors.needs import Covariance, Need, Pipeline, Targets
+
+#: Where the KL loss looks: at the subject, as released, or after "is a".
+KLPosition = Literal["subject_last", "prompt_last"]
+#: Whose output a target replaces: the layer's (MEMIT and its family), W2's (ROME), or W2's while
+#: the attention's is moved too (PMET).
+Site = Literal["layer", "value", "attention-value"]
+
+Steps = Annotated[Whole, about("Forward passes of the target's optimisation, one after the last.")]
+Rate = Annotated[Real, about("Step size of Adam.")]
+KLFactor = Annotated[Real, about("κ, weight of the KL divergence.")]
+Decay = Annotated[Real, about("ω, weight of ‖δ‖ / ‖h‖².")]
+Clamp = Annotated[Real, about("c, bound of ‖δ‖ / ‖h‖.")]
+Position = Annotated[KLPosition, about("Token after which the KL divergence is taken.")]
+Weight = Annotated[Real, about("λ, weight of the covariance C.")]
+Edited = Annotated[Layers, about("Layers edited, from 0, in this order.")]
+
+
+@hyperparameters
+class ROMEHparams:
+    """Hyper-parameters of ROME."""
+
+    layer: Annotated[Whole, about("Layer edited, from 0.")] = 5
+    steps: Steps = 25
+    learning_rate: Rate = 0.5
+    kl_factor: KLFactor = 0.0625
+    weight_decay: Decay = 1e-3
+    clamp_factor: Clamp = 4.0
+    kl_position: Position = "subject_last"
+    second_moment: Annotated[bool, about("Whether the covariance C is used; off: C = I.")] = True
+
+
+@hyperparameters
+class MEMITHparams:
+    """Hyper-parameters of MEMIT."""
+
+    layers: Edited = (4, 5, 6, 7, 8)
+    steps: Steps = 25
+    learning_rate: Rate = 0.5
+    kl_factor: KLFactor = 0.0625
+    weight_decay: Decay = 1e-3
+    clamp_factor: Clamp = 4.0
+    kl_position: Position = "subject_last"
+    moment_weight: Weight = 15_000.0
+    micro_batch: Annotated[Count, about("Requests in one forward pass, in all their contexts.")] = (
+        20
+    )
+
+
+@hyperparameters
+class PMETHparams(MEMITHparams):
+    """Hyper-parameters of PMET."""
+
+    steps: Steps = 20
+    weight_decay: Decay = 0.5
+    clamp_factor: Clamp = 1.0
+
+
+@hyperparameters
+class EMMETHparams(MEMITHparams):
+    """Hyper-parameters of EMMET."""
+
+    layers: Edited = (5,)
+    moment_weight: Weight = 100_000.0
+    epsilon: Annotated[Real, about("ε for two or more requests, as released; 0 is exact.")] = 0.1
+    epsilon_single: Annotated[
+        bool, about("Whether ε is added for one request too, as in one public toolkit.")
+    ] = False
+
+
+@hyperparameters
+class AlphaEditHparams(MEMITHparams):
+    """Hyper-parameters of AlphaEdit (which has no λ)."""
+
+    threshold: Annotated[Real, about("Eigenvalues of C below it count as unused.")] = 2e-2
+    ridge: Annotated[Real, about("α, the ridge of the solution.")] = 10.0
+
+
+@hyperparameters
+class PRUNEHparams(MEMITHparams):
+    """Hyper-parameters of PRUNE."""
+
+    base: Annotated[Real, about("Base of the logarithm that replaces large singular values.")] = 1.2
+
+
+@hyperparameters
+class RECTHparams(MEMITHparams):
+    """Hyper-parameters of RECT."""
+
+    share: Annotated[Real, about("Share of the entries of a weight that are kept.")] = 0.4
+
+
+def _rome(hparams: ROMEHparams, pipeline: Pipeline) -> tuple[Need, ...]:
+    return (Covariance((hparams.layer,)),) if hparams.second_moment else ()
+
+
+def spread(site: Site) -> Any:
+    """Return the needs of an editor of MEMIT's family whose targets stand at ``site``.
+
+    Targets are shared in batches alone, which start from the original model: on a model with
+    earlier edits they are others.
+    """
+
+    def needs(hparams: MEMITHparams, pipeline: Pipeline) -> tuple[Need, ...]:
+        covariance = Covariance(tuple(hparams.layers))
+        if pipeline.mode != "batch":
+            return (covariance,)
+        loss = {f.name: getattr(hparams, f.name) for f in fields(Targets) if f.name in _LOSS}
+        return covariance, Targets(site, hparams.layers[-1], **loss)
+
+    return needs
+
+
+#: What decides a target besides its site and layer.
+_LOSS = ("steps", "learning_rate", "kl_factor", "weight_decay", "clamp_factor", "kl_position")
+
+
+def _card(name: str, place: str, hparams: type, citation: str, needs: Any) -> Card:
+    return Card(name, f"kmebench.editors.locate.{place}", hparams, "locate", citation, needs=needs)
+
+
+CARDS = [
+    _card(
+        "rome",
+        "rome:ROME",
+        ROMEHparams,
+        "Meng et al. 2022, Locating and editing factual associations in GPT",
+        _rome,
+    ),
+    _card("r-rome", "r_rome:RROME", ROMEHparams, "Gupta et al. 2024, Rebuilding ROME", _rome),
+    _card(
+        "memit",
+        "memit:MEMIT",
+        MEMITHparams,
+        "Meng et al. 2023, Mass-editing memory in a transformer",
+        spread("layer"),
+    ),
+    _card(
+        "pmet",
+        "pmet:PMET",
+        PMETHparams,
+        "Li et al. 2024, PMET: precise model editing in a transformer",
+        spread("attention-value"),
+    ),
+    _card(
+        "emmet",
+        "emmet:EMMET",
+        EMMETHparams,
+        "Gupta et al. 2024, A unified framework for model editing",
+        spread("layer"),
+    ),
+    _card(
+        "alphaedit",
+        "alphaedit:AlphaEdit",
+        AlphaEditHparams,
+        "Fang et al. 2025, AlphaEdit: null-space constrained knowledge editing",
+        spread("layer"),
+    ),
+    _card(
+        "prune",
+        "prune:PRUNE",
+        PRUNEHparams,
+        "Ma et al. 2025, Perturbation-restrained sequential model editing",
+        spread("layer"),
+    ),
+    _card(
+        "rect",
+        "rect:RECT",
+        RECTHparams,
+        "Gu et al. 2024, Model editing harms general abilities of large language models",
+        spread("layer"),
+    ),
+]

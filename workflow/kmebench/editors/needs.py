@@ -1,0 +1,139 @@
+"""What editors need of cached stages. Imports no torch.
+
+A need names its rule and spells its file; a rule reads the settings of its job back from the
+name. An editor finds the file under ``assets[need.asset]``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from kmebench.values import JOIN, read_all, spell_all
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How requests reach an editor: ``batch_size`` at a time in mode ``batch``."""
+
+    mode: str
+    batch_size: int
+
+
+class Need(ABC):
+    """One file of a cached stage."""
+
+    asset: ClassVar[str]
+    rule: ClassVar[str]
+
+    @abstractmethod
+    def path(self, model: str, dataset: str) -> str:
+        """Return where the file lies below the results."""
+
+
+@dataclass(frozen=True)
+class Paths(Need):
+    """Transmission paths, selected from cached scores for ``group`` requests at a time."""
+
+    score: str
+    group: int
+    selection: str
+    paths: int
+    negatives: int
+
+    asset: ClassVar[str] = "paths"
+    rule: ClassVar[str] = "select_paths"
+
+    @property
+    def name(self) -> str:
+        """Name of the file, e.g. ``l2+edit+disjoint+paths=15+negatives=1``."""
+        scope = "edit" if self.group == 1 else f"batch={self.group}"
+        counts = spell_all({"paths": self.paths, "negatives": self.negatives})
+        return JOIN.join([self.score, scope, self.selection, counts])
+
+    @classmethod
+    def parse(cls, name: str) -> "Paths":
+        """Read a name back."""
+        score, scope, selection, *counts = name.split(JOIN)
+        group = int(scope.partition("=")[2] or 1)
+        return cls(score, group, selection, **read_all(JOIN.join(counts)))
+
+    def path(self, model: str, dataset: str) -> str:
+        """Return where the file lies below the results."""
+        return f"trace/{model}/{dataset}/paths/{self.name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Covariance(Need):
+    """C = E[k kᵀ] of the inputs of W2; one file holds all layers that a model's runs need."""
+
+    layers: tuple[int, ...]
+
+    asset: ClassVar[str] = "covariance"
+    rule: ClassVar[str] = "covariance"
+
+    def path(self, model: str, dataset: str) -> str:
+        """Return where the file lies below the results."""
+        return f"covariance/{model}.safetensors"
+
+
+@dataclass(frozen=True)
+class Targets(Need):
+    """Targets z* of all requests on the unedited model, by layer and loss."""
+
+    site: str
+    layer: int
+    steps: int
+    learning_rate: float
+    kl_factor: float
+    weight_decay: float
+    clamp_factor: float
+    kl_position: str
+
+    asset: ClassVar[str] = "targets"
+    rule: ClassVar[str] = "optimise_targets"
+
+    @property
+    def name(self) -> str:
+        """Name of the file, e.g. ``site=layer+layer=8+steps=25+learning_rate=0.5+...``."""
+        return spell_all(asdict(self))
+
+    @classmethod
+    def parse(cls, name: str) -> "Targets":
+        """Read a name back."""
+        return cls(**read_all(name))
+
+    def path(self, model: str, dataset: str) -> str:
+        """Return where the file lies below the results."""
+        return f"targets/{model}/{dataset}/{self.name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Trained(Need):
+    """What an editor has learnt from the development split, once for all runs of a model.
+
+    ``function`` ("module:function") is called as ``function(path, model, requests, settings)``
+    with the unedited model and the development requests, and writes the file.
+    """
+
+    function: str
+    settings: Mapping[str, Any]
+
+    asset: ClassVar[str] = "trained"
+    rule: ClassVar[str] = "train_stage"
+
+    @property
+    def name(self) -> str:
+        """Name of the file: module, function and settings."""
+        return JOIN.join(filter(None, [self.function.replace(":", "."), spell_all(self.settings)]))
+
+    @classmethod
+    def parse(cls, name: str) -> "Trained":
+        """Read a name back."""
+        function, _, settings = name.partition(JOIN)
+        module, _, attribute = function.rpartition(".")
+        return cls(f"{module}:{attribute}", read_all(settings))
+
+    def path(self, model: str, dataset: str) -> str:
+        """Return where the file lies below the results."""
+        return f"trained/{model}/{dataset}/{self.name}.safetensors"

@@ -1,0 +1,100 @@
+"""Cards of PAC (Zhai et al. 2025). Import no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kmebench.editors.cards import Card, Count, Real, Whole, about, hyperparameters
+from kmebench.editors.needs import Need, Paths, Pipeline
+
+_CITATION = (
+    "Zhai et al. 2025, Parameter-aware contrastive knowledge editing: tracing and rectifying based "
+    "on critical transmission paths"
+)
+Contrast = Annotated[
+    Real, about("Weight of the contrastive loss; 0 leaves it out."), Field(alias="lambda")
+]
+
+
+@hyperparameters
+class PACHparams:
+    """Hyper-parameters of PAC; N, λ and |τ−| are the paper's, the schedule is ours."""
+
+    paths: Annotated[Count, about("Number of critical paths, N = |T+|.")] = 15
+    negatives: Annotated[Whole, about("Number of insignificant paths, |τ−|.")] = 1
+    contrast: Contrast = 0.1
+    score: Annotated[
+        Literal["l2", "signed_sum", "abs_zscore"],
+        about("Importance of a segment; abs_zscore, as released, needs trace_on: current."),
+    ] = "l2"
+    scope: Annotated[
+        Literal["edit", "batch"], about("Paths of each request, or of the whole batch.")
+    ] = "edit"
+    selection: Annotated[
+        Literal["disjoint", "kbest"], about("Paths that share nothing, or the N best of all.")
+    ] = "disjoint"
+    trace_on: Annotated[
+        Literal["original", "current"], about("The model that is traced: unedited, or as it is.")
+    ] = "original"
+    learning_rate: Annotated[Real, about("Step size of Adam.")] = 2e-4
+    steps: Annotated[Whole, about("Most updates of an edit.")] = 50
+    tolerance: Annotated[
+        Real, about("Loss below which a request is learnt.", "nats per target token")
+    ] = 0.05
+    micro_batch: Annotated[Count, about("Requests in one forward pass.")] = 50
+
+
+@hyperparameters
+class PACReleasedHparams:
+    """Hyper-parameters of the schedule of the authors' released code, with its values."""
+
+    paths: Annotated[Count, about("Number of critical paths, N = |T+|.")] = 15
+    negatives: Annotated[Whole, about("Number of insignificant paths, K = |τ−|.")] = 1
+    contrast: Contrast = 0.1
+    learning_rate: Annotated[Real, about("Step size of Adam.")] = 1e-5
+    epochs: Annotated[Count, about("Passes over all requests.")] = 12
+    mini_batch: Annotated[Count, about("Requests in one step.")] = 2
+    rescore_every: Annotated[Count, about("Epochs until segments are scored again.")] = 2
+    shared_state: Annotated[bool, about("One Adam for both kinds of steps, or one for each.")] = (
+        True
+    )
+    second_step: Annotated[
+        Literal["contrast", "momentum"],
+        about("The second step's gradients: of the contrastive loss, or all zero."),
+    ] = "contrast"
+    layers_per_pass: Annotated[Count | None, about("Layers scored at a time; none given: all.")] = (
+        None
+    )
+
+
+def _paths(hparams: PACHparams, pipeline: Pipeline) -> tuple[Need, ...]:
+    """Cached paths, where the original model is traced.
+
+    Requests edited one at a time are their own batch, so there scope is always ``edit``.
+    """
+    if hparams.trace_on != "original":
+        return ()
+    whole = hparams.scope == "batch" and pipeline.mode == "batch"
+    group = pipeline.batch_size if whole else 1
+    h = hparams
+    return (Paths(h.score, group, h.selection, h.paths, h.negatives),)
+
+
+CARDS = [
+    Card(
+        "pac",
+        "kmebench.editors.pac.pac:PAC",
+        PACHparams,
+        "pac",
+        _CITATION,
+        needs=_paths,
+        single={"trace_on": "current"},
+    ),
+    Card(
+        "pac-released",
+        "kmebench.editors.pac.released:PACReleased",
+        PACReleasedHparams,
+        "pac",
+        _CITATION + " (the schedule of its released code)",
+    ),
+]

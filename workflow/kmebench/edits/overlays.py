@@ -1,0 +1,115 @@
+"""Overlays: the part of an edit that acts on texts, module outputs or logits.
+
+Between a question and its logits an edit can act at four places, in this order: the text, the
+weights, a module's output, the logits. An overlay acts at the first, third and fourth. It is a
+frozen value; an edit makes a successor. Where its gate is closed it is the identity, bit by bit.
+"""
+
+import importlib
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+
+from torch import Tensor
+
+from kmebench.errors import KMEBenchError
+
+if TYPE_CHECKING:
+    from kmebench.models.editable import EditableModel
+
+
+class Text(NamedTuple):
+    """A prompt, perhaps with the target that is to be scored behind it."""
+
+    prompt: str
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Texts on their way through a model.
+
+    ``prompt_last`` holds each row's last token of the prompt, as a column of the batch. In the
+    phase ``scored`` targets stand behind prompts; ``prefill`` reads prompts to be gone on from;
+    ``decode`` writes one token per row. ``decisions`` keeps what a hook decided in the prefill.
+    """
+
+    prompt_last: Tensor  # [R] int64
+    phase: Literal["scored", "prefill", "decode"] = "scored"
+    decisions: dict[str, Any] = field(default_factory=dict)
+
+
+#: Input [R, T, in] and output [R, T, out] of a module -> its output. Rows whose gate is closed
+#: keep their bits.
+Hook = Callable[[Tensor, Tensor], Tensor]
+
+
+_CLASSES: dict[str, type["Overlay"]] = {}
+
+
+class Overlay(ABC):
+    """What an edit does besides changing weights. Subclasses are frozen dataclasses of tensors."""
+
+    #: Registered name of the class in files; see :func:`overlay_class`.
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        """Register the class by its kind."""
+        _CLASSES[cls.kind] = cls
+
+    def rewrite(self, texts: Sequence[Text]) -> Sequence[Text]:
+        """Return what is asked instead of ``texts``; the same objects where nothing changes."""
+        return texts
+
+    def hooks(self, passage: Passage) -> Mapping[str, Hook]:
+        """Return hooks on module outputs, by module path."""
+        return {}
+
+    def logits(self, passage: Passage, base: Tensor, model: "EditableModel") -> Tensor:
+        """Return the logits instead of ``base`` [A, vocabulary]; ``base`` itself where closed."""
+        return base
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that make up the overlay, for files and checkpoints."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Rebuild an overlay from :meth:`tensors`.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        raise NotImplementedError
+
+    @property
+    def entries(self) -> int:
+        """How many facts it holds."""
+        raise NotImplementedError
+
+
+#: Kinds of this library, with the module that defines each.
+_MODULES = {"codebook": "kmebench.edits.codebook"}
+#: Installed packages name the kinds of their overlays under this entry point group.
+ENTRY_POINTS = "kmebench.overlays"
+
+
+def overlay_class(kind: str) -> type[Overlay]:
+    """Return the class of overlays of a kind.
+
+    Raises:
+        KMEBenchError: no installed package has one.
+    """
+    if kind not in _CLASSES and kind in _MODULES:
+        importlib.import_module(_MODULES[kind])
+    if kind not in _CLASSES:
+        for point in entry_points(group=ENTRY_POINTS, name=kind):
+            point.load()
+    if kind not in _CLASSES:
+        raise KMEBenchError(
+            f"No installed package knows overlays of the kind {kind!r}; install the package of "
+            "the editor that made it."
+        )
+    return _CLASSES[kind]
