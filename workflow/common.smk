@@ -142,6 +142,8 @@ def edit_inputs(mode):
             )
         if grid.needs_moments(config, run):
             needed["moments"] = f"<results>/moments/{run.model}.safetensors"
+        if grid.measures_health(config, mode):
+            needed["neutral"] = f"<results>/original/{run.model}/neutral.safetensors"
         target = grid.target_of(config, run)
         if target:
             needed["targets"] = (

@@ -15,6 +15,13 @@ def experiment_files(name):
     return files
 
 
+def experiment_health(wildcards):
+    """The measurements of every run of an experiment, if its pipeline makes any."""
+    mode = config["experiments"][wildcards.experiment]["mode"]
+    measured = grid.measures_health(config, mode)
+    return experiment_files("health.json")(wildcards) if measured else []
+
+
 def experiment_originals(wildcards):
     """(model, data set) of every unedited model that an experiment compares with."""
     runs = grid.runs_of(config, wildcards.experiment)
@@ -83,6 +90,7 @@ def table_params(wildcards):
         "models": chosen("models"),
         "datasets": chosen("datasets"),
         "methods": chosen("methods"),
+        "controls": grid.controls(config),
     }
 
 
@@ -97,6 +105,10 @@ def figure_runs(figure):
     # The nodes of a data set are the same whichever run asks for them.
     if spec["kind"] == "nodes":
         runs = [(run, value) for run, value in runs if grid.needs_paths(config, run)]
+    # No edit takes no time and has no norm.
+    if spec["kind"] in ("time", "norms"):
+        left_out = grid.controls(config)
+        runs = [(run, value) for run, value in runs if run.method not in left_out]
     return runs
 
 

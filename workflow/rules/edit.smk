@@ -37,6 +37,7 @@ use rule edit_batch as edit_consecutive with:
         timing="<results>/runs/{model}/{dataset}/consecutive/{method}/{variant}/seed{seed}/timing.json",
         run="<results>/runs/{model}/{dataset}/consecutive/{method}/{variant}/seed{seed}/run.json",
         delta="<results>/runs/{model}/{dataset}/consecutive/{method}/{variant}/seed{seed}/delta.safetensors",
+        health="<results>/runs/{model}/{dataset}/consecutive/{method}/{variant}/seed{seed}/health.json",
     log:
         "<logs>/edit_consecutive/{model}.{dataset}.{method}.{variant}.seed{seed}.log",
     benchmark:
@@ -55,6 +56,7 @@ use rule edit_batch as edit_breadth_first with:
         timing="<results>/runs/{model}/{dataset}/breadth_first/{method}/{variant}/seed{seed}/timing.json",
         run="<results>/runs/{model}/{dataset}/breadth_first/{method}/{variant}/seed{seed}/run.json",
         delta="<results>/runs/{model}/{dataset}/breadth_first/{method}/{variant}/seed{seed}/delta.safetensors",
+        health="<results>/runs/{model}/{dataset}/breadth_first/{method}/{variant}/seed{seed}/health.json",
     log:
         "<logs>/edit_breadth_first/{model}.{dataset}.{method}.{variant}.seed{seed}.log",
     benchmark:

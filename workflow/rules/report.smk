@@ -6,6 +6,7 @@ rule score:
     input:
         predictions=experiment_files("predictions.parquet"),
         timing=experiment_files("timing.json"),
+        health=experiment_health,
         original=lambda w: [
             f"<results>/original/{model}/{dataset}.parquet"
             for model, dataset in experiment_originals(w)
@@ -26,6 +27,7 @@ rule score:
             {"model": model, "dataset": dataset}
             for model, dataset in experiment_originals(w)
         ],
+        controls=grid.controls(config),
         statistics=config["statistics"],
     message:
         "Scoring {wildcards.experiment}"

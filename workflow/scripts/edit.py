@@ -17,6 +17,7 @@ with script_log(snakemake):
         settings,
         assets={k: v for k, v in snakemake.input.items() if k in ("paths", "moments", "targets")},
         original=snakemake.input.original,
+        neutral=snakemake.input.get("neutral"),
         inputs=list(snakemake.input),
         output=dict(snakemake.output.items()),
     )

@@ -11,11 +11,11 @@ from tokenizers import processors
 
 from kmebench.editors.locate.covariance import stage
 from kmebench.editors.locate.covariance.keys import Sampled
-from kmebench.models.sampling import beginning, sample
 from kmebench.editors.locate.covariance.stage import second_moments
 from kmebench.editors.locate.covariance.store import SecondMoments
 from kmebench.editors.locate.covariance.texts import TextSettings, text_batches
 from kmebench.errors import ConfigError, DataError, EditError, KMEBenchError
+from kmebench.models.sampling import beginning, sample
 from tests.conftest import FAMILIES, TEXTS
 
 LAYERS = (0, 2)

@@ -7,7 +7,7 @@ last place would otherwise vanish. Segments are kept apart from whole matrices, 
 time follow what was touched, not the size of the model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,11 @@ class Ledger:
     def total(self) -> WeightDelta:
         """Return all edits so far as one delta: master − original."""
         return WeightDelta({name: entry.total() for name, entry in self._entries.items()})
+
+    @property
+    def touched(self) -> Set[str]:
+        """Names of the parameters that edits have touched."""
+        return self._entries.keys()
 
     def original(self, name: str) -> Tensor:
         """Return a parameter as it was before any edit; never the live weight itself."""

@@ -4,7 +4,7 @@
 model, evaluated, and rolled back. **consecutive**: one request after another without
 rollback; predictions are made right after each edit ("write"), for all requests so far after
 1, 3, 10, 30, 100, ... edits ("checkpoint"), and for all requests on the final model
-("final").
+("final"). The model's health is measured at "checkpoint" and "final".
 **breadth_first**: all requests at once, without rollback; the editor passes over them in
 mini-batches, several times, and the final model is evaluated.
 
@@ -17,7 +17,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +44,9 @@ from kmebench.pipelines.preemption import PreemptedError, noted_signals
 
 logger = logging.getLogger("kmebench")
 
+#: Measures the model as it is now (kmebench.evaluation.health).
+Measure = Callable[[EditableModel], Mapping[str, float]]
+
 
 @dataclass
 class Outcome:
@@ -54,13 +57,15 @@ class Outcome:
     changed (None for batches, which are rolled back). ``norms``: Frobenius
     norm of every touched parameter, for each call of the editor. ``failed``: case_ids and error of
     each call that was skipped; its requests are asked of the model without it.
-    ``evaluation_seconds``: what all predictions of the run took.
+    ``health``: edits_done and the measurements of each model state that was measured.
+    ``evaluation_seconds``: what all predictions and measurements of the run took.
     """
 
     predictions: pd.DataFrame
     times: list[dict[str, Any]] = field(default_factory=list)
     norms: list[dict[str, float]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
+    health: list[dict[str, float]] = field(default_factory=list)
     evaluation_seconds: float = 0.0
     delta: WeightDelta | None = None
 
@@ -114,6 +119,7 @@ def run_consecutive(
     checkpoints: "Checkpoints",
     *,
     skip_failed: bool = False,
+    measure: Measure | None = None,
 ) -> Outcome:
     """Edit one request after another, resuming from the newest checkpoint."""
     done, frames, outcome = checkpoints.restore(model, editor)
@@ -131,12 +137,14 @@ def run_consecutive(
                     frames.append(
                         _predictions(model, outcome, so_far, 0, settings, "checkpoint", done)
                     )
+                    _measure(model, outcome, done, measure)
             if done % checkpoints.every == 0 or stopped_by():
                 checkpoints.save(model, editor, done, frames, outcome, stopped_by())
     with _finished(model, editor, outcome):
         frames.append(
             _predictions(model, outcome, requests, 0, settings, "final", len(requests), decode=True)
         )
+        _measure(model, outcome, len(requests), measure)
         outcome.delta = model.edits.total()
     outcome.predictions = pd.concat(frames, ignore_index=True)
     return outcome
@@ -150,6 +158,7 @@ def run_breadth_first(
     checkpoints: "Checkpoints",
     *,
     skip_failed: bool = False,
+    measure: Measure | None = None,
 ) -> Outcome:
     """Edit all requests in one call, without rollback, resuming behind the last epoch saved."""
     _, _, outcome = checkpoints.restore(model, editor)
@@ -165,6 +174,7 @@ def run_breadth_first(
         outcome.predictions = _predictions(
             model, outcome, requests, 0, settings, "final", len(requests), decode=True
         )
+        _measure(model, outcome, len(requests), measure)
         outcome.delta = model.edits.total()
     return outcome
 
@@ -277,8 +287,18 @@ def _predictions(
     return frame.assign(moment=moment, edits_done=edits_done, batch=batch)
 
 
+def _measure(
+    model: EditableModel, outcome: Outcome, edits_done: int, measure: Measure | None
+) -> None:
+    """Note the health of the model as it is now; its time is no edit's."""
+    if measure:
+        started = time.perf_counter()
+        outcome.health.append({"edits_done": edits_done, **measure(model)})
+        outcome.evaluation_seconds += time.perf_counter() - started
+
+
 #: What a checkpoint keeps of an outcome besides its predictions.
-_KEPT = ("times", "norms", "failed", "evaluation_seconds")
+_KEPT = ("times", "norms", "failed", "health", "evaluation_seconds")
 
 
 class Checkpoints:

@@ -19,6 +19,7 @@ from kmebench import __version__
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor, build_editor, resolved
 from kmebench.evaluation.frames import beside_original, write_frame
+from kmebench.evaluation.health import NeutralText, health
 from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.prompts import askable
 from kmebench.evaluation.schema import PREDICTIONS
@@ -28,6 +29,7 @@ from kmebench.io.files import write_json
 from kmebench.models.editable import EditableModel, describe
 from kmebench.pipelines.pipelines import (
     Checkpoints,
+    Measure,
     Outcome,
     run_batches,
     run_breadth_first,
@@ -54,8 +56,10 @@ def run_cell(
     original: str,
     inputs: Sequence[str],
     output: Mapping[str, str],
+    neutral: str | None = None,
 ) -> None:
-    """Edit, predict and write ``output`` (predictions, timing, run; delta unless in batches).
+    """Edit, predict and write ``output`` (predictions, timing, run; unless in batches: delta and
+    health, which is measured on the text in the file ``neutral``, if any).
 
     ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, on_failed_edit,
     on_bad_record, evaluation. Requests that the model cannot be asked are left out.
@@ -74,12 +78,14 @@ def run_cell(
         {"settings": dict(settings), "requests": _digest(requests), "inputs": _digest_of(inputs)},
         "epochs" if settings["mode"] == "breadth_first" else "edits",
     )
-    outcome = _session(model, editor, requests, settings, checkpoints)
+    measure = neutral and measured_on(neutral, settings["evaluation"]["batch_size"])
+    outcome = _session(model, editor, requests, settings, checkpoints, measure)
     frame = beside_original(outcome.predictions, read_parquet(original))
     write_json(output["timing"], timing(outcome, model, settings, load_seconds))
     write_json(output["run"], record(outcome, model, editor, requests, settings))
     if outcome.delta is not None:
         outcome.delta.save(output["delta"])
+        write_json(output["health"], outcome.health)
     write_frame(frame, PREDICTIONS, output["predictions"])
     checkpoints.clear()
 
@@ -90,6 +96,7 @@ def _session(
     requests: Sequence[EditRequest],
     settings: Mapping[str, Any],
     checkpoints: Checkpoints,
+    measure: Measure | None,
 ) -> Outcome:
     evaluation = Settings(**settings["evaluation"])
     skip = {"skip_failed": settings["on_failed_edit"] == "skip"}
@@ -97,9 +104,17 @@ def _session(
         size = settings["batch_size"]
         return run_batches(model, editor, requests, size, evaluation, checkpoints, **skip)
     if settings["mode"] == "breadth_first":
-        return run_breadth_first(model, editor, requests, evaluation, checkpoints, **skip)
+        return run_breadth_first(
+            model, editor, requests, evaluation, checkpoints, **skip, measure=measure
+        )
     ordered = in_order(requests, settings["seed"])
-    return run_consecutive(model, editor, ordered, evaluation, checkpoints, **skip)
+    return run_consecutive(model, editor, ordered, evaluation, checkpoints, **skip, measure=measure)
+
+
+def measured_on(neutral: str, batch_size: int) -> Measure:
+    """Return what measures a model's health on the text in a file."""
+    text = NeutralText.open(neutral)
+    return lambda model: health(model, text, batch_size)
 
 
 def in_order(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:

@@ -316,6 +316,17 @@ def target_of(config: Mapping[str, Any], run: Run) -> str | None:
     return _spell({"site": site, "layer": hparams["layers"][-1]} | settings)
 
 
+def controls(config: Mapping[str, Any]) -> list[str]:
+    """Return the methods that are rows to compare with, never rivals."""
+    methods = config["methods"].items()
+    return [name for name, spec in methods if card_of(spec.get("editor", name)).control]
+
+
+def measures_health(config: Mapping[str, Any], mode: str) -> bool:
+    """Whether the runs of a pipeline measure the health of the models that they leave."""
+    return mode != "batch" and config["health"]["texts"] > 0
+
+
 def selection_of(config: Mapping[str, Any], run: Run) -> str:
     """Name the path file of a run, e.g. ``l2+edit+disjoint+paths=15+negatives=1``.
 

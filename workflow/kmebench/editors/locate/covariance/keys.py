@@ -50,8 +50,9 @@ class Written:
 class Sampled:
     """``rows`` texts of ``length`` tokens that the model writes itself.
 
-    Each begins as the model's texts do (:func:`~kmebench.models.sampling.beginning`) and goes on by plain sampling, past
-    an end-of-text token too, as packed training text does. ``seed`` decides the text.
+    Each begins as the model's texts do (:func:`~kmebench.models.sampling.beginning`) and goes on by
+    plain sampling, past an end-of-text token too, as packed training text does. ``seed`` decides
+    the text.
     """
 
     rows: int
