@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kmebench.io import origins
-from kmebench.editors.registry import editor_target
+from kmebench.editors.needs import Covariance, Paths, Targets
 from kmebench.planning import grid
 from kmebench.planning.config import check_config
 from kmebench.planning.dependencies import source_closure
@@ -72,9 +72,9 @@ def model_content(wildcards):
 
 
 def text_content(wildcards):
-    """A parameter function: the content of the user's text, if moments are taken from one."""
-    note = f"{results_folder()}/moments/{wildcards.model}.origin.json"
-    return origins.parameter(config["moments"]["text"].get("path"), note)
+    """A parameter function: the content of the user's text, if the covariance is taken over one."""
+    note = f"{results_folder()}/covariance/{wildcards.model}.origin.json"
+    return origins.parameter(config["covariance"]["text"].get("path"), note)
 
 
 def selection_params(dataset):
@@ -120,34 +120,20 @@ def run_at(wildcards, mode):
     return grid.Run(w.model, w.dataset, mode, w.method, w.variant, int(w.seed))
 
 
-def editor_module(run):
-    return editor_target(grid.editor_of(config, run.method))[0]
-
-
 def edit_inputs(mode):
     """An input function: what a run of this mode needs, and nothing that it does not."""
 
     def inputs(wildcards):
         run = run_at(wildcards, mode)
-        needed = {
+        return {
             "model": f"<results>/models/{run.model}",
             "requests": f"<results>/data/{run.dataset}.jsonl",
             "original": f"<results>/original/{run.model}/{run.dataset}.parquet",
-            "code": code("edit", editor_module(run)),
+            "code": code("edit", grid.card_of_method(config, run.method).module),
+        } | {
+            need.asset: f"<results>/{need.path(run.model, run.dataset)}"
+            for need in grid.needs_of(config, run)
         }
-        if grid.needs_paths(config, run):
-            selection = grid.selection_of(config, run)
-            needed["paths"] = (
-                f"<results>/trace/{run.model}/{run.dataset}/paths/{selection}.safetensors"
-            )
-        if grid.needs_moments(config, run):
-            needed["moments"] = f"<results>/moments/{run.model}.safetensors"
-        target = grid.target_of(config, run)
-        if target:
-            needed["targets"] = (
-                f"<results>/targets/{run.model}/{run.dataset}/{target}.safetensors"
-            )
-        return needed
 
     return inputs
 
@@ -159,7 +145,7 @@ def edit_params(mode):
         run = run_at(wildcards, mode)
         return {
             "mode": mode,
-            "editor": grid.editor_of(config, run.method),
+            "editor": config["methods"][run.method].get("editor", run.method),
             "hparams": grid.hparams_of(config, run),
             "seed": run.seed,
             "batch_size": config["batch_size"],

@@ -96,7 +96,7 @@ def figure_runs(figure):
         runs.append((run, known[parameter] if parameter else grid.DEFAULT))
     # The nodes of a data set are the same whichever run asks for them.
     if spec["kind"] == "nodes":
-        runs = [(run, value) for run, value in runs if grid.needs_paths(config, run)]
+        runs = [(run, value) for run, value in runs if grid.needed(config, run, Paths)]
     return runs
 
 
@@ -111,7 +111,7 @@ def figure_files(wildcards):
     if spec["kind"] == "nodes":
         return [
             f"<results>/trace/{run.model}/{run.dataset}/nodes/"
-            f"{grid.selection_of(config, run)}.parquet"
+            f"{grid.needed(config, run, Paths).name}.parquet"
             for run in runs
         ]
     name = {"time": "timing.json", "norms": "run.json"}[spec["kind"]]
@@ -144,9 +144,9 @@ def finding_cells():
     for claim in claims.read_claims(CLAIMS):
         for model, dataset, sides in claims.cells_of(config, claim):
             if claim.test["kind"] == "layers":
-                selection = grid.selection_of(config, sides["pac"])
                 files = {
-                    "pac": f"trace/{model}/{dataset}/paths/{selection}.safetensors"
+                    role: grid.needed(config, run, Paths).path(model, dataset)
+                    for role, run in sides.items()
                 }
             else:
                 files = {role: run.folder() for role, run in sides.items()}

@@ -78,23 +78,23 @@ rule select_paths:
     conda:
         "../../envs/edit.yaml"
     params:
-        settings=lambda w: grid.parse_selection(w.selection),
+        settings=lambda w: asdict(Paths.parse(w.selection)),
     message:
         "Selecting paths {wildcards.selection} of {wildcards.model} on {wildcards.dataset}"
     script:
         "../scripts/select_paths.py"
 
 
-rule second_moments:
-    "Average k kᵀ of the inputs of W2 over generic text, for all layers whose moments runs read."
+rule covariance:
+    "Average k kᵀ of the inputs of W2 over generic text, for all layers that runs ask for."
     input:
         model="<results>/models/{model}",
-        code=code("second_moments"),
+        code=code("covariance"),
     output:
-        moments="<results>/moments/{model}.safetensors",
-        origin="<results>/moments/{model}.origin.json",
+        covariance="<results>/covariance/{model}.safetensors",
+        origin="<results>/covariance/{model}.origin.json",
     log:
-        "<logs>/second_moments/{model}.log",
+        "<logs>/covariance/{model}.log",
     conda:
         "../../envs/edit.yaml"
     threads: config["threads"]
@@ -105,13 +105,13 @@ rule second_moments:
         models=1,
     params:
         load=lambda w: load_params(w.model),
-        layers=lambda w: grid.moment_layers(config, w.model),
-        settings=config["moments"],
+        layers=lambda w: grid.covariance_layers(config, w.model),
+        settings=config["covariance"],
         content=text_content,
     message:
-        "Second moments of {wildcards.model}"
+        "Covariance of {wildcards.model}"
     script:
-        "../scripts/second_moments.py"
+        "../scripts/covariance.py"
 
 
 rule optimise_targets:
@@ -137,7 +137,7 @@ rule optimise_targets:
     params:
         load=lambda w: load_params(w.model),
         asked=asked_params,
-        settings=lambda w: grid.parse_variant(w.target),
+        settings=lambda w: asdict(Targets.parse(w.target)),
     message:
         "Targets of {wildcards.dataset} for {wildcards.model} ({wildcards.target})"
     script:

@@ -69,13 +69,14 @@ def check_config(config: dict[str, Any], schema: str | Path) -> None:
             if segment[0] >= segment[1]:
                 where = f"datasets.{name}.segments"
                 raise ConfigError(f"{_wrong_at([where])}: {segment} ends before it starts.")
-    for name in config["experiments"]:
-        grid.runs_of(config, name)
+    for section in ("experiments", "comparisons"):
+        for name, spec in config[section].items():
+            grid.check_names(config, spec, f"{section}.{name}")
     for name in config["comparisons"]:
         grid.pairs_of(config, name)
-    for method in config["methods"]:
-        grid.editor_of(config, method)
     check_hparams(config)
+    for run in grid.all_runs(config):
+        grid.needs_of(config, run)
     for name, table in config["tables"].items():
         where = f"tables.{name}.experiment"
         grid.check_name(table["experiment"], config["experiments"], "experiments", where)
