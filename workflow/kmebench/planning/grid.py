@@ -213,13 +213,18 @@ def parse_variant(variant: str) -> dict[str, Any]:
     return {} if variant == DEFAULT else read_all(variant)
 
 
+def editor_of(config: Mapping[str, Any], method: str) -> str:
+    """Return the editor behind a method, by default of the same name."""
+    return str(config["methods"][method].get("editor", method))
+
+
 def card_of_method(config: Mapping[str, Any], method: str) -> Card:
-    """Return the card of the editor behind a method (by default of the same name).
+    """Return the card of the editor behind a method.
 
     Raises:
         ConfigError: there is no such editor.
     """
-    return card_of(config["methods"][method].get("editor", method))
+    return card_of(editor_of(config, method))
 
 
 def needs_of(config: Mapping[str, Any], run: Run) -> tuple[Need, ...]:
