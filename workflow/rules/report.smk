@@ -4,13 +4,10 @@
 rule score:
     "Compute the metrics of all protocols for every run of one experiment."
     input:
-        predictions=experiment_files("predictions.parquet"),
-        timing=experiment_files("timing.json"),
-        health=experiment_health,
-        original=lambda w: [
-            f"<results>/original/{model}/{dataset}.parquet"
-            for model, dataset in experiment_originals(w)
-        ],
+        predictions=reported.run_files("predictions.parquet"),
+        timing=reported.run_files("timing.json"),
+        health=reported.health_files,
+        original=reported.original_files,
         code=code("score"),
     output:
         metrics="<results>/metrics/{experiment}.parquet",
@@ -22,11 +19,8 @@ rule score:
         "../../envs/report.yaml"
     params:
         experiment=lambda w: w.experiment,
-        runs=lambda w: [asdict(run) for run in grid.runs_of(config, w.experiment)],
-        originals=lambda w: [
-            {"model": model, "dataset": dataset}
-            for model, dataset in experiment_originals(w)
-        ],
+        runs=reported.runs,
+        originals=reported.originals,
         controls=grid.controls(config),
         statistics=config["statistics"],
     message:
@@ -38,7 +32,7 @@ rule score:
 rule table:
     "Lay one experiment out as the paper's table, beside the paper's own numbers."
     input:
-        metrics=lambda w: f"<results>/metrics/{config['tables'][w.table]['experiment']}.parquet",
+        metrics=reported.table_metrics,
         paper=lambda w: config["tables"][w.table].get("paper", []),
         code=code("table"),
     output:
@@ -59,7 +53,7 @@ rule table:
     conda:
         "../../envs/report.yaml"
     params:
-        table=table_params,
+        table=reported.table,
     message:
         "Writing {wildcards.table}"
     script:
@@ -69,10 +63,7 @@ rule table:
 rule compare:
     "Compare runs in pairs on the same requests."
     input:
-        predictions=lambda w: [
-            f"<results>/{folder}/predictions.parquet"
-            for folder in comparison_folders(w.comparison)
-        ],
+        predictions=reported.comparison_files,
         code=code("compare"),
     output:
         csv="<results>/comparisons/{comparison}.csv",
@@ -93,8 +84,8 @@ rule compare:
     params:
         title=lambda w: config["comparisons"][w.comparison]["title"],
         protocol=lambda w: config["comparisons"][w.comparison]["protocol"],
-        pairs=comparison_pairs,
-        folders=lambda w: comparison_folders(w.comparison),
+        pairs=reported.comparison_pairs,
+        folders=reported.comparison_folders,
         statistics=config["statistics"],
     message:
         "Comparing {wildcards.comparison}"
@@ -105,7 +96,9 @@ rule compare:
 rule costs:
     "Lay out what the edits took: seconds by stage, steps, memory."
     input:
-        timing=[f"<results>/{run.folder()}/timing.json" for run in default_runs()],
+        timing=[
+            f"<results>/{run.folder()}/timing.json" for run in reported.default_runs
+        ],
         code=code("costs"),
     output:
         csv="<results>/tables/costs.csv",
@@ -121,7 +114,7 @@ rule costs:
     conda:
         "../../envs/report.yaml"
     params:
-        runs=[run_labels(run) for run in default_runs()],
+        runs=reported.default_labels,
     message:
         "Laying out time and memory"
     script:
@@ -132,10 +125,10 @@ rule index:
     "Put findings, tables, figures and how they were made on one page."
     input:
         findings="<results>/tables/findings.md",
-        tables=[f"<results>/{path}.md" for path in table_paths()],
+        tables=[f"<results>/{path}.md" for path in reported.table_paths],
         figures=expand("<results>/figures/{figure}.png", figure=config["figures"]),
-        runs=[f"<results>/{run.folder()}/run.json" for run in RUNS],
-        timing=[f"<results>/{run.folder()}/timing.json" for run in RUNS],
+        runs=[f"<results>/{run.folder()}/run.json" for run in inputs.runs],
+        timing=[f"<results>/{run.folder()}/timing.json" for run in inputs.runs],
         code=code("index"),
     output:
         html="<results>/index.html",
@@ -145,7 +138,7 @@ rule index:
         "../../envs/report.yaml"
     params:
         title="KME-Bench: what editing single facts does to language models",
-        tables=table_paths(),
+        tables=reported.table_paths,
         figures={name: spec["title"] for name, spec in config["figures"].items()},
         notebooks=sorted(config["notebooks"]),
     message:
@@ -158,8 +151,8 @@ rule findings:
     "Test the paper's claims on the runs that can."
     input:
         claims=CLAIMS,
-        predictions=finding_files("predictions.parquet"),
-        timing=finding_files("timing.json"),
+        predictions=reported.finding_files("predictions.parquet"),
+        timing=reported.finding_files("timing.json"),
         code=code("findings"),
     output:
         csv="<results>/tables/findings.csv",
@@ -175,8 +168,8 @@ rule findings:
     conda:
         "../../envs/report.yaml"
     params:
-        results=lambda w: results_folder(),
-        cells=lambda w: finding_cells(),
+        results=lambda w: RESULTS,
+        cells=reported.finding_cells(),
         statistics=config["statistics"],
     message:
         "Testing what the paper claims"
@@ -209,7 +202,7 @@ rule node_importance:
 rule figure:
     "Draw one figure, with the numbers behind it."
     input:
-        files=figure_files,
+        files=reported.figure_files,
         code=code("figure"),
     output:
         pdf="<results>/figures/{figure}.pdf",
@@ -228,7 +221,7 @@ rule figure:
     conda:
         "../../envs/report.yaml"
     params:
-        figure=figure_params,
+        figure=reported.figure,
     message:
         "Drawing {wildcards.figure}"
     script:
@@ -250,8 +243,8 @@ rule tune:
     conda:
         "../../envs/report.yaml"
     params:
-        candidates=tuning_candidates,
-        mode=tuned_mode,
+        candidates=reported.candidates,
+        mode=reported.tuned_mode,
     message:
         "Choosing hyper-parameters from {wildcards.experiment}"
     script:
@@ -261,7 +254,7 @@ rule tune:
 rule runs:
     "All runs of all experiments."
     input:
-        [f"<results>/{run.folder()}/predictions.parquet" for run in RUNS],
+        [f"<results>/{run.folder()}/predictions.parquet" for run in inputs.runs],
     localrule: True
 
 
@@ -284,5 +277,5 @@ rule figures:
 rule tables:
     "All tables and comparisons."
     input:
-        [f"<results>/{path}.md" for path in [*table_paths(), "tables/findings"]],
+        [f"<results>/{path}.md" for path in [*reported.table_paths, "tables/findings"]],
     localrule: True

@@ -58,9 +58,10 @@ def run_cell(
     output: Mapping[str, str],
     neutral: str | None = None,
 ) -> None:
-    """Edit, predict and write ``output`` (predictions, timing, run; unless in batches: delta and
-    health, which is measured on the text in the file ``neutral``, if any).
+    """Edit, predict and write ``output``.
 
+    These are predictions, timing, run, health and, unless in batches, delta. Health is measured
+    on the text in the file ``neutral``, if there is one.
     ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, on_failed_edit,
     on_bad_record, evaluation. Requests that the model cannot be asked are left out.
     ``inputs`` names all that the outcome depends on, the model's folder and source files among
@@ -78,14 +79,15 @@ def run_cell(
         {"settings": dict(settings), "requests": _digest(requests), "inputs": _digest_of(inputs)},
         "epochs" if settings["mode"] == "breadth_first" else "edits",
     )
-    measure = neutral and measured_on(neutral, settings["evaluation"]["batch_size"])
+    size = settings["evaluation"]["batch_size"]
+    measure = measured_on(neutral, size) if neutral else None
     outcome = _session(model, editor, requests, settings, checkpoints, measure)
     frame = beside_original(outcome.predictions, read_parquet(original))
     write_json(output["timing"], timing(outcome, model, settings, load_seconds))
     write_json(output["run"], record(outcome, model, editor, requests, settings))
     if outcome.delta is not None:
         outcome.delta.save(output["delta"])
-        write_json(output["health"], outcome.health)
+    write_json(output["health"], outcome.health)
     write_frame(frame, PREDICTIONS, output["predictions"])
     checkpoints.clear()
 

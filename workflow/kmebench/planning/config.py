@@ -14,9 +14,10 @@ from kmebench.errors import ConfigError
 from kmebench.names import near_name, nearest
 from kmebench.planning import grid
 from kmebench.planning.hparams import check_hparams
+from kmebench.planning.notebooks import NOTEBOOKS
 from kmebench.planning.overlays import read_overlay
 
-SCHEMA = Path(__file__).parents[2] / "schemas/config.schema.yaml"
+SCHEMA = Path(__file__).with_name("config.schema.yaml")
 #: Sections whose entries an overlay takes out by setting them to null.
 _REMOVABLE = ("experiments", "tables", "figures", "comparisons")
 
@@ -40,11 +41,11 @@ def read_checked_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, 
         ConfigError: as :func:`read_config` and :func:`check_config`.
     """
     config = read_config(path, overlays)
-    check_config(config, SCHEMA)
+    check_config(config)
     return config
 
 
-def check_config(config: dict[str, Any], schema: str | Path) -> None:
+def check_config(config: dict[str, Any]) -> None:
     """Validate a config against its schema, fill in defaults, and check its names.
 
     Experiments, tables, figures and comparisons that an overlay has set to null are taken out.
@@ -58,24 +59,27 @@ def check_config(config: dict[str, Any], schema: str | Path) -> None:
             for name in [name for name, entry in entries.items() if entry is None]:
                 del entries[name]
     _refuse_keys_of_other_types(config)
-    rules = yaml.safe_load(Path(schema).read_text(encoding="utf-8"))
+    rules = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
     error = best_match(Draft202012Validator(rules).iter_errors(config))
     if error:
         raise ConfigError(_sentence(error))
-    validate(config, str(schema))  # fills in the defaults
+    validate(config, str(SCHEMA))  # fills in the defaults
     config["methods"] |= {name: {} for name, spec in config["methods"].items() if spec is None}
     for name, dataset in config["datasets"].items():
         for segment in dataset.get("segments", []):
             if segment[0] >= segment[1]:
                 where = f"datasets.{name}.segments"
                 raise ConfigError(f"{_wrong_at([where])}: {segment} ends before it starts.")
-    for name in config["experiments"]:
-        grid.runs_of(config, name)
+    for name in config.setdefault("notebooks", sorted(NOTEBOOKS)):
+        grid.check_name(name, NOTEBOOKS, "notebooks", "notebooks")
+    for section in ("experiments", "comparisons"):
+        for name, spec in config[section].items():
+            grid.check_names(config, spec, f"{section}.{name}")
     for name in config["comparisons"]:
         grid.pairs_of(config, name)
-    for method in config["methods"]:
-        grid.editor_of(config, method)
     check_hparams(config)
+    for run in grid.all_runs(config):
+        grid.needs_of(config, run)
     for name, table in config["tables"].items():
         where = f"tables.{name}.experiment"
         grid.check_name(table["experiment"], config["experiments"], "experiments", where)

@@ -15,7 +15,7 @@ import yaml
 
 from kmebench.errors import ConfigError
 from kmebench.evaluation.protocols import METRICS
-from kmebench.planning.grid import DEVELOPMENT
+from kmebench.values import DEVELOPMENT
 
 
 def search_table(metrics: pd.DataFrame, candidates: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

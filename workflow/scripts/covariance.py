@@ -1,4 +1,4 @@
-"""Second moments of W2's inputs over generic text (kmebench.editors.locate.covariance)."""
+"""Covariance of W2's inputs over generic text (kmebench.editors.locate.covariance)."""
 
 import torch
 
@@ -14,7 +14,7 @@ with script_log(snakemake):
     seed_everything(0)  # texts are drawn by generators of their own: the flags count
     settings = dict(snakemake.params.settings)
     second_moments(
-        snakemake.output.moments,
+        snakemake.output.covariance,
         EditableModel.load(snakemake.input.model, **snakemake.params.load),
         snakemake.params.layers,
         TextSettings(**{k: v for k, v in settings.items() if k != "force"}),
