@@ -10,6 +10,7 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from kmebench.data.forms import SCHEMAS
 from kmebench.errors import DataError
 from kmebench.evaluation.frames import write_frame
 from kmebench.evaluation.schema import PREDICTIONS
@@ -124,7 +125,7 @@ def test_a_claim_that_no_run_tests_is_shown_as_such(runs):
 
 def test_every_claim_of_the_paper_finds_its_runs_in_the_default_config():
     config = read_config(Path("config.yaml"))
-    check_config(config, "workflow/schemas/config.schema.yaml")
+    check_config(config)
     claims = read_claims(CLAIMS)
     assert len({c.id for c in claims}) == len(claims) >= 12
     for one in claims:
@@ -139,7 +140,7 @@ def test_every_claim_of_the_paper_finds_its_runs_in_the_default_config():
 
 def test_without_one_of_its_runs_a_claim_is_not_tested():
     config = read_config(Path("config.yaml"))
-    check_config(config, "workflow/schemas/config.schema.yaml")
+    check_config(config)
     fewer = copy.deepcopy(config)
     fewer["experiments"]["ablation-lambda"]["sweep"]["lambda"] = [0.1, 1.0]
     fewer["experiments"]["table1"]["methods"] = ["pac"]
@@ -156,10 +157,35 @@ def test_without_one_of_its_runs_a_claim_is_not_tested():
 
 def test_what_runs_on_a_development_split_tests_no_claim():
     config = read_config(Path("config.yaml"))
-    check_config(config, "workflow/schemas/config.schema.yaml")
+    check_config(config)
     for experiment in config["experiments"].values():
         experiment["datasets"] = [f"{name}.development" for name in experiment["datasets"]]
     assert not any(cells_of(config, claim) for claim in read_claims(CLAIMS))
+
+
+def test_no_edit_is_no_rival():
+    """The floor keeps all of Locality: it would be the best of all and the least of none."""
+    config = read_config(Path("config.yaml"))
+    config["methods"]["none"] = {"label": "No edit"}
+    for name in ("table1", "table2"):
+        methods = config["experiments"][name]["methods"]
+        config["experiments"][name]["methods"] = [*methods, "none"]
+    check_config(config)
+    seen = set()
+    for claim in read_claims(CLAIMS):
+        seen |= {role for _, _, sides in cells_of(config, claim) for role in sides}
+    assert {"pac", "full-c", "kn"} <= seen
+    assert "none" not in seen
+
+
+def test_a_form_that_is_none_of_the_papers_tests_no_claim(monkeypatch):
+    config = read_config(Path("config.yaml"))
+    check_config(config)
+    monkeypatch.setitem(SCHEMAS, "mine", SCHEMAS["mend"]._replace(paper_dataset=None))
+    for schema in ("mine", "unheard-of"):
+        config["datasets"]["openfacts-zsre"]["schema"] = schema
+        found = {place[1] for c in read_claims(CLAIMS) for place in cells_of(config, c)}
+        assert found == {"openfacts-counterfact"}
 
 
 @pytest.mark.parametrize("change", [{"test": {"kind": "worst"}}, {"colour": "red"}])

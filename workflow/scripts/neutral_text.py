@@ -1,4 +1,4 @@
-"""Neutral text that the unedited model writes, and what it says of it (kmebench.evaluation.health)."""
+"""Neutral text by the unedited model, and what it says of it (kmebench.evaluation.health)."""
 
 import torch
 

@@ -20,7 +20,6 @@ from kmebench.io.checked_files import read_json, read_parquet, trusted
 
 Runs = Sequence[Mapping[str, Any]]
 Labels = Mapping[str, Mapping[str, str]]
-_TABLED = [m.name for per in ("request", "state") for m in metrics_of(per, tabled=True)]
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -62,8 +61,10 @@ def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFra
 
     Those of requests are of all requests so far; those of states come behind them.
     """
+    tabled = [*metrics_of("request", tabled=True), *metrics_of("state", tabled=True)]
     kept = metrics["moment"].isin(["checkpoint", "final"])
-    kept &= metrics["metric"].isin(_TABLED) & metrics["protocol"].isin([protocol, HEALTH])
+    kept &= metrics["metric"].isin([metric.name for metric in tabled])
+    kept &= metrics["protocol"].isin([protocol, HEALTH])
     edited = metrics[kept & (metrics["method"] != "original")]
     order = edited["method"].map({name: k for k, name in enumerate(labels["methods"])})
     state = edited["protocol"] == HEALTH

@@ -29,7 +29,6 @@ plt.style.use(Path(__file__).with_name("kmebench.mplstyle"))
 COLOURS: list[str] = plt.rcParams["axes.prop_cycle"].by_key()["color"]
 MARKERS = "osD^vPX*<>hp"
 DASHES = ("-", "--", ":", "-.")
-SWEPT = tuple(metric.label for metric in metrics_of("request", tabled=True))
 WIDTH, HEIGHT = 3.4, 2.5  # of one panel, inches
 
 
@@ -127,8 +126,9 @@ def sweep(table: pd.DataFrame, parameter: str) -> Figure:
     values = list(dict.fromkeys(table["value"]))
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     values = sorted(values) if numbers else values
+    labels = [metric.label for metric in metrics_of("request", tabled=True)]
     for axes, part in panels:
-        for index, metric in enumerate(SWEPT):
+        for index, metric in enumerate(labels):
             points = part[part["metric"] == metric].set_index("value").reindex(values)
             x = np.arange(len(values)) + 0.06 * (index - 1.5)
             _line(axes, x, points, index, metric, linestyle="-" if numbers else "none")
