@@ -172,9 +172,7 @@ def test_a_measurement_of_another_version_is_named(files):
         score_states(files / "health.json")
         old = {name: number for name, number in state.items() if name != "kl"}
         (files / "health.json").write_text(json.dumps([old]))
-        with pytest.raises(
-            KMEBenchError, match=r"health\.json has no 'kl'; it was made by"
-        ):
+        with pytest.raises(KMEBenchError, match=r"health\.json has no 'kl'; it was made by"):
             score_states(files / "health.json")
 
 
