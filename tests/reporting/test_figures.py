@@ -104,7 +104,7 @@ def test_survival_ends_with_the_health_of_the_model_in_its_own_units():
     assert [axes.get_ylabel() for axes in figure.axes] == ["Percent", "Ratio", "Nats"]
     assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log", "linear"]
     assert figure.axes[0].get_ylim() == (-4, 104)
-    (line,) = by_title["Perplexity ×"].containers
+    (line,) = [c for c in by_title["Perplexity ×"].containers if c.get_label() == "PAC"]
     assert line.lines[0].get_xydata().tolist() == [[1, 1.0], [10, 2.5]]
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"Full-C", "PAC"}
 
