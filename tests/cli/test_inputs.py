@@ -54,7 +54,7 @@ def test_moments_are_asked_for_by_an_overlay_of_the_edit():
     hparams = {"layers": [3], "steps": 1}
     asking = fact_inputs.asking_overlay("tiny-gptj", config, "memit", hparams)
     update_config(config, asking)
-    check_config(config, SCHEMA)
+    check_config(config)
     (run,) = grid.runs_of(config, "kmebench-edit")
     assert (run.model, grid.hparams_of(config, run)) == ("tiny-gptj", hparams)
     assert 3 in grid.moment_layers(config, "tiny-gptj")
