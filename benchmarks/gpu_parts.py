@@ -26,6 +26,7 @@ from common import (
     weight_bytes,
 )
 from kernels import profiled_update, update_seconds
+from kmebench.editors.registry import editor_target
 from pac_step import plain
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig
@@ -35,9 +36,8 @@ from kmebench.editors.base import Editor, Stopwatch
 from kmebench.editors.locate.base import LocateAndEdit
 from kmebench.editors.locate.covariance.keys import Written
 from kmebench.editors.locate.covariance.stage import Sums
-from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.pac.pac import PAC, PACHparams
-from kmebench.editors.registry import editor_target
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch
 
@@ -154,7 +154,7 @@ class Bench:
         path = self.scratch / f"{name}.safetensors"
         if not path.exists():
             made = few_moments(self.model(name), LAYERS, self.shape.moment_tokens)
-            write_moments(path, made, self.shape.moment_tokens, {"source": "random tokens"})
+            write_covariance(path, made, self.shape.moment_tokens, {"source": "random tokens"})
         return path
 
 
@@ -341,7 +341,7 @@ def other_editor(bench: Bench, name: str, editor: str) -> Iterator[Piece]:
     own = EDITORS[editor] | {"steps": bench.shape.editor_steps}
     module, class_name = editor_target(editor)
     kind = getattr(importlib.import_module(module), class_name)
-    asks = {"moments": bench.moments(name)} if issubclass(kind, LocateAndEdit) else {}
+    asks = {"covariance": bench.moments(name)} if issubclass(kind, LocateAndEdit) else {}
     instance, model = kind(kind.Hparams(**own), asks), bench.model(name)
     repeats = bench.shape.repeats
     first, *facts = openfacts_requests(1 + repeats * bench.shape.batch)

@@ -85,7 +85,7 @@ def main() -> None:
     if arguments.steps:
         hparams["steps"] = arguments.steps
     moments = Path(f"results/moments/{name}.safetensors")
-    editor = build_editor(editor_of(config, arguments.method), hparams, {"moments": moments})
+    editor = build_editor(editor_of(config, arguments.method), hparams, {"covariance": moments})
     with tempfile.TemporaryDirectory() as folder:
         watched = Watched(Path(folder), arguments.every, {})
         run_consecutive(model, editor, requests_round(arguments.edits), Settings(), watched)

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from kmebench.editors.registry import EDITORS, editor_target
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import GPTJConfig, LlamaConfig
@@ -18,9 +19,8 @@ from transformers.models.auto import AutoModelForCausalLM
 from kmebench.data.records import EditRequest
 from kmebench.editors.locate.base import LocateAndEdit
 from kmebench.editors.locate.covariance.stage import Sums
-from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.covariance.texts import Sampled
-from kmebench.editors.registry import EDITORS, editor_target
 from kmebench.models.editable import EditableModel
 from kmebench.models.tiny import train_tokenizer
 
@@ -144,7 +144,7 @@ def moments(model: EditableModel, path: Path) -> Path:
     sums.settle()
     for total in sums.total.values():
         total.diagonal().add_(1e-3)
-    write_moments(path, {k: v.float() for k, v in sums.total.items()}, 96, {"source": "self"})
+    write_covariance(path, {k: v.float() for k, v in sums.total.items()}, 96, {"source": "self"})
     return path
 
 
@@ -156,7 +156,7 @@ def edit_twice(model: EditableModel, name: str, path: Path) -> None:
         hparams |= {"layer": 0} if "rome" in name else {"layers": (0,)}
     if name == "alphaedit":
         hparams |= {"threshold": 1.0}
-    editor = kind(kind.Hparams(**hparams), {"moments": path})
+    editor = kind(kind.Hparams(**hparams), {"covariance": path})
     for batch in (REQUESTS, REQUESTS[:1]):
         delta = editor.edit(model, batch)
         assert delta.is_finite()
