@@ -49,7 +49,7 @@ def test_why_the_workflow_failed_is_found_in_what_it_wrote(log, why):
     assert "Building" not in found
 
 
-def test_covariance_are_asked_for_by_an_overlay_of_the_edit():
+def test_the_covariance_is_asked_for_by_an_overlay_of_the_edit():
     config = read_checked_config(Path("config.yaml"))
     hparams = {"layers": [3], "steps": 1}
     asking = fact_inputs.asking_overlay("tiny-gptj", config, "memit", hparams)
@@ -58,4 +58,4 @@ def test_covariance_are_asked_for_by_an_overlay_of_the_edit():
     (run,) = grid.runs_of(config, "kmebench-edit")
     assert run.model == "tiny-gptj"
     assert grid.hparams_of(config, run).items() >= hparams.items()
-    assert 3 in grid.moment_layers(config, "tiny-gptj")
+    assert 3 in grid.covariance_layers(config, "tiny-gptj")

@@ -162,7 +162,7 @@ def edit_twice(model: EditableModel, name: str, path: Path) -> None:
         assert delta.is_finite()
         model.apply(delta)
     model.apply(editor.finish(model))
-    total = model.edits.total()
+    total = model.edits.total().weights
     assert sum(total.norms().values()) > 0
     model.edits.load_state({k: v.cpu() for k, v in model.edits.state().items()})
     model.revert()
