@@ -150,7 +150,7 @@ WRONG = {
     "a line break": ({"models": {"a\nb": {1: 2}}}, r"at models\.a b: the key 1 is no text"),
     "a yes": ({"experiments": {"table1": {True: 1}}}, "table1: the key True is no text"),
     "a key": ({"sead": 1}, "top level: there is no key 'sead'; did you mean 'seed'"),
-    "an old key": ({"covariance": {}}, "the key 'moments' is called 'covariance' now; rename it"),
+    "an old key": ({"moments": {}}, "the key 'moments' is called 'covariance' now; rename it"),
     "a deep key": ({"models": {"tiny-gptj": {"Dtype": "float32"}}}, "did you mean 'dtype'"),
     "a type": ({"models": {"tiny-gptj": {"dtype": "fp16"}}}, "not one of .*'bfloat16', 'float16'"),
     "a mode": ({"experiments": {"table1": {"mode": "Batch"}}}, "did you mean 'batch'"),
