@@ -106,7 +106,7 @@ def test_time_is_compared_edit_by_edit(runs):
 def test_middle_layers_are_compared_per_layer(runs, tmp_path):
     generator = np.random.default_rng(0)
     scores = generator.random((N, 8, 2, 3)).astype(np.float32)
-    test = {"kind": "layers", "from": 0.25, "to": 0.5}
+    test = {"kind": "layers", "method": "pac", "from": 0.25, "to": 0.5}
     save_file({"positive_scores": scores}, tmp_path / "even.safetensors")
     scores[:, 2:4] += 1
     save_file({"positive_scores": scores}, tmp_path / "middle.safetensors")

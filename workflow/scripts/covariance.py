@@ -2,7 +2,7 @@
 
 import torch
 
-from kmebench.editors.locate.covariance.stage import second_moments
+from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
 from kmebench.io import origins
 from kmebench.io.files import sha256_of
@@ -13,7 +13,7 @@ with script_log(snakemake):
     torch.set_num_threads(snakemake.threads)
     seed_everything(0)  # texts are drawn by generators of their own: the flags count
     settings = dict(snakemake.params.settings)
-    second_moments(
+    measure_covariance(
         snakemake.output.covariance,
         EditableModel.load(snakemake.input.model, **snakemake.params.load),
         snakemake.params.layers,

@@ -56,10 +56,10 @@ def _parser() -> argparse.ArgumentParser:
         "repeated",
     )
     edit.add_argument(
-        "--moments",
-        type=arguments.existing_file("--moments"),
+        "--covariance",
+        type=arguments.existing_file("--covariance"),
         metavar="FILE",
-        help="second moments, for ROME, MEMIT and their family (default: the workflow's)",
+        help="covariance of the keys, for ROME, MEMIT and their family (default: the workflow's)",
     )
     edit.add_argument(
         "--neighbour",
@@ -97,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser(
         "check-config", parents=[config], help="check a config, and list what it asks for"
+    )
+    check.add_argument(
+        "--explain",
+        metavar="MODEL/METHOD/MODE",
+        help="show every value of such runs, and the file or default that it comes from",
     )
     check.set_defaults(run=_on_a_config("check_command"))
 

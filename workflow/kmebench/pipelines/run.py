@@ -19,6 +19,8 @@ from kmebench import __version__
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.cards import plain
+from kmebench.edits.edit import Edit
+from kmebench.edits.weights import WeightDelta
 from kmebench.evaluation.frames import beside_original, write_frame
 from kmebench.evaluation.health import NeutralText, health
 from kmebench.evaluation.predict import Settings
@@ -59,10 +61,9 @@ def run_cell(
     output: Mapping[str, str],
     neutral: str | None = None,
 ) -> None:
-    """Edit, predict and write ``output``.
+    """Edit, predict and write ``output``: predictions, timing, run, delta, health.
 
-    These are predictions, timing, run, health and, unless in batches, delta. Health is measured
-    on the text in the file ``neutral``, if there is one.
+    Health is measured on the text in the file ``neutral``, if there is one, and never in batches.
     ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, on_failed_edit,
     on_bad_record, evaluation. Requests that the model cannot be asked are left out.
     ``inputs`` names all that the outcome depends on, the model's folder and source files among
@@ -88,8 +89,8 @@ def run_cell(
     frame = beside_original(outcome.predictions, read_parquet(original))
     write_json(output["timing"], timing(outcome, model, settings, load_seconds))
     write_json(output["run"], record(outcome, model, editor, requests, settings))
-    if outcome.edit is not None:
-        outcome.edit.save(output["delta"])
+    # Batches are rolled back: at their end the model carries nothing.
+    (outcome.edit or Edit.of(WeightDelta({}))).save(output["delta"])
     write_json(output["health"], outcome.health)
     write_frame(frame, PREDICTIONS, output["predictions"])
     checkpoints.clear()

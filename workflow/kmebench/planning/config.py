@@ -18,20 +18,28 @@ from kmebench.planning.notebooks import NOTEBOOKS
 from kmebench.planning.overlays import read_overlay
 
 SCHEMA = Path(__file__).with_name("config.schema.yaml")
+#: Keys of version 0.1.0.
+_RENAMED = {"moments": "covariance"}
 #: Sections whose entries an overlay takes out by setting them to null.
 _REMOVABLE = ("experiments", "tables", "figures", "comparisons")
 
 
 def read_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, Any]:
-    """Read a config as the Snakefile does: the file, the tuned values beside it, then overlays.
+    """Read a config as the Snakefile does: the files of :func:`read_files`, merged key by key."""
+    config: dict[str, Any] = {}
+    for part in read_files(path, overlays).values():
+        update_config(config, part)
+    return config
+
+
+def read_files(path: Path, overlays: Sequence[Path] = ()) -> dict[Path, dict[str, Any]]:
+    """Read the files of a config: the file, the tuned values beside it, then overlays.
 
     Raises:
         ConfigError: a file is missing, or is not YAML; see :func:`read_overlay`.
     """
-    config: dict[str, Any] = {}
-    for part in (path, *sorted(path.parent.glob("config/tuned/*.yaml")), *overlays):
-        update_config(config, read_overlay(part))
-    return config
+    tuned = sorted(path.parent.glob("config/tuned/*.yaml"))
+    return {part: read_overlay(part) for part in (path, *tuned, *overlays)}
 
 
 def read_checked_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, Any]:
@@ -59,6 +67,9 @@ def check_config(config: dict[str, Any]) -> None:
             for name in [name for name, entry in entries.items() if entry is None]:
                 del entries[name]
     _refuse_keys_of_other_types(config)
+    for old, new in _RENAMED.items():
+        if old in config:
+            raise ConfigError(f"{_wrong_at([])}: the key {old!r} is called {new!r} now; rename it.")
     rules = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
     error = best_match(Draft202012Validator(rules).iter_errors(config))
     if error:
@@ -70,6 +81,7 @@ def check_config(config: dict[str, Any]) -> None:
             if segment[0] >= segment[1]:
                 where = f"datasets.{name}.segments"
                 raise ConfigError(f"{_wrong_at([where])}: {segment} ends before it starts.")
+    _run_on_own_models(config)
     for name in config.setdefault("notebooks", sorted(NOTEBOOKS)):
         grid.check_name(name, NOTEBOOKS, "notebooks", "notebooks")
     for section in ("experiments", "comparisons"):
@@ -85,6 +97,17 @@ def check_config(config: dict[str, Any]) -> None:
         grid.check_name(table["experiment"], config["experiments"], "experiments", where)
     for name, figure in config["figures"].items():
         _check_figure(config, f"figures.{name}", figure)
+
+
+def _run_on_own_models(config: dict[str, Any]) -> None:
+    """Let every experiment and comparison run on ``only_models``, instead of those it names."""
+    if "only_models" not in config:
+        return
+    for name in config["only_models"]:
+        grid.check_name(name, config["models"], "models", "only_models")
+    for section in ("experiments", "comparisons"):
+        for spec in config[section].values():
+            spec["models"] = list(config["only_models"])
 
 
 def _check_figure(config: dict[str, Any], where: str, figure: dict[str, Any]) -> None:

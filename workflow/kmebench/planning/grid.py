@@ -174,12 +174,27 @@ def variant_name(
 
 def base_hparams(config: Mapping[str, Any], model: str, method: str, mode: str) -> dict[str, Any]:
     """Merge a method's hyper-parameters in one mode with the model's own values for it."""
-    own = config["models"].get(model, {}).get("hparams", {}).get(method, {})
     merged: dict[str, Any] = {}
-    for section in (config["methods"][method].get("hparams", {}), own):
-        general, by_mode = split_modes(section)
-        merged |= general | by_mode.get(mode, {})
+    for _, values in hparams_sections(config, model, method, mode):
+        merged |= values
     return merged
+
+
+def hparams_sections(
+    config: Mapping[str, Any], model: str, method: str, mode: str
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Yield where a config sets hyper-parameters, and which; later places go before earlier ones.
+
+    Method < method in this mode < model < model in this mode.
+    """
+    own = config["models"].get(model, {}).get("hparams", {})
+    for place, section in (
+        (("methods", method, "hparams"), config["methods"][method].get("hparams", {})),
+        (("models", model, "hparams", method), own.get(method, {})),
+    ):
+        general, by_mode = split_modes(section)
+        yield place, general
+        yield (*place, mode), by_mode.get(mode, {})
 
 
 def split_modes(section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
