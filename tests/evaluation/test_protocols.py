@@ -1,10 +1,12 @@
 """The table of metrics, and that one entry in it is all that a metric needs."""
 
-from operator import itemgetter
+import re
+from pathlib import Path
 
 import pandas as pd
 
-from kmebench.evaluation.protocols import METRICS, Metric, metrics_of, table_columns
+from kmebench.evaluation import protocols
+from kmebench.evaluation.protocols import METRICS, metrics_of, table_columns
 from kmebench.evaluation.schema import PREDICTIONS
 from kmebench.evaluation.score import score_run, score_states
 from kmebench.evaluation.statistics import request_values
@@ -12,6 +14,11 @@ from kmebench.io.files import write_json
 from kmebench.reporting.figure_tables import survival
 from kmebench.reporting.tables import Layout, to_latex, to_markdown, wide_table
 from tests.conftest import RUN
+
+#: The entries that docs/extending.md shows, to the letter.
+PAGE = Path("docs/extending.md").read_text(encoding="utf-8")
+ENTRIES = re.findall(r"```python\n(Metric\(.*?\n\))\n```", PAGE, re.DOTALL)
+FROM_DOCS = {m.name: m for m in (eval(entry, vars(protocols)) for entry in ENTRIES)}
 
 #: A run of two requests: the paraphrases of the second are half right.
 ANSWERS = [
@@ -50,40 +57,20 @@ def shown(scored):
 
 
 def test_a_metric_of_requests_is_one_entry(monkeypatch):
-    worst = Metric(
-        "worst",
-        "Worst",
-        "says the target on all paraphrases",
-        lambda row, protocol: protocol.says_target(row),
-        kinds=("paraphrase",),
-        aggregate="min",
-        column=7,
-    )
-    monkeypatch.setitem(METRICS, "worst", worst)
+    monkeypatch.setitem(METRICS, "worst", FROM_DOCS["worst"])
     values = request_values(predictions(), "token")
     assert values["worst"].tolist() == [1.0, 0.0]
     assert values["generality"].tolist() == [1.0, 0.5]
     scored = score_run(predictions(), {"resamples": 10, "seed": 0})
     markdown, latex, figure = shown(scored[scored["protocol"] == "token"])
-    assert "| Worst " in markdown
+    assert "| Worst paraphrase " in markdown
     assert "| **50.0** [" in markdown
     assert "& Worst" in latex
-    assert "Worst" in set(figure["metric"])
+    assert "Worst paraphrase" in set(figure["metric"])
 
 
 def test_a_metric_of_states_is_one_entry(monkeypatch, tmp_path):
-    entropy = Metric(
-        "entropy",
-        "Entropy",
-        "entropy of what is generated",
-        itemgetter("entropy"),
-        columns=("entropy",),
-        per="state",
-        unit="nats",
-        digits=2,
-        column=8,
-    )
-    monkeypatch.setitem(METRICS, "entropy", entropy)
+    monkeypatch.setitem(METRICS, "entropy", FROM_DOCS["entropy"])
     state = {column: 1.0 for metric in metrics_of("state") for column in metric.columns}
     write_json(tmp_path / "health.json", [state | {"edits_done": 2, "tokens": 9, "entropy": 4.56}])
     states = score_states(tmp_path / "health.json")

@@ -104,7 +104,7 @@ def test_changing_an_editor_runs_its_own_runs_and_what_reports_them(
         ("reporting/tables.py", {"table", "costs", "findings", "index"}),
         ("reporting/figures.py", {"figure", "index"}),
         ("reporting/templates/page.html.j2", {"table", "costs", "findings", "index"}),
-        ("evaluation/metrics.py", {"score", "table", "findings", "figure", "index"}),
+        ("evaluation/protocols.py", {"score", "table", "findings", "figure", "index"}),
     ],
 )
 def test_changing_what_reports_runs_no_editor(changed, expected, copy_of_finished):
