@@ -167,6 +167,8 @@ def _scale(axes: Axes, metric: Metric) -> None:
         axes.set_ylim(-4, 104)
     if metric.unit == "ratio":
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def paper_scatter(table: pd.DataFrame) -> Figure:
