@@ -9,6 +9,7 @@ from torch.utils import backend_registration
 from kmebench.editors.registry import EDITORS
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices made in Python",

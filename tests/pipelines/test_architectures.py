@@ -69,6 +69,7 @@ def test_every_editor_is_among_them():
     assert set(EDITORS) == set(registry.EDITORS)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_paper_architecture_passes_through_every_stage(

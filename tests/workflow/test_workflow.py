@@ -83,7 +83,10 @@ def apart(planned):
         # MEMIT and PMET in batches, PRUNE consecutively.
         ("editors/locate/memit.py", {"edit_batch": 4, "edit_consecutive": 2}),
         # ROME optimises its own targets.
-        ("editors/locate/targets.py", {"optimise_targets": 4, "edit_batch": 4, "edit_consecutive": 4}),
+        (
+            "editors/locate/targets.py",
+            {"optimise_targets": 4, "edit_batch": 4, "edit_consecutive": 4},
+        ),
         (
             "editors/locate/covariance/texts.py",
             {"second_moments": 1, "edit_batch": 4, "edit_consecutive": 4},
