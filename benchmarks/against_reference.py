@@ -105,8 +105,8 @@ def our_run(
         model.apply(editor.edit(model, batch))
         seconds += time.perf_counter() - start
     model.apply(editor.finish(model))
-    shapes = {name: model.parameter(name).shape for name in model.edits.total()}
-    change = {n: part.dense(shapes[n]).double() for n, part in model.edits.total().items()}
+    shapes = {name: model.parameter(name).shape for name in model.edits.total().weights}
+    change = {n: part.dense(shapes[n]).double() for n, part in model.edits.total().weights.items()}
     model.revert()
     return Run(change, seconds / sum(map(len, batches)))
 
@@ -316,7 +316,7 @@ def run(arguments: argparse.Namespace, scratch: Path) -> None:
     model = build(arguments)
     moments = scratch / "moments.safetensors"
     editors = {
-        name: build_editor(name, hparams_of(kind, name, arguments.steps), {"moments": moments})
+        name: build_editor(name, hparams_of(kind, name, arguments.steps), {"covariance": moments})
         for name in names
     }
     layers = {layer for editor in editors.values() for layer in edited_layers(editor.hparams)}

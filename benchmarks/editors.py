@@ -93,7 +93,7 @@ def rows(arguments: argparse.Namespace, moments: Path) -> list[list[str]]:
     found = []
     for method, size in itertools.product(methods, arguments.sizes):
         hparams = hparams_of(config, name, method, size)
-        editor = build_editor(editor_of(config, method), hparams, {"moments": moments})
+        editor = build_editor(editor_of(config, method), hparams, {"covariance": moments})
         found.append([method, *measure(model, editor, size, arguments.repeats)])
         print(" ".join(found[-1]), flush=True)
     return found

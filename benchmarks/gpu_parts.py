@@ -26,6 +26,7 @@ from common import (
     weight_bytes,
 )
 from kernels import profiled_update, update_seconds
+from kmebench.editors.registry import editor_target
 from pac_step import plain
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig
@@ -37,7 +38,6 @@ from kmebench.editors.locate.covariance.keys import Written
 from kmebench.editors.locate.covariance.stage import Sums
 from kmebench.editors.locate.covariance.store import write_moments
 from kmebench.editors.pac.pac import PAC, PACHparams
-from kmebench.editors.registry import editor_target
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch
 
@@ -341,7 +341,7 @@ def other_editor(bench: Bench, name: str, editor: str) -> Iterator[Piece]:
     own = EDITORS[editor] | {"steps": bench.shape.editor_steps}
     module, class_name = editor_target(editor)
     kind = getattr(importlib.import_module(module), class_name)
-    asks = {"moments": bench.moments(name)} if issubclass(kind, LocateAndEdit) else {}
+    asks = {"covariance": bench.moments(name)} if issubclass(kind, LocateAndEdit) else {}
     instance, model = kind(kind.Hparams(**own), asks), bench.model(name)
     repeats = bench.shape.repeats
     first, *facts = openfacts_requests(1 + repeats * bench.shape.batch)

@@ -19,7 +19,8 @@ from editors import hparams_of
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import build_editor
 from kmebench.evaluation.predict import Settings
-from kmebench.pipelines.pipelines import Checkpoints, run_consecutive
+from kmebench.pipelines.checkpoints import Checkpoints
+from kmebench.pipelines.pipelines import Setup, run_consecutive
 from kmebench.planning.config import read_config
 from kmebench.planning.grid import editor_of
 
@@ -85,10 +86,10 @@ def main() -> None:
     if arguments.steps:
         hparams["steps"] = arguments.steps
     moments = Path(f"results/moments/{name}.safetensors")
-    editor = build_editor(editor_of(config, arguments.method), hparams, {"moments": moments})
+    editor = build_editor(editor_of(config, arguments.method), hparams, {"covariance": moments})
     with tempfile.TemporaryDirectory() as folder:
         watched = Watched(Path(folder), arguments.every, {})
-        run_consecutive(model, editor, requests_round(arguments.edits), Settings(), watched)
+        run_consecutive(Setup(model, editor, Settings(), watched), requests_round(arguments.edits))
     print(table(HEADER, watched.rows))
 
 

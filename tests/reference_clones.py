@@ -47,7 +47,7 @@ def apply_memit_to_model(model, tok, requests, hparams):
         "kl_factor": hparams.kl_factor,
         "moment_weight": hparams.mom2_update_weight,
     }
-    editor = build_editor("memit", values, {"moments": "handed.safetensors"})
+    editor = build_editor("memit", values, {"covariance": "handed.safetensors"})
     editor.load_state_dict(contexts_state(CONTEXT_TEMPLATES_CACHE))
     mine = EditableModel(model, tok)
     delta = editor.edit(mine, [EditRequest(**request) for request in requests])

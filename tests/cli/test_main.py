@@ -17,6 +17,7 @@ from kmebench.cli import inputs as fact_inputs
 from kmebench.cli.main import main
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.edits.edit import Edit
 from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.errors import ConfigError
 from kmebench.models.editable import EditableModel
@@ -97,7 +98,7 @@ def test_edit_reads_second_moments_from_a_file(folder, tmp_path, capsys):
     options += ["--moments", str(moments), "--save-delta", str(delta)]
     assert main(["edit", "--model", str(folder), *FACT, *options]) == 0
     assert "rome: 1 steps" in capsys.readouterr().out
-    assert len(WeightDelta.load(delta)) == 1
+    assert len(Edit.load(delta).weights) == 1
 
 
 def test_a_folder_is_edited_with_the_methods_own_hyperparameters(folder, capsys):
@@ -111,7 +112,7 @@ class Ending(Editor):
     def edit(self, model, requests):
         return self._ones(model, 0)
 
-    def finish(self, model):
+    def final_edit(self, model):
         return self._ones(model, 1)
 
     def _ones(self, model, layer):
@@ -125,7 +126,7 @@ def test_edit_ends_as_a_run_does(folder, tmp_path, monkeypatch):
     saved = ["--save-delta", str(delta), "--out", str(out)]
     assert main(["edit", "--model", str(folder), *FACT, *saved]) == 0
     names = [f.value.weight_name for f in EditableModel.load(folder, device="cpu").ffn[:2]]
-    assert set(WeightDelta.load(delta)) == set(names)
+    assert set(Edit.load(delta).weights) == set(names)
     before, after = (
         AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, out)
     )
@@ -312,7 +313,7 @@ def test_brackets_and_dollars_of_a_prompt_are_shown_and_drawn_as_they_are(folder
 def test_a_delta_of_another_model_is_refused(folder, make_model, requests, tmp_path, capsys):
     model = make_model("llama")
     delta = tmp_path / "delta.safetensors"
-    build_editor("full-c", {"steps": 1}, {}).edit(model, requests[:1]).save(delta)
+    build_editor("full-c", {"steps": 1}, {})(model, requests[:1]).edit.save(delta)
     out = ["--out", str(tmp_path / "out")]
     assert main(["apply", str(delta), "--model", str(folder), *out]) == 1
     assert "which this model lacks" in capsys.readouterr().err

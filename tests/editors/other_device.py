@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from kmebench.editors.registry import EDITORS, editor_target
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import GPTJConfig, LlamaConfig
@@ -20,7 +21,6 @@ from kmebench.editors.locate.base import LocateAndEdit
 from kmebench.editors.locate.covariance.stage import Sums
 from kmebench.editors.locate.covariance.store import write_moments
 from kmebench.editors.locate.covariance.texts import Sampled
-from kmebench.editors.registry import EDITORS, editor_target
 from kmebench.models.editable import EditableModel
 from kmebench.models.tiny import train_tokenizer
 
@@ -156,13 +156,13 @@ def edit_twice(model: EditableModel, name: str, path: Path) -> None:
         hparams |= {"layer": 0} if "rome" in name else {"layers": (0,)}
     if name == "alphaedit":
         hparams |= {"threshold": 1.0}
-    editor = kind(kind.Hparams(**hparams), {"moments": path})
+    editor = kind(kind.Hparams(**hparams), {"covariance": path})
     for batch in (REQUESTS, REQUESTS[:1]):
         delta = editor.edit(model, batch)
         assert delta.is_finite()
         model.apply(delta)
     model.apply(editor.finish(model))
-    total = model.edits.total()
+    total = model.edits.total().weights
     assert sum(total.norms().values()) > 0
     model.edits.load_state({k: v.cpu() for k, v in model.edits.state().items()})
     model.revert()

@@ -44,7 +44,7 @@ def test_revert_restores_every_bit(dtype):
     assert not torch.equal(live["w"], before["w"])
     ledger.revert()
     assert all(torch.equal(live[name], before[name]) for name in live)
-    assert not ledger.total()
+    assert not ledger.total().weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -59,7 +59,7 @@ def test_total_and_live_weights_are_the_sum_of_all_deltas(dtype):
         expected = torch.stack([p.to(dtype) for p in parts]).sum(dim=0)
         torch.testing.assert_close(live[name] - before[name], expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(
-            ledger.total()[name].dense(live[name].shape), expected, atol=1e-5, rtol=0
+            ledger.total().weights[name].dense(live[name].shape), expected, atol=1e-5, rtol=0
         )
         assert torch.equal(ledger.original(name), before[name])
 

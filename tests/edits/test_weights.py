@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from kmebench.edits.edit import Edit
 from kmebench.edits.weights import Columns, Dense, LowRank, Rows, WeightDelta
 from kmebench.errors import KMEBenchError
 
@@ -54,8 +55,8 @@ def test_repeated_segments_add_up():
 @pytest.mark.parametrize("kind", ["rows", "columns", "lowrank", "dense"])
 def test_saved_delta_reads_back_bit_by_bit(kind, tmp_path):
     part = draw_part(kind, 0)
-    WeightDelta({"model.layer.w": part}).save(tmp_path / "delta.safetensors")
-    loaded = WeightDelta.load(tmp_path / "delta.safetensors")["model.layer.w"]
+    Edit(WeightDelta({"model.layer.w": part})).save(tmp_path / "delta.safetensors")
+    loaded = Edit.load(tmp_path / "delta.safetensors").weights["model.layer.w"]
     assert type(loaded) is type(part)
     for saved, read in zip(part.factors(), loaded.factors(), strict=True):
         assert torch.equal(saved, read)
@@ -63,8 +64,8 @@ def test_saved_delta_reads_back_bit_by_bit(kind, tmp_path):
 
 def test_other_safetensors_files_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(KMEBenchError, match=r"x\.safetensors is not a weight delta"):
-        WeightDelta.load(tmp_path / "x.safetensors")
+    with pytest.raises(KMEBenchError, match=r"x\.safetensors is not an edit"):
+        Edit.load(tmp_path / "x.safetensors")
 
 
 def test_nan_is_found():
@@ -73,10 +74,10 @@ def test_nan_is_found():
 
 def test_a_file_that_is_cut_off_is_named(tmp_path):
     path = tmp_path / "delta.safetensors"
-    WeightDelta({"w": Dense(torch.ones(3, 3))}).save(path)
+    Edit(WeightDelta({"w": Dense(torch.ones(3, 3))})).save(path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(KMEBenchError, match=r"delta\.safetensors cannot be read as a weight delta"):
-        WeightDelta.load(path)
+    with pytest.raises(KMEBenchError, match=r"delta\.safetensors cannot be read as an edit"):
+        Edit.load(path)
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "lowrank", "dense"])
@@ -98,11 +99,11 @@ def test_entries_of_a_vector_fit_it():
 def test_a_delta_with_other_tensors_is_damaged(name, tmp_path):
     path = tmp_path / "delta.safetensors"
     save_file({name: torch.zeros(1)}, path, metadata={"format": "kmebench.delta.v1"})
-    with pytest.raises(KMEBenchError, match=r"delta\.safetensors is a damaged weight delta"):
-        WeightDelta.load(path)
+    with pytest.raises(KMEBenchError, match=r"delta\.safetensors is a damaged edit"):
+        Edit.load(path)
 
 
 def test_a_missing_delta_is_one_sentence(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(KMEBenchError, match="cannot be read as a weight delta"):
-            WeightDelta.load(path)
+        with pytest.raises(KMEBenchError, match="cannot be read as an edit"):
+            Edit.load(path)

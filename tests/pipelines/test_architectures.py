@@ -12,7 +12,7 @@ from kmebench.editors import registry
 from kmebench.editors.locate.covariance.stage import second_moments
 from kmebench.editors.locate.covariance.texts import TextSettings
 from kmebench.editors.pac.cache import GradientCache, cache_gradients, select_groups, write_paths
-from kmebench.edits.weights import WeightDelta
+from kmebench.edits.edit import Edit
 from kmebench.evaluation.frames import original_frame, write_frame
 from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.schema import ORIGINAL
@@ -153,9 +153,9 @@ def _check(spec, output, final):
     frame = pd.read_parquet(output["predictions"])
     if spec["mode"] == "consecutive":
         assert set(frame["moment"]) == {"final", "write", "checkpoint"}
-        assert WeightDelta.load(output["delta"]).norms()
+        assert Edit.load(output["delta"]).weights.norms()
     elif spec["mode"] == "breadth_first":
         assert set(frame["moment"]) == {"final"}
-        assert WeightDelta.load(output["delta"]).norms()
+        assert Edit.load(output["delta"]).weights.norms()
     else:
         assert set(frame["batch"]) == {0, 1}

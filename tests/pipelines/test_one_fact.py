@@ -31,7 +31,7 @@ class InTwo(Editor):
     def edit(self, model, requests):
         return self._add(model, 1.0)
 
-    def finish(self, model):
+    def final_edit(self, model):
         return self._add(model, 2.0)
 
     def _add(self, model, size):
@@ -42,7 +42,7 @@ class InTwo(Editor):
 def test_an_edit_of_one_fact_ends_as_a_run_does(trained, capital_requests):
     name = trained.ffn[0].value.weight_name
     before = trained.parameter(name).detach().clone()
-    delta = edit_fact(trained, InTwo(None, {}), capital_requests[0])
+    result = edit_fact(trained, InTwo(None, {}), capital_requests[0])
     torch.testing.assert_close(trained.parameter(name).detach(), before + 3)
-    torch.testing.assert_close(delta[name].values, torch.full_like(before, 3))
+    torch.testing.assert_close(result.edit.weights[name].values, torch.full_like(before, 3))
     trained.revert()

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from dataclasses import dataclass
 
 import pandas as pd
 import pytest
@@ -12,8 +11,9 @@ from kmebench.editors.base import Editor, build_editor
 from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.errors import EditError, ModelError
 from kmebench.evaluation.predict import Settings
+from kmebench.pipelines.checkpoints import Checkpoints
 from kmebench.pipelines.pipelines import (
-    Checkpoints,
+    Setup,
     milestones,
     run_batches,
     run_breadth_first,
@@ -54,7 +54,7 @@ def checkpoints(folder, every=1, identity="one"):
 
 def consecutive(model, editor, requests, folder, **kwargs):
     torch.manual_seed(0)
-    return run_consecutive(model, editor, requests, SETTINGS, checkpoints(folder, **kwargs))
+    return run_consecutive(Setup(model, editor, SETTINGS, checkpoints(folder, **kwargs)), requests)
 
 
 def comparable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -63,7 +63,8 @@ def comparable(frame: pd.DataFrame) -> pd.DataFrame:
 
 def in_batches(model, editor, requests, size, folder, **kwargs):
     torch.manual_seed(0)
-    return run_batches(model, editor, requests, size, SETTINGS, checkpoints(folder), **kwargs)
+    setup = Setup(model, editor, SETTINGS, checkpoints(folder), **kwargs)
+    return run_batches(setup, requests, size)
 
 
 def test_every_batch_starts_from_the_original_model_and_from_no_memory(
@@ -108,7 +109,7 @@ def test_an_edit_that_cannot_be_made_stops_the_run_or_is_left_out(
     model, editor = make_model("gptj", torch.float32), Unable(how)
     torch.manual_seed(0)
     saved = checkpoints(tmp_path / "b")
-    outcome = run_consecutive(model, editor, requests, SETTINGS, saved, skip_failed=True)
+    outcome = run_consecutive(Setup(model, editor, SETTINGS, saved, skip_failed=True), requests)
     assert [f["case_ids"] for f in outcome.failed] == [["b"]]
     assert editor.calls == 2  # its memory is as if it had not been asked
     assert [bool(norms) for norms in outcome.norms] == [True, False, True]
@@ -126,7 +127,7 @@ class Finishing(Counting):
 
     change = torch.linspace(-1, 1, 16 * 24).reshape(16, 24)
 
-    def finish(self, model):
+    def final_edit(self, model):
         return WeightDelta({model.ffn[1].value.weight_name: Dense(self.change)})
 
 
@@ -148,9 +149,9 @@ def test_what_an_editor_adds_at_the_end_is_evaluated_and_taken_back_before_the_r
     assert not differs["checkpoint"].empty
     assert not differs["final"].empty
     assert torch.equal(
-        finished.delta[name].dense(original.shape), original + Finishing.change - original
+        finished.edit.weights[name].dense(original.shape), original + Finishing.change - original
     )
-    assert name not in plain.delta
+    assert name not in plain.edit.weights
     assert "finish" in finished.times[-1]["seconds"]
     assert torch.equal(model.parameter(name), original)
 
@@ -180,24 +181,24 @@ def test_consecutive_edits_accumulate_and_are_scored_when_written_and_at_the_end
     final = outcome.predictions[outcome.predictions["moment"] == "final"]
     assert final["position"].unique().tolist() == [0, 1, 2]
     assert final["free_ids"].notna().all()
-    (name,) = outcome.delta
+    (name,) = outcome.edit.weights
     live = model.parameter(name)
-    torch.testing.assert_close(live - original, outcome.delta[name].dense(live.shape))
+    torch.testing.assert_close(live - original, outcome.edit.weights[name].dense(live.shape))
 
 
 def test_breadth_first_edits_everything_at_once_and_keeps_it(make_model, requests, tmp_path):
     model, editor = make_model("gptj", torch.float32), Counting()
     original = model.parameter(model.ffn[0].value.weight_name).clone()
-    outcome = run_breadth_first(model, editor, requests, SETTINGS, checkpoints(tmp_path))
+    outcome = run_breadth_first(Setup(model, editor, SETTINGS, checkpoints(tmp_path)), requests)
     assert editor.calls == 1
     assert [call["requests"] for call in outcome.times] == [3]
     assert outcome.predictions["moment"].unique().tolist() == ["final"]
     assert outcome.predictions["position"].unique().tolist() == [0, 1, 2]
     assert outcome.predictions["edits_done"].unique().tolist() == [3]
-    (name,) = outcome.delta
+    (name,) = outcome.edit.weights
     live = model.parameter(name)
     assert not torch.equal(live, original)
-    torch.testing.assert_close(live - original, outcome.delta[name].dense(live.shape))
+    torch.testing.assert_close(live - original, outcome.edit.weights[name].dense(live.shape))
 
 
 EPOCHS = {
@@ -228,7 +229,7 @@ def test_breadth_first_goes_on_after_an_epoch_with_the_same_bytes(
         model = make_model(family, torch.float32)
         torch.manual_seed(1)
         editor = build_editor(name, EPOCHS[name], {})
-        return run_breadth_first(model, editor, requests, SETTINGS, kept)
+        return run_breadth_first(Setup(model, editor, SETTINGS, kept), requests)
 
     straight = run(tmp_path / "a")
     with pytest.raises(PreemptedError, match=rf"Stopped by SIGTERM after {stop_at} epochs"):
@@ -238,8 +239,10 @@ def test_breadth_first_goes_on_after_an_epoch_with_the_same_bytes(
     assert resumed.times[0]["steps"] == straight.times[0]["steps"]
     assert set(resumed.times[0]["seconds"]) == set(straight.times[0]["seconds"])
     pd.testing.assert_frame_equal(comparable(resumed.predictions), comparable(straight.predictions))
-    for parameter, part in straight.delta.items():
-        for one, other in zip(part.factors(), resumed.delta[parameter].factors(), strict=True):
+    for parameter, part in straight.edit.weights.items():
+        for one, other in zip(
+            part.factors(), resumed.edit.weights[parameter].factors(), strict=True
+        ):
             assert torch.equal(one, other)
 
 
@@ -255,7 +258,9 @@ def test_a_signal_ends_breadth_first_after_its_epoch(make_model, requests, tmp_p
     monkeypatch.setattr(editor, "_step", signalled)
     kept = Checkpoints(tmp_path, 1, {}, "epochs")
     with pytest.raises(PreemptedError, match="Stopped by SIGUSR1 after 1 epochs"):
-        run_breadth_first(make_model("gptj", torch.float32), editor, requests, SETTINGS, kept)
+        run_breadth_first(
+            Setup(make_model("gptj", torch.float32), editor, SETTINGS, kept), requests
+        )
 
 
 @pytest.mark.parametrize("fail_at", [1, 2])
@@ -269,8 +274,8 @@ def test_resumed_session_equals_an_uninterrupted_one(fail_at, make_model, reques
     )
     assert len(resumed.times) == len(requests)
     pd.testing.assert_frame_equal(comparable(resumed.predictions), comparable(straight.predictions))
-    for name, part in straight.delta.items():
-        assert torch.equal(part.values, resumed.delta[name].values)
+    for name, part in straight.edit.weights.items():
+        assert torch.equal(part.values, resumed.edit.weights[name].values)
     assert torch.equal(resumed_editor.calls, torch.tensor([3.0]))
 
 
@@ -346,11 +351,11 @@ def test_out_of_memory_half_of_a_batch_is_edited_at_once(
         editor = build_editor(name, hparams | {"micro_batch": micro_batch}, {})
         if rows:
             limited(model, rows, monkeypatch)
-        return editor, in_batches(model, editor, requests, 3, tmp_path / folder)
+        return in_batches(model, editor, requests, 3, tmp_path / folder)
 
-    _, expected = run(2, "a")
-    editor, found = run(4, "b", rows=rows_of_two)
-    assert editor.hparams.micro_batch == 2
+    expected = run(2, "a")
+    found = run(4, "b", rows=rows_of_two)
+    assert found.micro_batch == 2
     assert "out of memory while editing request 'a' (batch of 3): trying 2 at once" in caplog.text
     pd.testing.assert_frame_equal(comparable(found.predictions), comparable(expected.predictions))
     assert found.times[0]["steps"] == expected.times[0]["steps"]
@@ -358,17 +363,12 @@ def test_out_of_memory_half_of_a_batch_is_edited_at_once(
         run(2, "c", rows=0.5)
 
 
-@dataclass(frozen=True)
-class Size:
-    micro_batch: int = 2
-
-
 class Tight(Counting):
     """Runs out of memory when it is done, but with one request at a time."""
 
     def edit(self, model, requests):
         delta = super().edit(model, requests)
-        if self.hparams.micro_batch > 1:
+        if self.micro_batch > 1:
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
         return delta
 
@@ -377,11 +377,11 @@ def test_the_second_try_has_the_memory_and_the_random_numbers_of_the_first(
     make_model, requests, tmp_path
 ):
     tight = Tight()
-    tight.hparams = Size()
+    tight.micro_batch = 2
     found = consecutive(make_model("gptj", torch.float32), tight, requests, tmp_path / "a")
     expected = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "b")
-    for name, part in expected.delta.items():
-        assert torch.equal(part.values, found.delta[name].values)
+    for name, part in expected.edit.weights.items():
+        assert torch.equal(part.values, found.edit.weights[name].values)
 
 
 class Broken(Counting):

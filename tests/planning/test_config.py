@@ -158,7 +158,7 @@ WRONG = {
     "a method": ({"experiments": {"table1": {"methods": ["PAC"]}}}, "did you mean 'pac'"),
     "a device": ({"device": "CPU"}, "did you mean 'cpu'"),
     "an editor": ({"methods": {"mine": {"editor": "my editor:x"}}}, "package.module:Class"),
-    "a text's place": ({"moments": {"text": {"source": "file"}}}, "text: 'path' is a required"),
+    "a text's place": ({"covariance": {"text": {"source": "file"}}}, "text: 'path' is a required"),
     "a data set": (
         {
             "datasets": {

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from kmebench.edits.weights import WeightDelta
+from kmebench.edits.edit import Edit
 
 RUN = "results/runs/tiny-gptj/openfacts-zsre/consecutive/pac/default/seed0"
 
@@ -342,7 +342,7 @@ def test_an_editor_of_ones_own_needs_a_class_and_three_lines_of_config(finished,
     configs = ("config/ci.yaml", overlay)
     run = RUN.replace("/pac/", "/toy/")
     finished.run(f"{run}/delta.safetensors", configs=configs, PYTHONPATH=str(tmp_path))
-    (part,) = WeightDelta.load(finished.folder / run / "delta.safetensors").values()
+    (part,) = Edit.load(finished.folder / run / "delta.safetensors").weights.values()
     assert part.index.tolist() == [3]
     torch.testing.assert_close(part.values, torch.full_like(part.values, 3 * 0.5))
     timing = json.loads((finished.folder / run / "timing.json").read_text())

@@ -15,7 +15,7 @@ def edited(model, requests, **hparams):
     editor = build_editor("full-c", HPARAMS | hparams, {})
     for request in requests:
         model.apply(editor.edit(model, [request]))
-    return model.edits.total()
+    return model.edits.total().weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,8 @@ from kmebench.edits.weights import LowRank, WeightDelta
 from kmebench.errors import ConfigError, EditError
 from kmebench.evaluation.predict import Settings
 from kmebench.models.layouts import adapted_modules, layout_of
-from kmebench.pipelines.pipelines import Checkpoints, run_batches, run_consecutive
+from kmebench.pipelines.checkpoints import Checkpoints
+from kmebench.pipelines.pipelines import Setup, run_batches, run_consecutive
 from tests.conftest import FAMILIES
 
 SCALE = 6 / 2
@@ -116,7 +117,7 @@ def test_along_consecutive_edits_the_rank_stays_that_of_one_adapter(family, make
     for request in requests:
         delta = editor.edit(model, [request])
         model.apply(delta)
-    total = model.edits.total()
+    total = model.edits.total().weights
     assert set(total) == {f"{name}.weight" for name in names_of(model)}
     for name, (a, b) in factors_of(editor).items():
         weight = f"{name}.weight"
@@ -194,7 +195,7 @@ def test_training_is_seeded_on_every_device_by_the_sessions_generator(make_model
 def test_every_batch_has_an_adapter_of_its_own(make_model, requests, tmp_path):
     model, editor = make_model("llama", torch.float32), lora(dropout=0.1)
     torch.manual_seed(2)
-    outcome = run_batches(model, editor, requests, 2, SETTINGS, Checkpoints(tmp_path, 1, {}))
+    outcome = run_batches(Setup(model, editor, SETTINGS, Checkpoints(tmp_path, 1, {})), requests, 2)
     assert editor.state_dict() == {}
     torch.manual_seed(2)
     apart = [lora(dropout=0.1).edit(model, batch) for batch in (requests[:2], requests[2:])]
@@ -207,7 +208,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(family, make_model, requests,
         model = make_model(family, torch.float32)
         torch.manual_seed(4)
         checkpoints = Checkpoints(tmp_path / folder, 1, {})
-        return run_consecutive(model, editor, requests, SETTINGS, checkpoints)
+        return run_consecutive(Setup(model, editor, SETTINGS, checkpoints), requests)
 
     straight, failing = run(lora(dropout=0.1), "a"), lora(dropout=0.1)
     edit = failing.edit
@@ -223,8 +224,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(family, make_model, requests,
     resumed_editor = lora(dropout=0.1)
     resumed = run(resumed_editor, "b")
     assert straight.norms == resumed.norms
-    for name, part in straight.delta.items():
-        assert torch.equal(part.values, resumed.delta[name].values)
+    for name, part in straight.edit.weights.items():
+        assert torch.equal(part.values, resumed.edit.weights[name].values)
 
 
 def test_a_bfloat16_model_has_a_float32_adapter(make_model, requests):
@@ -267,5 +268,7 @@ def test_a_memory_of_edits_that_the_model_does_not_carry_is_refused(make_model, 
 
 @pytest.mark.parametrize("hparams", [{"rank": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_an_adapter_that_cannot_be_is_refused(hparams):
-    with pytest.raises(ConfigError, match="rank must be 1 or more, and dropout"):
+    with pytest.raises(
+        ConfigError, match=r"^(rank|dropout) cannot be .* in the editor 'lora': Input should be"
+    ):
         lora(**hparams)

@@ -12,7 +12,8 @@ from kmebench.editors.kn.kn import knowledge_neurons
 from kmebench.edits.weights import Columns, Rows
 from kmebench.errors import ConfigError
 from kmebench.evaluation.predict import Settings
-from kmebench.pipelines.pipelines import Checkpoints, run_batches, run_consecutive
+from kmebench.pipelines.checkpoints import Checkpoints
+from kmebench.pipelines.pipelines import Setup, run_batches, run_consecutive
 from tests.conftest import FAMILIES
 
 HPARAMS = {"steps": 3, "prompts": 4, "threshold": 0.1, "share": 0.25}
@@ -61,12 +62,17 @@ def test_a_share_of_the_prompts_is_counted_without_rounding():
 
 @pytest.mark.parametrize("hparams", [{"steps": 1}, {"prompts": 0}])
 def test_one_point_of_an_integral_and_no_prompt_are_refused(hparams):
-    with pytest.raises(ConfigError, match=r"kn: steps \d and prompts \d are too few"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^(steps|prompts) cannot be \d in the editor 'kn': .* greater than or equal to",
+    ):
         kn(**hparams)
 
 
 def test_a_share_of_all_prompts_is_refused():
-    with pytest.raises(ConfigError, match=r"kn: share is 1, .* must be below 1"):
+    with pytest.raises(
+        ConfigError, match=r"^share cannot be 1\.0 in the editor 'kn': .* less than 1"
+    ):
         kn(share=1.0)
 
 
@@ -164,7 +170,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_model, requests, tmp_pat
     def run(editor, folder):
         model = make_model("gptj", torch.float32)
         checkpoints = Checkpoints(tmp_path / folder, 1, {})
-        return run_consecutive(model, editor, requests, Settings(wild_max_tokens=1), checkpoints)
+        return run_consecutive(
+            Setup(model, editor, Settings(wild_max_tokens=1), checkpoints), requests
+        )
 
     straight, failing = run(kn(), "a"), kn()
     edit = failing.edit
@@ -178,18 +186,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_model, requests, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         run(failing, "b")
     resumed = run(kn(), "b")
-    assert straight.delta.norms() == resumed.delta.norms()
-    for name, part in straight.delta.items():
-        assert torch.equal(part.values, resumed.delta[name].values)
+    assert straight.edit.weights.norms() == resumed.edit.weights.norms()
+    for name, part in straight.edit.weights.items():
+        assert torch.equal(part.values, resumed.edit.weights[name].values)
 
 
 def test_each_batch_starts_from_the_original_model(make_model, requests, tmp_path):
     settings = Settings(wild_max_tokens=1)
     model = make_model("llama", torch.float32)
     outcome = run_batches(
-        model, kn(), requests[:2], 1, settings, Checkpoints(tmp_path / "a", 1, {})
+        Setup(model, kn(), settings, Checkpoints(tmp_path / "a", 1, {})), requests[:2], 1
     )
-    alone = run_batches(model, kn(), requests[1:2], 1, settings, Checkpoints(tmp_path / "b", 1, {}))
+    alone = run_batches(
+        Setup(model, kn(), settings, Checkpoints(tmp_path / "b", 1, {})), requests[1:2], 1
+    )
     assert outcome.norms[1] == alone.norms[0]
 
 

@@ -30,7 +30,7 @@ def moments(tmp_path):
 
 
 def editor_of(name, moments, **hparams):
-    return build_editor(name, SHORT | hparams, {"moments": moments[0]})
+    return build_editor(name, SHORT | hparams, {"covariance": moments[0]})
 
 
 def dense_w2(model, layer):
@@ -118,7 +118,7 @@ def test_every_value_of_the_loss_reaches_the_optimisation(
         used.append(settings)
         return optimise_targets(model, requests, contexts, settings, editor)
 
-    monkeypatch.setattr(f"kmebench.editors.{module}.optimise_targets", spy)
+    monkeypatch.setattr(f"kmebench.editors.locate.{module}.optimise_targets", spy)
     where = {"layer": 1} if name == "rome" else {"layers": (0, 1)}
     editor_of(name, moments, **where, **loss).edit(make_model("llama"), requests[:1])
     assert {key: getattr(used[0], key) for key in loss} == loss
@@ -272,7 +272,7 @@ def test_prune_restrains_the_sum_of_all_edits_at_the_end(family, make_model, req
     for request in requests:
         model.apply(editor.edit(model, [request]))
         dense.apply(plain.edit(dense, [request]))
-    last = editor.finish(model)
+    last = editor.final_edit(model)
     model.apply(last)
     edited = {layer: dense_w2(dense, layer).clone() for layer in LAYERS}
     dense.revert()
@@ -291,7 +291,7 @@ def test_prune_restrains_the_sum_of_all_edits_at_the_end(family, make_model, req
 
 
 def test_prune_has_nothing_to_restrain_where_no_edit_could_be_made(make_model, moments):
-    assert not editor_of("prune", moments, layers=LAYERS).finish(make_model("llama"))
+    assert not editor_of("prune", moments, layers=LAYERS).final_edit(make_model("llama"))
 
 
 def test_alphaedits_memory_survives_a_round_trip(make_model, requests, moments):
@@ -331,7 +331,7 @@ def test_layers_the_model_has_not_are_refused(name, make_model, requests, moment
 
 def test_a_singular_moment_names_editor_layer_and_request(make_model, requests, tmp_path):
     write_moments(tmp_path / "m", {1: torch.zeros(24, 24)}, 60, {"source": "self"})
-    editor = build_editor("memit", SHORT | {"layers": (1,)}, {"moments": tmp_path / "m"})
+    editor = build_editor("memit", SHORT | {"layers": (1,)}, {"covariance": tmp_path / "m"})
     with pytest.raises(EditError, match=r"memit: layer 1, request 'a' to 'c': .*singular"):
         editor.edit(make_model("llama"), requests)
 

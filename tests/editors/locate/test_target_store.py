@@ -36,7 +36,7 @@ def test_editors_write_the_same_with_cached_targets(
     hparams = {"layers": (1,), "steps": 3, "learning_rate": 0.2, "clamp_factor": 1.0}
     hparams |= {"threshold": 0.8} if name == "alphaedit" else {}
     model = make_model("llama")
-    assets = {"moments": tmp_path / "moments"}
+    assets = {"covariance": tmp_path / "moments"}
     fresh = build_editor(name, hparams, assets)
     cached = build_editor(name, hparams, assets | {"targets": targets})
     some = [requests[2], requests[0]]

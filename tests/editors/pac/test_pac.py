@@ -168,7 +168,7 @@ def test_bfloat16_edits_accumulate_in_float32(make_model, requests):
     editor = build_editor("pac", HPARAMS | {"trace_on": "current", "learning_rate": 1e-4}, {})
     for _ in range(3):
         model.apply(editor.edit(model, requests[:1]))
-    total = model.edits.total()
+    total = model.edits.total().weights
     assert all(part.values.dtype == torch.float32 for part in total.values())
     moved = max(float(part.values.abs().max()) for part in total.values())
     assert 5e-4 < moved <= 15 * 1.01e-4  # 15 Adam steps of 1e-4, far below bfloat16's spacing

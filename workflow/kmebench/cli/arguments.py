@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
+from kmebench import values
 from kmebench.data.texts import clean
 from kmebench.errors import ConfigError
 from kmebench.names import near_name
-from kmebench import values
 from kmebench.planning import grid
 from kmebench.planning.overlays import read_yaml
 

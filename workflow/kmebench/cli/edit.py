@@ -17,7 +17,7 @@ from kmebench.data.openfacts import load_relations
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import build_editor
 from kmebench.editors.locate.covariance.store import check_moments
-from kmebench.edits.weights import WeightDelta
+from kmebench.edits.edit import Edit
 from kmebench.errors import ConfigError, ModelError
 from kmebench.io.checked_files import users_own
 from kmebench.models.editable import SPREAD, EditableModel, pick_device, seed_everything
@@ -51,15 +51,15 @@ def _edit(arguments: argparse.Namespace, inputs: Inputs) -> None:
     likely, said = _top(model, prompts[0]), [says(model, p) for p in prompts]
     seed_everything(inputs.seed)
     start = time.perf_counter()
-    delta = edit_fact(model, editor, request)
+    result = edit_fact(model, editor, request)
     seconds = time.perf_counter() - start
-    console.print(f"{arguments.method}: {editor.steps} steps, {seconds:.1f} s\n")
+    console.print(f"{arguments.method}: {result.steps} steps, {seconds:.1f} s\n")
     console.print(_next_tokens(prompts[0], likely, _top(model, prompts[0])))
     console.print(_changes(prompts, said, [says(model, p) for p in prompts]))
     if not neighbours:
         console.print("OpenFacts knows no neighbours of this subject; name some by --neighbour.")
     if arguments.save_delta:
-        delta.save(arguments.save_delta)
+        result.edit.save(arguments.save_delta)
         console.print(f"delta: {arguments.save_delta}")
     if arguments.out:
         _save(model, arguments.out)
@@ -91,18 +91,18 @@ def trace_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
 
 def apply_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     """Load, apply, save."""
-    delta = WeightDelta.load(arguments.delta)
+    edit = Edit.load(arguments.delta)
+    if edit.overlays:
+        raise ModelError(
+            f"{arguments.delta} holds the overlays {', '.join(edit.overlays)}, which a folder of "
+            "weights cannot carry; apply it in Python (docs/python.md)."
+        )
     model = _load(inputs.model, arguments)
-    shapes = {name: parameter.shape for name, parameter in model.model.named_parameters()}
-    for name, part in delta.items():
-        if name not in shapes:
-            raise ModelError(f"{arguments.delta} changes {name!r}, which this model lacks.")
-        if not part.fits(shapes[name]):
-            raise ModelError(
-                f"{arguments.delta} changes {name!r}, which has another shape in this model "
-                f"({tuple(shapes[name])}); name the model that it was made from."
-            )
-    model.apply(delta)
+    try:
+        model.check(edit)
+    except ModelError as error:
+        raise ModelError(f"{arguments.delta}: {error}") from error
+    model.apply(edit)
     _save(model, arguments.out)
 
 

@@ -25,7 +25,15 @@ ENTRY_POINTS = "kmebench.editors"
 #: Modules with the cards of this library, each in a list ``CARDS``. Named, not imported: an edit
 #: depends on its own editor's code alone (planning/dependencies.py).
 _MODULES = tuple(
-    f"kmebench.editors.{family}.cards" for family in ("control", "finetune", "locate", "kn", "pac")
+    f"kmebench.editors.{family}.cards"
+    for family in (
+        "control",
+        "finetune",
+        "kn",
+        "locate",
+        "memory",
+        "pac",
+    )
 )
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 

@@ -7,38 +7,82 @@ last place would otherwise vanish. Segments are kept apart from whole matrices, 
 time follow what was touched, not the size of the model.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from kmebench.edits.edit import Edit
+from kmebench.edits.overlays import Overlay
 from kmebench.edits.weights import Columns, Dense, Part, Rows, WeightDelta, put_segments
 from kmebench.precision import at_least_float32
 
 
 class Ledger:
-    """Applies deltas to the named parameters of one model and remembers what was there."""
+    """Applies edits to the named parameters of one model and remembers what was there.
+
+    ``overlays`` are the overlays that act now, by name.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
         self._entries: dict[str, _Segments | _Whole] = {}
+        self.overlays: Mapping[str, Overlay] = {}
+        #: Inside a savepoint: what has been touched since, as it was (None: untouched).
+        self._before: dict[str, _Segments | _Whole | None] | None = None
 
     @torch.no_grad()
-    def apply(self, delta: WeightDelta) -> None:
-        """Add ``delta`` to the masters and write the touched weights."""
-        for name, part in delta.items():
+    def apply(self, edit: Edit | WeightDelta) -> None:
+        """Add an edit's weights to the masters, write the touched weights, set its overlays."""
+        edit = Edit.of(edit)
+        for name, part in edit.weights.items():
             self._entry(name, part).add(part)
+        self.overlays = {**self.overlays, **edit.overlays}
 
     @torch.no_grad()
     def revert(self) -> None:
         """Restore every touched weight to its original bits, and forget all edits."""
-        for entry in self._entries.values():
-            entry.restore()
-        self._entries.clear()
+        for name in list(self._entries):
+            self._remember(name)
+            self._entries.pop(name).restore()
+        self.overlays = {}
 
-    def total(self) -> WeightDelta:
-        """Return all edits so far as one delta: master − original."""
-        return WeightDelta({name: entry.total() for name, entry in self._entries.items()})
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Put everything back, bit by bit, as it was when the block began.
+
+        Memory follows what the block touches. Savepoints may be nested.
+        """
+        outer, overlays = self._before, self.overlays
+        self._before = {}
+        try:
+            yield
+        finally:
+            touched, self._before = self._before, outer
+            self.overlays = overlays
+            with torch.no_grad():
+                for name, before in touched.items():
+                    self._return(name, before)
+
+    def _return(self, name: str, before: "_Segments | _Whole | None") -> None:
+        if name in self._entries:
+            self._entries.pop(name).restore()
+        if before is not None:
+            before.rewrite()
+            self._entries[name] = before
+
+    def _remember(self, name: str) -> None:
+        """Keep what a savepoint has to return."""
+        if self._before is not None and name not in self._before:
+            entry = self._entries.get(name)
+            self._before[name] = None if entry is None else copy.copy(entry).cloned()
+
+    def total(self) -> Edit:
+        """Return all edits so far as one: master − original, and the overlays."""
+        weights = {name: entry.total() for name, entry in self._entries.items()}
+        return Edit(WeightDelta(weights), self.overlays)
 
     def original(self, name: str) -> Tensor:
         """Return a parameter as it was before any edit; never the live weight itself."""
@@ -86,6 +130,7 @@ class Ledger:
             self._entry(name, part).set(part)
 
     def _entry(self, name: str, part: Part) -> "_Segments | _Whole":
+        self._remember(name)
         entry = self._entries.get(name)
         sparse = isinstance(part, Rows | Columns)
         if entry is None:
@@ -115,6 +160,13 @@ class _Whole:
 
     def restore(self) -> None:
         self.parameter.copy_(self.original)
+
+    def rewrite(self) -> None:
+        self.parameter.copy_(self.master)
+
+    def cloned(self) -> "_Whole":
+        self.master = self.master.clone()
+        return self
 
     def total(self) -> Part:
         return Dense(self.master - self.original)
@@ -180,6 +232,15 @@ class _Segments:
 
     def restore(self) -> None:
         self._write(self.index, self.original[: self.n])
+
+    def rewrite(self) -> None:
+        self._write(self.index, self.master[: self.n])
+
+    def cloned(self) -> "_Segments":
+        self.slot, self.original, self.master = (
+            tensor.clone() for tensor in (self.slot, self.original, self.master)
+        )
+        return self
 
     def total(self) -> Part:
         return self.kind.summed(self.index, self.master[: self.n] - self.original[: self.n])

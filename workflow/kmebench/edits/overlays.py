@@ -27,9 +27,9 @@ class Text(NamedTuple):
     target: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Passage:
-    """Texts on their way through a model.
+    """R texts on their way through a model.
 
     ``prompt_last`` holds each row's last token of the prompt, as a column of the batch. In the
     phase ``scored`` targets stand behind prompts; ``prefill`` reads prompts to be gone on from;
@@ -37,7 +37,9 @@ class Passage:
     """
 
     prompt_last: Tensor  # [R] int64
+    rows: Tensor | None = None  # [A], the row of each logit; None: one logit per row
     phase: Literal["scored", "prefill", "decode"] = "scored"
+    started: bool = False
     decisions: dict[str, Any] = field(default_factory=dict)
 
 
@@ -70,6 +72,13 @@ class Overlay(ABC):
     def logits(self, passage: Passage, base: Tensor, model: "EditableModel") -> Tensor:
         """Return the logits instead of ``base`` [A, vocabulary]; ``base`` itself where closed."""
         return base
+
+    def check(self, model: "EditableModel") -> None:  # noqa: B027
+        """Refuse a model that the overlay was not made for.
+
+        Raises:
+            ModelError: so it is.
+        """
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that make up the overlay, for files and checkpoints."""

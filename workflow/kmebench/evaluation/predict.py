@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
+from kmebench.edits.overlays import Text
 from kmebench.evaluation.answers import has_stopped, natural_stop
 from kmebench.evaluation.prompts import Prompt, wild_prompt
 from kmebench.memory import halved_if_needed
@@ -84,7 +84,7 @@ def _teacher_forced(
     model: EditableModel, pairs: Sequence[Pair], batch_size: int
 ) -> dict[Pair, tuple[list[int], list[int], float]]:
     """Return target ids, argmax ids and mean log-probability of the target, for every pair."""
-    encoded = model.encode(pairs)
+    encoded = model.encode(model.rewritten([Text(*pair) for pair in pairs]))
     found = {}
     for chunk in length_sorted_chunks([len(e.ids) for e in encoded], batch_size):
         batch = model.collate([encoded[i] for i in chunk])
@@ -102,12 +102,13 @@ def _decode_free(
     model: EditableModel, prompts: Sequence[Prompt], lengths: Sequence[int], settings: Settings
 ) -> list[list[int]]:
     """Decode greedily, as many tokens as the target has."""
-    tokenised = model.encode_prompts([p.prompt for p in prompts])
+    asked = model.rewritten([Text(p.prompt) for p in prompts])
+    tokenised = model.encode_prompts([text.prompt for text in asked])
     decoded: list[list[int]] = [[] for _ in prompts]
     for chunk in length_sorted_chunks(lengths, settings.batch_size):
         for group in _with_room(chunk, tokenised, lengths, model.context):
             longest = max(lengths[i] for i in group)
-            rows = _generate(model, [tokenised[i] for i in group], longest)
+            rows = model.generate([tokenised[i] for i in group], longest)
             for index, row in zip(group, rows, strict=True):
                 decoded[index] = row[: lengths[index]].tolist()
     return decoded
@@ -128,14 +129,14 @@ def _with_room(
 
 def _decode_wild(model: EditableModel, prompts: Sequence[Prompt], settings: Settings) -> list[str]:
     """Decode answers to the question-answer prompt, cut at their natural stop."""
-    texts = [wild_prompt(p.prompt) for p in prompts]
-    tokenised = model.encode_prompts(texts, room=settings.wild_max_tokens)
+    asked = model.rewritten([Text(wild_prompt(p.prompt)) for p in prompts])
+    tokenised = model.encode_prompts([text.prompt for text in asked], room=settings.wild_max_tokens)
     decoded = [""] * len(prompts)
     for chunk in length_sorted_chunks([len(ids) for ids in tokenised], settings.batch_size):
         ids = [tokenised[i] for i in chunk]
         targets = [prompts[i].target for i in chunk]
         stop = _NaturalStop(model.tokenizer, targets, max(len(x) for x in ids))
-        rows = _generate(model, ids, settings.wild_max_tokens, StoppingCriteriaList([stop]))
+        rows = model.generate(ids, settings.wild_max_tokens, StoppingCriteriaList([stop]))
         texts = model.tokenizer.batch_decode(rows, skip_special_tokens=True)
         for index, text, target in zip(chunk, texts, targets, strict=True):
             decoded[index] = natural_stop(text, target)
@@ -156,31 +157,3 @@ class _NaturalStop(StoppingCriteria):
         texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
         stopped = map(has_stopped, texts, self._targets)
         return torch.tensor(list(stopped), device=input_ids.device)
-
-
-def _generate(
-    model: EditableModel,
-    prompts: Sequence[Sequence[int]],
-    n_tokens: int,
-    stopping: StoppingCriteriaList | None = None,
-) -> Tensor:
-    """Decode greedily from prompts padded on the left; return the new tokens, [R, ≤ n]."""
-    longest = max(len(ids) for ids in prompts)
-    input_ids = torch.full((len(prompts), longest), model.pad_id)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-        mask[row, longest - len(ids) :] = 1
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=n_tokens,
-        eos_token_id=model.tokenizer.eos_token_id,
-        pad_token_id=model.pad_id,
-    )
-    output = model.model.generate(
-        input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=config,
-        stopping_criteria=stopping,
-    )
-    return output[:, longest:].cpu()

@@ -1,16 +1,13 @@
 """Forward passes that go no further than they must."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kmebench.models.editable import EditableModel
-
-
-class _ReachedError(Exception):
-    """Ends a forward pass from inside a hook; never leaves this module."""
+from kmebench.models.hooks import leave, may_be_left
 
 
 @dataclass(frozen=True)
@@ -32,9 +29,9 @@ def call_of(model: EditableModel, module: nn.Module, **inputs: Any) -> Call:
 
     def stop(_module, args, kwargs):
         seen.append(Call(args[0], args[1:], kwargs))
-        raise _ReachedError
+        leave()
 
-    _run(model, inputs, lambda: module.register_forward_pre_hook(stop, with_kwargs=True))
+    _run(model, inputs, module.register_forward_pre_hook(stop, with_kwargs=True))
     return seen[0]
 
 
@@ -47,20 +44,15 @@ def input_and_output(
     def stop(_module, args, kwargs, output):
         states = args[0] if args else kwargs["hidden_states"]
         seen.append((states, first(output)))
-        raise _ReachedError
+        leave()
 
-    _run(model, inputs, lambda: module.register_forward_hook(stop, with_kwargs=True))
+    _run(model, inputs, module.register_forward_hook(stop, with_kwargs=True))
     return seen[0]
 
 
-def _run(model: EditableModel, inputs: dict[str, Any], register: Callable[[], Any]) -> None:
-    handle = register()
-    try:
+def _run(model: EditableModel, inputs: dict[str, Any], handle: RemovableHandle) -> None:
+    with handle, may_be_left():
         model.model.base_model(**inputs, use_cache=False)
-    except _ReachedError:
-        pass
-    finally:
-        handle.remove()
 
 
 def first(output: Any) -> Tensor:

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteriaList,
 )
 from transformers.utils import logging as transformers_logging
 
 from kmebench.data.texts import shown
+from kmebench.edits.edit import Edit
 from kmebench.edits.ledger import Ledger
+from kmebench.edits.overlays import Passage, Text
 from kmebench.edits.weights import WeightDelta
 from kmebench.errors import ModelError
 from kmebench.models.encoding import (
@@ -31,6 +37,7 @@ from kmebench.models.encoding import (
     encode_prompts,
     encode_subjects,
 )
+from kmebench.models.hooks import hooked, on_output
 from kmebench.models.layouts import FFN, ffn_layers, layout_of
 from kmebench.precision import promoted
 
@@ -116,9 +123,27 @@ class EditableModel:
 
     # -- edits ------------------------------------------------------------------------
 
-    def apply(self, delta: WeightDelta) -> None:
-        """Add a delta to the weights."""
-        self._ledger.apply(delta)
+    def apply(self, edit: Edit | WeightDelta) -> None:
+        """Add an edit to the weights; its overlays act from now on."""
+        self._ledger.apply(edit)
+
+    def check(self, edit: Edit) -> None:
+        """Refuse an edit of another model.
+
+        Raises:
+            ModelError: it changes a parameter that is not there, or has another shape.
+        """
+        for name, part in edit.weights.items():
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                raise ModelError(f"it changes {name!r}, which this model lacks.")
+            if not part.fits(parameter.shape):
+                raise ModelError(
+                    f"it changes {name!r}, which has another shape in this model "
+                    f"({tuple(parameter.shape)}); name the model that it was made from."
+                )
+        for overlay in edit.overlays.values():
+            overlay.check(self)
 
     def revert(self) -> None:
         """Undo all edits, bit by bit."""
@@ -187,15 +212,101 @@ class EditableModel:
         """Pad encoded pairs into one batch on the model's device."""
         return collate(encoded, self.pad_id, self.device)
 
+    def rewritten(self, texts: Sequence[Text]) -> Sequence[Text]:
+        """Return what is asked instead of ``texts``: the first place where overlays act."""
+        for overlay in self.edits.overlays.values():
+            texts = overlay.rewrite(texts)
+        return texts
+
     def answer_logits(self, batch: Batch) -> Tensor:
         """Return the logits at the answer positions, [A, vocabulary], in float32 or float64.
 
         The head is applied there only: on a small model it is a fifth of all work.
         """
-        states = self.model.base_model(input_ids=batch.input_ids, use_cache=False)
+        passage = Passage(batch.prompt_last, batch.rows)
+        with self.passage(passage):
+            states = self.model.base_model(input_ids=batch.input_ids, use_cache=False)
         hidden = states.last_hidden_state
         answers = hidden[batch.rows.to(hidden.device), batch.positions.to(hidden.device)]
-        return self.head(answers)
+        return self._overlaid(passage, self.head(answers))
+
+    @contextmanager
+    def passage(self, passage: Passage) -> Iterator[None]:
+        """Let overlays act on module outputs while texts pass through the model.
+
+        Without overlays nothing is registered. The module tree stays as it is.
+        """
+        handles = (
+            self.model.get_submodule(path).register_forward_hook(on_output(hook))
+            for overlay in self.edits.overlays.values()
+            for path, hook in overlay.hooks(passage).items()
+        )
+        with hooked(handles):
+            yield
+
+    def _overlaid(self, passage: Passage, logits: Tensor) -> Tensor:
+        """Return the logits as overlays want them: the last place where they act."""
+        for overlay in self.edits.overlays.values():
+            logits = overlay.logits(passage, logits, self)
+        return logits
+
+    @torch.no_grad()
+    def next_token_logits(self, prompt: str) -> Tensor:
+        """Return the logits of the token after a prompt, [vocabulary], float32 or float64."""
+        ((text, _),) = self.rewritten([Text(prompt)])
+        (ids,) = self.encode_prompts([text])
+        # The padding stands for the token to predict; causal attention keeps it from being read.
+        return self.answer_logits(self.collate([Encoded((*ids, self.pad_id), n_target=1)]))[0]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n_tokens: int,
+        stopping: StoppingCriteriaList | None = None,
+    ) -> Tensor:
+        """Go on greedily from prompts, R rows of token ids; return the new tokens, [R, ≤ n].
+
+        Prompts are padded on the left. Rows that end early are filled with padding.
+        """
+        longest = max(len(ids) for ids in prompts)
+        input_ids = torch.full((len(prompts), longest), self.pad_id)
+        mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(prompts):
+            input_ids[row, longest - len(ids) :] = torch.tensor(ids)
+            mask[row, longest - len(ids) :] = 1
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=n_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.pad_id,
+        )
+        last = torch.full((len(prompts),), longest - 1, device=self.device)
+        with self._decoding(Passage(last, phase="prefill")) as processors:
+            output = self.model.generate(
+                input_ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                generation_config=config,
+                stopping_criteria=stopping,
+                logits_processor=processors,
+            )
+        return output[:, longest:].cpu()
+
+    @contextmanager
+    def _decoding(self, passage: Passage) -> Iterator[LogitsProcessorList | None]:
+        """Let overlays act on a generation; yield what changes its logits."""
+        if not self.edits.overlays:
+            yield None
+            return
+
+        def begins(*_: Any) -> None:
+            passage.phase, passage.started = ("decode" if passage.started else "prefill"), True
+
+        def overlaid(_ids: Tensor, scores: Tensor) -> Tensor:
+            return self._overlaid(passage, scores)
+
+        with self.model.base_model.register_forward_pre_hook(begins), self.passage(passage):
+            yield LogitsProcessorList([overlaid])
 
     def head(self, states: Tensor) -> Tensor:
         """Return the logits of normed final states, [..., vocabulary], in float32 or float64."""

@@ -68,6 +68,7 @@ class Batch:
     positions: Tensor
     labels: Tensor
     counts: Tensor  # [R] answer positions of each row
+    prompt_last: Tensor  # [R] position of each prompt's last token
 
     def repeat(self, times: int) -> "Batch":
         """Stack the batch ``times`` times along its rows."""
@@ -79,6 +80,7 @@ class Batch:
             self.positions.repeat(times),
             self.labels.repeat(times),
             self.counts.repeat(times),
+            self.prompt_last.repeat(times),
         )
 
 
@@ -217,9 +219,10 @@ def collate(encoded: Sequence[Encoded], pad_id: int, device: torch.device) -> Ba
         rows += [row] * item.n_target
         positions += range(first, first + item.n_target)
         labels += item.target_ids
-    counts = torch.tensor([e.n_target for e in encoded])
-    to_device = [torch.tensor(x, device=device) for x in (rows, positions, labels)]
-    return Batch(input_ids.to(device), *to_device, counts.to(device))
+    counts = [item.n_target for item in encoded]
+    last = [len(item.ids) - item.n_target - 1 for item in encoded]
+    parts = (torch.tensor(x, device=device) for x in (rows, positions, labels, counts, last))
+    return Batch(input_ids.to(device), *parts)
 
 
 #: Tokens whose arithmetic takes as long as what every pass costs whatever its size (above all

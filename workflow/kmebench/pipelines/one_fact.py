@@ -1,15 +1,16 @@
 """One fact: what carries it, its edit, and what the model says. For people who look closely."""
 
+from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor
+from kmebench.editors.base import Editor, Result
 from kmebench.editors.pac.impact import trace
 from kmebench.editors.pac.paths import Paths, select_paths
-from kmebench.edits.weights import WeightDelta
+from kmebench.edits.edit import Edit
+from kmebench.edits.overlays import Text
 from kmebench.models.editable import EditableModel
 
 
@@ -25,20 +26,18 @@ def critical_shares(
     return paths.positive_scores[0] / scores.abs().sum(), paths
 
 
-def edit_fact(model: EditableModel, editor: Editor, request: EditRequest) -> WeightDelta:
-    """Edit one fact as a run of one edit would; the model keeps the edit. Returns all of it."""
-    delta = editor.edit(model, [request])
-    model.apply(delta)
-    last = editor.finish(model)
+def edit_fact(model: EditableModel, editor: Editor, request: EditRequest) -> Result:
+    """Edit one fact as a run of one edit would; the model keeps the edit."""
+    result = editor(model, [request])
+    model.apply(result.edit)
+    last = Edit.of(editor.final_edit(model))
     model.apply(last)
-    return delta + last
+    return replace(result, edit=result.edit + last)
 
 
-@torch.no_grad()
 def next_token(model: EditableModel, prompt: str) -> Tensor:
     """Return the probability of every next token, float32 [V]."""
-    ids = torch.tensor(model.encode_prompts([prompt]), device=model.device)
-    return model.model(ids).logits[0, -1].float().softmax(dim=-1).cpu()
+    return model.next_token_logits(prompt).float().softmax(dim=-1).cpu()
 
 
 def likeliest(
@@ -52,13 +51,6 @@ def likeliest(
 
 def says(model: EditableModel, prompt: str, tokens: int = 12) -> str:
     """Return how the model goes on (greedily), on one line."""
-    ids = torch.tensor(model.encode_prompts([prompt], room=tokens), device=model.device)
-    said = model.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=tokens,
-        pad_token_id=model.pad_id,
-    )
-    text = model.tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
-    return " ".join(text.split())
+    ((text, _),) = model.rewritten([Text(prompt)])
+    (said,) = model.generate(model.encode_prompts([text], room=tokens), tokens)
+    return " ".join(model.tokenizer.decode(said, skip_special_tokens=True).split())

@@ -17,7 +17,8 @@ import torch
 
 from kmebench import __version__
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor, build_editor, resolved
+from kmebench.editors.base import Editor, build_editor
+from kmebench.editors.cards import plain
 from kmebench.evaluation.frames import beside_original, write_frame
 from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.prompts import askable
@@ -26,9 +27,9 @@ from kmebench.io import origins
 from kmebench.io.checked_files import read_parquet
 from kmebench.io.files import write_json
 from kmebench.models.editable import EditableModel, describe
+from kmebench.pipelines.checkpoints import Checkpoints, Outcome
 from kmebench.pipelines.pipelines import (
-    Checkpoints,
-    Outcome,
+    Setup,
     run_batches,
     run_breadth_first,
     run_consecutive,
@@ -74,32 +75,26 @@ def run_cell(
         {"settings": dict(settings), "requests": _digest(requests), "inputs": _digest_of(inputs)},
         "epochs" if settings["mode"] == "breadth_first" else "edits",
     )
-    outcome = _session(model, editor, requests, settings, checkpoints)
+    evaluation = Settings(**settings["evaluation"])
+    skip_failed = settings["on_failed_edit"] == "skip"
+    setup = Setup(model, editor, evaluation, checkpoints, skip_failed)
+    outcome = _outcome(setup, requests, settings)
     frame = beside_original(outcome.predictions, read_parquet(original))
     write_json(output["timing"], timing(outcome, model, settings, load_seconds))
     write_json(output["run"], record(outcome, model, editor, requests, settings))
-    if outcome.delta is not None:
-        outcome.delta.save(output["delta"])
+    if outcome.edit is not None:
+        outcome.edit.save(output["delta"])
     write_frame(frame, PREDICTIONS, output["predictions"])
     checkpoints.clear()
 
 
-def _session(
-    model: EditableModel,
-    editor: Editor,
-    requests: Sequence[EditRequest],
-    settings: Mapping[str, Any],
-    checkpoints: Checkpoints,
-) -> Outcome:
-    evaluation = Settings(**settings["evaluation"])
-    skip = {"skip_failed": settings["on_failed_edit"] == "skip"}
+def _outcome(setup: Setup, requests: Sequence[EditRequest], settings: Mapping[str, Any]) -> Outcome:
+    """Run the pipeline that the settings name."""
     if settings["mode"] == "batch":
-        size = settings["batch_size"]
-        return run_batches(model, editor, requests, size, evaluation, checkpoints, **skip)
+        return run_batches(setup, requests, settings["batch_size"])
     if settings["mode"] == "breadth_first":
-        return run_breadth_first(model, editor, requests, evaluation, checkpoints, **skip)
-    ordered = in_order(requests, settings["seed"])
-    return run_consecutive(model, editor, ordered, evaluation, checkpoints, **skip)
+        return run_breadth_first(setup, requests)
+    return run_consecutive(setup, in_order(requests, settings["seed"]))
 
 
 def in_order(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
@@ -154,10 +149,13 @@ def record(
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Describe how a run was made, so that it can be made again."""
+    hparams = plain(editor.hparams)
+    if outcome.micro_batch:
+        hparams["micro_batch"] = outcome.micro_batch
     return {
         "kmebench": __version__,
         "git_commit": git_commit(),
-        "settings": dict(settings) | {"hparams": resolved(editor)},
+        "settings": dict(settings) | {"hparams": hparams},
         "requests": {"count": len(requests), "sha256": _digest(requests)},
         "model": describe(model),
         "python": platform.python_version(),

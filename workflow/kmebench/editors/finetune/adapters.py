@@ -1,7 +1,7 @@
 """Low-rank adapters (alpha / r) B A of a model's linear maps, put in and taken out by ``peft``."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from peft import LoraConfig
@@ -38,9 +38,9 @@ def adapters(
         target_modules=names,
         fan_in_fan_out=isinstance(base[names[0]], Conv1D),
     )
-    tuner, handles = LoraModel(model.model, config, "default"), []
-    try:
-        live: Factors = {}
+    tuner, live = LoraModel(model.model, config, "default"), dict[str, tuple[Tensor, Tensor]]()
+    with ExitStack() as stack:
+        stack.callback(tuner.unload)
         for name, module in base.items():
             layer = model.model.get_submodule(name)
             pair = (layer.lora_A["default"], layer.lora_B["default"])
@@ -51,12 +51,8 @@ def adapters(
                     parameter.data.copy_(values)
                 start = [parameter.detach().clone() for parameter in live[name]]
                 hook = _without(*start, alpha / rank)
-                handles.append(module.register_forward_hook(hook))
+                stack.enter_context(module.register_forward_hook(hook))
         yield live
-    finally:
-        for handle in handles:
-            handle.remove()
-        tuner.unload()
 
 
 def _without(a: Tensor, b: Tensor, scale: float) -> Callable[..., Tensor]:

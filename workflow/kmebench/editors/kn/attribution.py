@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kmebench.models.editable import EditableModel
+from kmebench.models.hooks import hooked
 from kmebench.precision import at_least_float32
 
 
@@ -50,18 +51,15 @@ def attribute(
 def _activations(model: EditableModel, last: Tensor, past: DynamicCache) -> Tensor:
     """Return the neurons of all layers at the token ``last`` [1, 1] after ``past``, [L, M]."""
     seen: list[Tensor] = []
-    handles = [
+    handles = (
         ffn.value.module.register_forward_pre_hook(
             lambda _module, inputs: seen.append(at_least_float32(inputs[0][0, -1]))
         )
         for ffn in model.ffn
-    ]
-    try:
+    )
+    with hooked(handles):
         # A forward pass appends to its cache.
         model.model.base_model(input_ids=last, past_key_values=copy.deepcopy(past), use_cache=True)
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.stack([neurons.to(model.device) for neurons in seen])
 
 
@@ -100,12 +98,9 @@ def _neurons_replaced(model: EditableModel, layers: Tensor, points: Tensor) -> I
 
         return before
 
-    handles = [
+    handles = (
         model.ffn[layer].value.module.register_forward_pre_hook(replace(layer))
         for layer in layers.unique().tolist()
-    ]
-    try:
+    )
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

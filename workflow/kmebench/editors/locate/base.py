@@ -17,7 +17,7 @@ from kmebench.editors.contexts import (
 )
 from kmebench.editors.locate.covariance.store import SecondMoments
 from kmebench.editors.locate.updates import DependentKeysError, Factors, moment_factor
-from kmebench.edits.weights import LowRank
+from kmebench.edits.weights import LowRank, WeightDelta
 from kmebench.errors import ConfigError, EditError
 from kmebench.models.editable import EditableModel
 from kmebench.models.layouts import Projection
@@ -89,8 +89,9 @@ def naming(editor: str, layer: int, requests: Sequence[EditRequest]) -> Iterator
         raise EditError(f"{where}: {error}") from error
 
 
-def low_rank(projection: Projection, factors: Factors) -> LowRank:
-    """Return factors of Δ [D, M] as a part of W2's weight, however it is stored."""
+def low_rank(projection: Projection, factors: Factors) -> WeightDelta:
+    """Return factors of Δ [D, M] as a change of W2's weight, however it is stored."""
     dtype = promoted(projection.weight.dtype)
     u, v = factors.u.to(dtype), factors.v.to(dtype)
-    return LowRank(u, v) if projection.axis == 1 else LowRank(v.T, u.T)
+    part = LowRank(u, v) if projection.axis == 1 else LowRank(v.T, u.T)
+    return WeightDelta({projection.weight_name: part})

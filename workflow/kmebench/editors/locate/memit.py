@@ -18,7 +18,6 @@ from kmebench.editors.locate.target_store import stored_targets
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.editors.locate.updates import Factors, memit_update, spread
 from kmebench.edits.weights import WeightDelta
-from kmebench.models.draft import drafted
 from kmebench.models.editable import EditableModel
 
 
@@ -34,19 +33,18 @@ class MEMIT(LocateAndEdit):
         layers, size = self.hparams.layers, self.micro_batch
         check_layers(self.name, layers, model)
         targets = self._targets(model, requests)
-        with (
-            self.stopwatch("solve"),
-            drafted(model, [model.ffn[i].value.weight_name for i in layers]) as draft,
-        ):
+        total = WeightDelta({})
+        with self.stopwatch("solve"), model.edits.savepoint():
             for done, layer in enumerate(layers):
                 keys = subject_activations(model, requests, self.contexts(model), layer, size).keys
                 current = self._current(model, requests)
                 residual = spread(targets.T, current.T, len(layers) - done, root=self.root)
                 with naming(self.name, layer, requests):
                     factors = self._solve(model, layer, residual, keys.T)
-                value = model.ffn[layer].value
-                draft.add(value.weight_name, low_rank(value, factors))
-        return draft.delta
+                delta = low_rank(model.ffn[layer].value, factors)
+                model.apply(delta)
+                total += delta
+        return total
 
     def _targets(self, model: EditableModel, requests: Sequence[EditRequest]) -> Tensor:
         """Return z*, [B, D]: of the cached stage, or optimised on the model as it is now."""

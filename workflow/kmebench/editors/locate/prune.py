@@ -18,8 +18,8 @@ class PRUNE(MEMIT):
 
     def final_edit(self, model: EditableModel) -> WeightDelta:
         """Return what restrains the sum of all edits; see :meth:`Editor.final_edit`."""
-        total = model.edits.total()
-        parts = {}
+        total = model.edits.total().weights
+        restrained = WeightDelta({})
         for layer in self.hparams.layers:
             value = model.ffn[layer].value
             if value.weight_name not in total:  # no edit could be made
@@ -29,5 +29,5 @@ class PRUNE(MEMIT):
             delta = total[value.weight_name].dense(original.shape)
             delta = delta if value.axis == 1 else delta.T  # [D, M]
             factors = restraint(delta, largest, self.hparams.base)
-            parts[value.weight_name] = low_rank(value, factors)
-        return WeightDelta(parts)
+            restrained += low_rank(value, factors)
+        return restrained

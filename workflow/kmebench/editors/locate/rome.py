@@ -13,8 +13,7 @@ from kmebench.editors.locate.base import LocateAndEdit, check_layers, low_rank, 
 from kmebench.editors.locate.keys import Activations, subject_activations
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.editors.locate.updates import rome_update
-from kmebench.edits.weights import LowRank, WeightDelta
-from kmebench.models.draft import drafted
+from kmebench.edits.weights import WeightDelta
 from kmebench.models.editable import EditableModel
 
 
@@ -27,14 +26,16 @@ class ROME(LocateAndEdit):
         """Edit ``requests``; see :meth:`Editor.edit`."""
         layer = self.hparams.layer
         check_layers(self.name, (layer,), model)
-        name = model.ffn[layer].value.weight_name
         self.contexts(model)
-        with drafted(model, [name]) as draft:
+        total = WeightDelta({})
+        with model.edits.savepoint():
             for request in requests:
-                draft.add(name, self._update(model, request))
-        return draft.delta
+                delta = self._update(model, request)
+                model.apply(delta)
+                total += delta
+        return total
 
-    def _update(self, model: EditableModel, request: EditRequest) -> LowRank:
+    def _update(self, model: EditableModel, request: EditRequest) -> WeightDelta:
         layer = self.hparams.layer
         groups = self.contexts(model)
         contexts = (tuple(template for group in groups for template in group),)  # one mean

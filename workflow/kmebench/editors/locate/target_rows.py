@@ -137,8 +137,5 @@ def _added(module: nn.Module, deltas: Tensor) -> Iterator[None]:
         moved = _at_subject(first(output), deltas)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
-    handle = module.register_forward_hook(add)
-    try:
+    with module.register_forward_hook(add):
         yield
-    finally:
-        handle.remove()

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from kmebench.models.editable import EditableModel
+from kmebench.models.hooks import hooked
 
 KEY, VALUE = 0, 1  # of the two matrices of a layer
 #: Called with (layer, matrix, residual [R, T, D], inner [R, T, M]).
@@ -38,13 +40,11 @@ def observed(model: EditableModel, receive: Receiver, layers: Sequence[int]) -> 
 
         return on_forward
 
-    handles = [model.model.get_input_embeddings().register_forward_hook(grow_graph)]
-    for layer in layers:
-        for matrix, projection in enumerate((model.ffn[layer].key, model.ffn[layer].value)):
-            handles.append(projection.module.register_forward_hook(observe(layer, matrix)))
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def handles() -> Iterator[RemovableHandle]:
+        yield model.model.get_input_embeddings().register_forward_hook(grow_graph)
+        for layer in layers:
+            for matrix, projection in enumerate((model.ffn[layer].key, model.ffn[layer].value)):
+                yield projection.module.register_forward_hook(observe(layer, matrix))
+
+    with hooked(handles()), torch.enable_grad():
+        yield

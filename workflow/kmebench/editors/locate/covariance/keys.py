@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import put_before
+from kmebench.models.hooks import hooked, leave, may_be_left
 
 #: Called with (layer, keys [n, M]) for the real positions of one forward pass.
 Receiver = Callable[[int, Tensor], None]
@@ -37,13 +38,10 @@ class Written:
         def receive_real(layer: int, keys: Tensor) -> None:
             receive(layer, keys[real.to(keys.device)])
             if layer == last:
-                raise _Enough
+                leave()  # nothing above the last layer has to be computed
 
-        with _value_inputs(model, layers, receive_real):
-            try:
-                model.model.base_model(input_ids=self.input_ids.to(model.device), use_cache=False)
-            except _Enough:  # nothing above the last layer has to be computed
-                return
+        with _value_inputs(model, layers, receive_real), may_be_left():
+            model.model.base_model(input_ids=self.input_ids.to(model.device), use_cache=False)
 
 
 @dataclass(frozen=True)
@@ -105,10 +103,6 @@ def beginning(model: EditableModel) -> list[int]:
     return put_before(tokenizer) or [next(c for c in candidates if c is not None)]
 
 
-class _Enough(Exception):  # noqa: N818 - a signal, not an error
-    """The keys of the last layer are there."""
-
-
 @contextmanager
 def _value_inputs(model: EditableModel, layers: Sequence[int], receive: Receiver) -> Iterator[None]:
     """Call ``receive`` with the inputs [R, T, M] of W2 of ``layers`` in forward passes."""
@@ -116,12 +110,8 @@ def _value_inputs(model: EditableModel, layers: Sequence[int], receive: Receiver
     def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _module, inputs: receive(layer, inputs[0])
 
-    handles = [
+    handles = (
         model.ffn[layer].value.module.register_forward_pre_hook(hook(layer)) for layer in layers
-    ]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(handles), torch.no_grad():
+        yield

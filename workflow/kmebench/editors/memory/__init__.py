@@ -1,0 +1,1 @@
+"""Editors that remember facts beside the weights."""

@@ -1,0 +1,209 @@
+"""GRACE (Hartvigsen et al. 2023, "Aging with GRACE").
+
+A codebook beside one projection gets an entry per fact: the projection's input at the prompt's
+last token as key, and a value trained to answer. Weights never change. Whether a new fact gets
+an entry of its own is decided by its distance d to the nearest key, whose radius is r:
+
+    d > r0 + r          a new entry of radius r0
+    another answer      a new entry; both radii are cut to d/2, so that the balls do not meet
+    the same answer     no entry; the ball grows until it holds the fact
+
+The code of the authors sets both radii of a conflict to d/2, where a ball can grow; here none
+does. A fact with the key of an older one (d = 0) takes its entry over.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.base import Editor
+from kmebench.editors.locate.base import check_layers
+from kmebench.editors.losses import check_finite, row_losses
+from kmebench.edits.codebook import Codebook
+from kmebench.edits.edit import Edit
+from kmebench.edits.overlays import Passage
+from kmebench.models.early_exit import input_and_output
+from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import Encoded, length_sorted_chunks
+from kmebench.models.layouts import Projection
+from kmebench.models.suffix_cache import Replay
+from kmebench.precision import at_least_float32
+
+#: By which the older of two conflicting balls is smaller than half their distance.
+GAP = 1e-5
+#: By which a ball that grows reaches beyond the fact, which rounding must not put outside.
+SLACK = 1e-4
+
+
+class GRACE(Editor):
+    """Facts in a codebook; the model carries it from edit to edit."""
+
+    def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> Edit:
+        """Edit ``requests`` together; see :meth:`Editor.edit`.
+
+        Entries do not interact as long as every fact has one of its own and selects it. Else
+        requests are edited one after another.
+        """
+        check_layers(self.name, (self.hparams.layer,), model)
+        encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
+        book = self._book(model)
+        with self.stopwatch("trace"):
+            queries, outputs = self._asked(model, encoded)
+            starts = outputs if self.hparams.start == "warm" else torch.rand(outputs.shape)
+        planned, entries = self._inserted(book, encoded, queries, starts)
+        with self.stopwatch("optimise"):
+            if len(set(entries)) == len(entries) and _selected(planned, queries) == entries:
+                book = self._trained(model, planned, entries, encoded, requests)
+            else:
+                for i in range(len(requests)):
+                    one = slice(i, i + 1)
+                    parts = (encoded[one], queries[one], starts[one])
+                    book, entry = self._inserted(book, *parts)
+                    book = self._trained(model, book, entry, encoded[one], requests[one])
+        return Edit(overlays={self.name: book})
+
+    def projection(self, model: EditableModel) -> Projection:
+        """Return the projection that gets the codebook."""
+        ffn = model.ffn[self.hparams.layer]
+        return ffn.key if self.hparams.projection == "key" else ffn.value
+
+    def _book(self, model: EditableModel) -> Codebook:
+        """Return the codebook that the model carries, or an empty one."""
+        carried = model.edits.overlays.get(self.name)
+        if isinstance(carried, Codebook):
+            return carried
+        projection = self.projection(model)
+        width = projection.width
+        sizes = (projection.weight.numel() // width, width)
+        n_in, n_out = sizes if self.hparams.projection == "key" else sizes[::-1]
+        weight = at_least_float32(projection.weight.detach())
+        empty = (weight.new_zeros(0, n_in), weight.new_zeros(0, n_out), weight.new_zeros(0))
+        path = projection.weight_name.removesuffix(".weight")
+        return Codebook(path, self.hparams.replacement, *empty, ())
+
+    @torch.no_grad()
+    def _asked(self, model: EditableModel, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+        """Return the projection's input [B, in] and output [B, out] at the prompts' last tokens."""
+        module = self.projection(model).module
+        found: list[tuple[Tensor, Tensor]] = []
+        order: list[int] = []
+        prompts = [e.ids[: len(e.ids) - e.n_target] for e in encoded]
+        for chunk in length_sorted_chunks([len(ids) for ids in prompts], self.micro_batch):
+            batch = model.collate([Encoded(prompts[i], n_target=0) for i in chunk])
+            states = input_and_output(model, module, input_ids=batch.input_ids)
+            rows = torch.arange(len(chunk))
+            found.append(tuple(at_least_float32(s[rows, batch.prompt_last]) for s in states))
+            order += chunk
+        back = torch.tensor(order).argsort()
+        inputs, outputs = (torch.cat(parts)[back] for parts in zip(*found, strict=True))
+        return inputs, outputs
+
+    def _inserted(
+        self, book: Codebook, encoded: Sequence[Encoded], queries: Tensor, starts: Tensor
+    ) -> tuple[Codebook, list[int]]:
+        """Give each fact an entry, in order; return the codebook and the entry of each."""
+        entries = []
+        for item, query, start in zip(encoded, queries, starts.to(queries), strict=True):
+            book, entry = self._with_entry(book, item.target_ids, query, start)
+            entries.append(entry)
+        return book, entries
+
+    def _with_entry(
+        self, book: Codebook, label: tuple[int, ...], query: Tensor, start: Tensor
+    ) -> tuple[Codebook, int]:
+        """Give one fact an entry by the rules at the head of this module."""
+        radius = self.hparams.radius
+        if not book.entries:
+            return _appended(book, label, query, start, radius), 0
+        distances, indices = book.nearest(query[None])
+        distance, nearest = float(distances), int(indices)
+        reach = float(book.radii[nearest])
+        if distance > radius + reach:
+            return _appended(book, label, query, start, radius), book.entries
+        radii = book.radii.clone()
+        if label == book.labels[nearest]:
+            radii[nearest] = max(reach, (1 + SLACK) * distance)
+            return replace(book, radii=radii), nearest
+        half = distance / 2
+        if half <= GAP:
+            labels = (*book.labels[:nearest], label, *book.labels[nearest + 1 :])
+            values = book.values.clone()
+            values[nearest] = start
+            return replace(book, labels=labels, values=values), nearest
+        radii[nearest] = min(reach, half - GAP)
+        cut = replace(book, radii=radii)
+        return _appended(cut, label, query, start, min(radius, half)), book.entries
+
+    def _trained(
+        self,
+        model: EditableModel,
+        book: Codebook,
+        entries: Sequence[int],
+        encoded: Sequence[Encoded],
+        requests: Sequence[EditRequest],
+    ) -> Codebook:
+        """Train the values of ``entries``, one of each request, on its mean NLL."""
+        values, first = book.values.clone(), self.steps
+        lengths = [len(item.ids) for item in encoded]
+        for chunk in length_sorted_chunks(lengths, self.micro_batch):
+            index = torch.tensor([entries[i] for i in chunk], device=values.device)
+            asked = [requests[i] for i in chunk]
+            self.steps = first
+            values[index] = self._optimised(model, book, index, [encoded[i] for i in chunk], asked)
+        return replace(book, values=values)
+
+    def _optimised(
+        self,
+        model: EditableModel,
+        book: Codebook,
+        index: Tensor,
+        encoded: Sequence[Encoded],
+        requests: Sequence[EditRequest],
+    ) -> Tensor:
+        """Return the trained values [b, out] of the entries ``index`` [b].
+
+        The layers below, and what stands before the first replaced token, run once.
+        """
+        batch = model.collate(encoded)
+        first = batch.prompt_last * (book.replacement == "last")  # position replaced, [b]
+        begins = zip(encoded, first.tolist(), strict=True)
+        texts = [replace(item, subject_last=place) for item, place in begins]
+        replay = Replay.of(model, texts, self.hparams.layer)
+        columns = batch.positions - first[batch.rows]
+        values = book.values[index].clone().requires_grad_()
+        adam = torch.optim.Adam([values], lr=self.hparams.learning_rate)
+        for _ in range(self.hparams.steps):
+            trial = replace(book, values=book.values.index_copy(0, index, values))
+            with torch.enable_grad(), model.edits.savepoint():
+                model.apply(Edit(overlays={self.name: trial}))
+                with model.passage(Passage(batch.prompt_last - first, batch.rows)):
+                    hidden = replay.run(replay.states)
+                losses = row_losses(model.head(hidden[batch.rows, columns]), batch.labels, batch)
+            rate = self.hparams.learning_rate
+            check_finite(self.name, losses.detach(), requests, self.steps, rate)
+            (values.grad,) = torch.autograd.grad(losses.sum(), values)
+            adam.step()
+            self.steps += 1
+        return values.detach()
+
+
+def _appended(
+    book: Codebook, label: tuple[int, ...], query: Tensor, value: Tensor, radius: float
+) -> Codebook:
+    return replace(
+        book,
+        keys=torch.cat([book.keys, query[None].to(book.keys)]),
+        values=torch.cat([book.values, value[None].to(book.values)]),
+        radii=torch.cat([book.radii, book.radii.new_tensor([radius])]),
+        labels=(*book.labels, label),
+    )
+
+
+def _selected(book: Codebook, queries: Tensor) -> list[int]:
+    """Return the entries that queries select; -1 where their gate is closed."""
+    distances, entries = book.nearest(queries)
+    opened = distances <= book.radii.to(distances)[entries]
+    return torch.where(opened, entries, -1).tolist()
