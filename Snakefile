@@ -5,9 +5,10 @@
 #   models/{model}/                         Hugging Face folder    fetch_model, train_model
 #   original/{model}/{dataset}.parquet      the unedited model     predict_original
 #   trace/{model}/{dataset}/                impact scores, paths   cache_gradients, select_paths
-#   moments/{model}.safetensors             second moments         second_moments
-#   runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/   edit_batch, edit_consecutive,
-#                                                                  edit_breadth_first
+#   covariance/{model}.safetensors          E[k kᵀ] of W2's keys   covariance
+#   targets/{model}/{dataset}/              targets z*             optimise_targets
+#   trained/{model}/{dataset}/              what editors learn     train_stage
+#   runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/   edit
 #   metrics/{experiment}.parquet            all protocols          score
 #   tables/{table}.csv, .md, .tex, .html    the paper's tables     table, costs, findings
 #   comparisons/{comparison}.csv, .md       pairs of runs          compare
@@ -36,8 +37,6 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/common.smk"
-include: "workflow/reported.smk"
-include: "workflow/notebooks.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/trace.smk"
@@ -61,4 +60,4 @@ onstart:
 
 
 onsuccess:
-    print_tables()
+    reported.print_tables()

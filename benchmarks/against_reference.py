@@ -36,7 +36,7 @@ from kmebench.data.records import SLOT, EditRequest
 from kmebench.data.sources import Source, fetch
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.contexts import Contexts, contexts_state, sample_contexts
-from kmebench.editors.locate.covariance.stage import second_moments
+from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
 from kmebench.errors import ConfigError, KMEBenchError
 from kmebench.models.editable import EditableModel
@@ -321,7 +321,7 @@ def run(arguments: argparse.Namespace, scratch: Path) -> None:
     }
     layers = {layer for editor in editors.values() for layer in edited_layers(editor.hparams)}
     if layers:
-        second_moments(moments, model, layers, TextSettings(tokens=2 * model.ffn_width))
+        measure_covariance(moments, model, layers, TextSettings(tokens=2 * model.ffn_width))
     found = []
     with kind.standing_in(folder):
         toolkit = kind(folder, model, moments, scratch)

@@ -26,7 +26,7 @@ from common import (
 )
 
 from kmebench.editors.base import Editor, build_editor
-from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.models.editable import EditableModel
 from kmebench.planning.config import read_config
 from kmebench.planning.grid import LOCATE_AND_EDIT, base_hparams, edited_layers, editor_of
@@ -45,7 +45,7 @@ def hparams_of(config: Mapping[str, Any], model: str, method: str, size: int) ->
 def made_up_moments(path: Path, model: EditableModel, layers: Sequence[int]) -> None:
     """Write a diagonal C, half of it unused, for every layer that an editor asks for."""
     diagonal = torch.tensor([1.0, 1e-3]).repeat(model.ffn_width // 2)
-    write_moments(path, {layer: diagonal.diag() for layer in layers}, 0, {"source": "made up"})
+    write_covariance(path, {layer: diagonal.diag() for layer in layers}, 0, {"source": "made up"})
 
 
 def measure(model: EditableModel, editor: Editor, size: int, repeats: int) -> list[str]:

@@ -36,7 +36,7 @@ from kmebench.editors.base import Editor, Stopwatch
 from kmebench.editors.locate.base import LocateAndEdit
 from kmebench.editors.locate.covariance.keys import Written
 from kmebench.editors.locate.covariance.stage import Sums
-from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.pac.pac import PAC, PACHparams
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch
@@ -154,7 +154,7 @@ class Bench:
         path = self.scratch / f"{name}.safetensors"
         if not path.exists():
             made = few_moments(self.model(name), LAYERS, self.shape.moment_tokens)
-            write_moments(path, made, self.shape.moment_tokens, {"source": "random tokens"})
+            write_covariance(path, made, self.shape.moment_tokens, {"source": "random tokens"})
         return path
 
 

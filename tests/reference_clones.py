@@ -14,7 +14,7 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.base import build_editor
 from kmebench.editors.contexts import contexts_state
 from kmebench.models.editable import EditableModel
-from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.locate.covariance.store import write_covariance
 
 CONTEXT_TEMPLATES_CACHE = None
 layer_stats = None
@@ -37,7 +37,7 @@ def apply_memit_to_model(model, tok, requests, hparams):
     names = [hparams.rewrite_module_tmp.format(layer) for layer in hparams.layers]
     moments = [layer_stats(model, tok, name, "stats", "wikipedia").mom2.moment() for name in names]
     moments = {l: m.float() for l, m in zip(hparams.layers, moments, strict=True)}
-    write_moments("handed.safetensors", moments, 1, {})
+    write_covariance("handed.safetensors", moments, 1, {})
     values = {
         "layers": hparams.layers,
         "steps": hparams.v_num_grad_steps,

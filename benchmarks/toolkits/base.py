@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import Contexts
-from kmebench.editors.locate.covariance.store import SecondMoments
+from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.errors import KMEBenchError
 from kmebench.models.editable import EditableModel
 
@@ -113,7 +113,7 @@ class Toolkit(ABC):
     def layer_stats(self, _model: Any, _tokenizer: Any, layer_name: str, *_: Any, **__: Any) -> Any:
         """Stand in for the toolkits' statistics of Wikipedia: the second moments as given."""
         moment = (
-            SecondMoments.open(self.moments).of(layer_of(layer_name)).double().to(self.model.device)
+            Covariances.open(self.moments).of(layer_of(layer_name)).double().to(self.model.device)
         )
         return SimpleNamespace(mom2=SimpleNamespace(moment=lambda: moment))
 

@@ -68,7 +68,7 @@ VALUES = {
     "--score": ["l2", "l3", ""],
     **dict.fromkeys(["--subject", "--prompt", "--target", "--neighbour"], TEXTS),
     **dict.fromkeys(["--paths", "--devices"], NUMBERS),
-    **dict.fromkeys(["--out", "--plot", "--save-delta", "--moments", "--measured"], PATHS),
+    **dict.fromkeys(["--out", "--plot", "--save-delta", "--covariance", "--measured"], PATHS),
     **dict.fromkeys(["--configfile", "--config"], PATHS),
     "--set": SETTINGS,
     "--zzz": ["", "x"],

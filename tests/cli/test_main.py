@@ -16,7 +16,7 @@ from kmebench.cli import config as config_commands
 from kmebench.cli import inputs as fact_inputs
 from kmebench.cli.main import main
 from kmebench.editors.base import Editor, build_editor
-from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.edits.edit import Edit
 from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.errors import ConfigError
@@ -84,18 +84,18 @@ def test_one_fact_is_edited_with_the_values_of_consecutive_editing():
     config = read_checked_config(Path("config.yaml"))
     tuned = config["models"]["smollm2-135m"]["hparams"]["pac"]
     assert tuned["batch"]["learning_rate"] != tuned["learning_rate"]
-    arguments = argparse.Namespace(method="pac", model="smollm2-135m", set=[], moments=None)
+    arguments = argparse.Namespace(method="pac", model="smollm2-135m", set=[], covariance=None)
     editor, hparams = fact_inputs.editor_of(arguments, config)
     assert editor == "pac"
     assert hparams["learning_rate"] == tuned["learning_rate"]
 
 
-def test_edit_reads_second_moments_from_a_file(folder, tmp_path, capsys):
-    moments, delta = tmp_path / "moments.safetensors", tmp_path / "delta.safetensors"
+def test_edit_reads_the_covariance_from_a_file(folder, tmp_path, capsys):
+    covariance, delta = tmp_path / "covariance.safetensors", tmp_path / "delta.safetensors"
     width = EditableModel.load(folder, device="cpu").ffn_width
-    write_moments(moments, {1: torch.eye(width)}, 1, {})
+    write_covariance(covariance, {1: torch.eye(width)}, 1, {})
     options = ["--method", "rome", "--set", "layer=1", "--set", "steps=2"]
-    options += ["--moments", str(moments), "--save-delta", str(delta)]
+    options += ["--covariance", str(covariance), "--save-delta", str(delta)]
     assert main(["edit", "--model", str(folder), *FACT, *options]) == 0
     assert "rome: 1 steps" in capsys.readouterr().out
     assert len(Edit.load(delta).weights) == 1
@@ -150,7 +150,7 @@ def test_trace_shows_every_layer_and_draws(folder, tmp_path, capsys):
         (["--model", "config", *FACT], "config holds no Hugging Face model"),
         (["--model", "MODEL", *FACT, "--method", "pca"], "did you mean 'pac'"),
         (["--model", "MODEL", *FACT, "--method", "PAC"], "did you mean 'pac'"),
-        (["--model", "MODEL", *FACT, "--method", "memit"], "file by --moments"),
+        (["--model", "MODEL", *FACT, "--method", "memit"], "file by --covariance"),
         (["--model", "MODEL", *FACT, "--set", "steps"], "not of the form NAME=VALUE"),
         (["--model", "MODEL", *FACT, "--set", "stepz=3"], "no hyper-parameter 'stepz'"),
         (["--model", "MODEL", *FACT, "--set", "steps=[1,2]"], "steps cannot be [1, 2]"),
@@ -163,7 +163,7 @@ def test_trace_shows_every_layer_and_draws(folder, tmp_path, capsys):
         (["--model", "MODEL", *FACT, "--neighbour", "\ud800"], "half a surrogate pair"),
         (["--model", "MODEL", *FACT, "--device", "gpu"], "did you mean 'cuda'?"),
         (["--model", "MODEL", *FACT, "--dtype", "fp16"], "float32, bfloat16, float16"),
-        (["--model", "MODEL", *FACT, "--moments", "none"], "no such file"),
+        (["--model", "MODEL", *FACT, "--covariance", "none"], "no such file"),
         (["--model", "MODEL", *FACT, "--config", "none.yaml"], "There is no config none.yaml"),
     ],
 )
@@ -216,27 +216,27 @@ def test_what_is_no_delta_is_one_sentence(delta, complaint, folder, tmp_path, ca
     refused(arguments, complaint, capsys)
 
 
-def test_a_file_of_the_users_that_holds_no_moments_stays_as_it_is(folder, tmp_path, capsys):
-    moments = tmp_path / "moments.safetensors"
+def test_a_file_of_the_users_that_holds_no_covariance_stays_as_it_is(folder, tmp_path, capsys):
+    covariance = tmp_path / "covariance.safetensors"
     arguments = ["edit", "--model", str(folder), *FACT, "--method", "rome"]
-    moments.write_text("no tensors")
-    refused([*arguments, "--moments", str(moments)], "cannot be read as a file of second", capsys)
-    assert moments.read_text() == "no tensors"
+    covariance.write_text("no tensors")
+    refused([*arguments, "--covariance", str(covariance)], "cannot be read as a file", capsys)
+    assert covariance.read_text() == "no tensors"
     weights = folder / "model.safetensors"
-    refused([*arguments, "--moments", str(weights)], "is no file of second moments", capsys)
+    refused([*arguments, "--covariance", str(weights)], "is no file of covariances", capsys)
     assert weights.exists()
 
 
-def test_a_damaged_file_of_second_moments_of_the_users_stays_as_it_is(folder, tmp_path, capsys):
-    moments = tmp_path / "moments.safetensors"
-    write_moments(
-        moments, {1: torch.eye(EditableModel.load(folder, device="cpu").ffn_width)}, 1, {}
+def test_a_damaged_file_of_covariances_of_the_users_stays_as_it_is(folder, tmp_path, capsys):
+    covariance = tmp_path / "covariance.safetensors"
+    write_covariance(
+        covariance, {1: torch.eye(EditableModel.load(folder, device="cpu").ffn_width)}, 1, {}
     )
-    damaged = moments.read_bytes()[:-1] + b"\xff"
-    moments.write_bytes(damaged)
+    damaged = covariance.read_bytes()[:-1] + b"\xff"
+    covariance.write_bytes(damaged)
     arguments = ["edit", "--model", str(folder), *FACT, "--method", "rome", "--set", "layer=1"]
-    refused([*arguments, "--moments", str(moments)], "is damaged (the checksum of", capsys)
-    assert moments.read_bytes() == damaged
+    refused([*arguments, "--covariance", str(covariance)], "is damaged (the checksum of", capsys)
+    assert covariance.read_bytes() == damaged
 
 
 def test_a_folder_that_may_not_be_written_to_is_found_before_the_model_is_loaded(
@@ -342,7 +342,7 @@ def test_plan_counts_jobs_hours_and_disk(tmp_path, capsys, monkeypatch):
     arguments = ["plan", "--configfile", "config/paper.yaml", "--measured", str(tmp_path)]
     assert main([*arguments, "--devices", "1", "64"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"^ edit_consecutive +\d+", shown, re.MULTILINE)
+    assert re.search(r"^ edit +\d+", shown, re.MULTILINE)
     assert re.search(r"^ llama3-8b +consecutive +scaled", shown, re.MULTILINE)
     assert re.search(r"^ llama3-8b +consecutive +unknown", shown, re.MULTILINE)
     one, many = re.search(r"1 device: ([\d.,]+) h.*\nOn 64 devices: ([\d.,]+) h", shown).groups()

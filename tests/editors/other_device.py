@@ -19,7 +19,7 @@ from transformers.models.auto import AutoModelForCausalLM
 from kmebench.data.records import EditRequest
 from kmebench.editors.locate.base import LocateAndEdit
 from kmebench.editors.locate.covariance.stage import Sums
-from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.covariance.texts import Sampled
 from kmebench.models.editable import EditableModel
 from kmebench.models.tiny import train_tokenizer
@@ -144,7 +144,7 @@ def moments(model: EditableModel, path: Path) -> Path:
     sums.settle()
     for total in sums.total.values():
         total.diagonal().add_(1e-3)
-    write_moments(path, {k: v.float() for k, v in sums.total.items()}, 96, {"source": "self"})
+    write_covariance(path, {k: v.float() for k, v in sums.total.items()}, 96, {"source": "self"})
     return path
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
+from kmebench.editors.registry import EDITORS
 
 from kmebench.editors.base import Editor, build_editor, resolved
-from kmebench.editors.registry import EDITORS
 from kmebench.edits.weights import WeightDelta
 from kmebench.errors import ConfigError
 

@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import pytest
 from jsonschema import Draft202012Validator
+from kmebench.editors.registry import EDITORS, editor_target
 
 from kmebench.editors import hparams_schema
-from kmebench.editors.registry import EDITORS, editor_target
 
 SCHEMAS = json.loads(hparams_schema.FILE.read_text(encoding="utf-8"))
 

@@ -1,9 +1,9 @@
 """Every editor that optimises the new answer writes it over a fact that a trained model knows."""
 
 import pytest
+from kmebench.editors.registry import EDITORS
 
 from kmebench.editors.base import build_editor
-from kmebench.editors.registry import EDITORS
 from kmebench.evaluation.predict import Settings, predict
 from kmebench.evaluation.prompts import prompts_of
 from kmebench.planning.grid import LOCATE_AND_EDIT

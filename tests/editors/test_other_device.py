@@ -4,9 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from torch.utils import backend_registration
-
 from kmebench.editors.registry import EDITORS
+from torch.utils import backend_registration
 
 
 @pytest.mark.integration

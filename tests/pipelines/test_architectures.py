@@ -9,7 +9,7 @@ from transformers import GPTJConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from kmebench.editors import registry
-from kmebench.editors.locate.covariance.stage import second_moments
+from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
 from kmebench.editors.pac.cache import GradientCache, cache_gradients, select_groups, write_paths
 from kmebench.edits.edit import Edit
@@ -92,7 +92,7 @@ def test_a_paper_architecture_passes_through_every_stage(
     selection = {"score": "l2", "group": 1, "selection": "disjoint", "paths": 15, "negatives": 1}
     write_paths(tmp_path / "paths.safetensors", select_groups(cache, **selection), cache, selection)
     text = TextSettings(tokens=2048, length=64, batch_size=32)
-    second_moments(tmp_path / "moments.safetensors", model, [0, 1], text)
+    measure_covariance(tmp_path / "moments.safetensors", model, [0, 1], text)
     runs, files = [], []
     for editor, hparams in EDITORS.items():
         every = ("batch", "consecutive", "breadth_first")
@@ -121,7 +121,7 @@ def test_a_paper_architecture_passes_through_every_stage(
                     "evaluation": {"batch_size": 8, "wild_max_tokens": 4},
                 },
                 assets={
-                    name: str(tmp_path / f"{name}.safetensors") for name in ("paths", "moments")
+                    name: str(tmp_path / f"{name}.safetensors") for name in ("paths", "covariance")
                 },
                 original=str(tmp_path / "original.parquet"),
                 inputs=[__file__],

@@ -14,16 +14,14 @@ from snakemake.utils import update_config
 
 from kmebench.errors import ConfigError
 from kmebench.planning import grid
-from kmebench.planning.config import check_config, read_config
+from kmebench.planning.config import SCHEMA, check_config, read_config
 from kmebench.planning.overlays import read_overlay
-
-SCHEMA = "workflow/schemas/config.schema.yaml"
 
 
 def checked(**figure):
     config = read_config(Path("config.yaml"))
     config["figures"] = {"mine": {"title": "Mine"} | figure}
-    check_config(config, SCHEMA)
+    check_config(config)
 
 
 @pytest.mark.parametrize(
@@ -57,10 +55,10 @@ def test_an_overlay_takes_entries_out_by_null(tmp_path):
     overlay.write_text("figures: {edits: null}\nexperiments: {edit-order: null}\n")
     config = read_config(Path("config.yaml"), [overlay])
     with pytest.raises(ConfigError, match=r"tables\.edit-order\.experiment"):
-        check_config(config, SCHEMA)  # a table still asks for it
+        check_config(config)  # a table still asks for it
     config = read_config(Path("config.yaml"), [overlay])
     config["tables"]["edit-order"] = None
-    check_config(config, SCHEMA)
+    check_config(config)
     assert "edits" not in config["figures"]
     assert "edit-order" not in config["experiments"] | config["tables"]
 
@@ -68,7 +66,7 @@ def test_an_overlay_takes_entries_out_by_null(tmp_path):
 def test_a_method_may_be_its_name_alone():
     config = read_config(Path("config.yaml"))
     config["methods"]["memit"] = None
-    check_config(config, SCHEMA)
+    check_config(config)
     assert config["methods"]["memit"] == {}
 
 
@@ -152,12 +150,13 @@ WRONG = {
     "a line break": ({"models": {"a\nb": {1: 2}}}, r"at models\.a b: the key 1 is no text"),
     "a yes": ({"experiments": {"table1": {True: 1}}}, "table1: the key True is no text"),
     "a key": ({"sead": 1}, "top level: there is no key 'sead'; did you mean 'seed'"),
+    "an old key": ({"moments": {}}, "the key 'moments' is called 'covariance' now; rename it"),
     "a deep key": ({"models": {"tiny-gptj": {"Dtype": "float32"}}}, "did you mean 'dtype'"),
     "a type": ({"models": {"tiny-gptj": {"dtype": "fp16"}}}, "not one of .*'bfloat16', 'float16'"),
     "a mode": ({"experiments": {"table1": {"mode": "Batch"}}}, "did you mean 'batch'"),
     "a method": ({"experiments": {"table1": {"methods": ["PAC"]}}}, "did you mean 'pac'"),
     "a device": ({"device": "CPU"}, "did you mean 'cpu'"),
-    "an editor": ({"methods": {"mine": {"editor": "my editor:x"}}}, "package.module:Class"),
+    "an editor": ({"methods": {"mine": {"editor": "my editor:x"}}}, "package.module:CARD"),
     "a text's place": ({"covariance": {"text": {"source": "file"}}}, "text: 'path' is a required"),
     "a data set": (
         {
@@ -180,7 +179,7 @@ def test_a_wrong_key_is_one_sentence_that_names_it(case):
     config = read_config(Path("config.yaml"))
     update_config(config, overlay)
     with pytest.raises(ConfigError, match=complaint) as caught:
-        check_config(config, SCHEMA)
+        check_config(config)
     assert "\n" not in str(caught.value)
 
 
@@ -190,12 +189,12 @@ def test_a_wrong_key_is_one_sentence_that_names_it(case):
 def test_what_the_hub_calls_a_repository_is_taken(repo):
     config = read_config(Path("config.yaml"))
     update_config(config, model(source="hub", repo=repo, revision="refs/pr/1"))
-    check_config(config, SCHEMA)
+    check_config(config)
     validate_repo_id(repo)
 
 
 REPOSITORY = Draft202012Validator(
-    yaml.safe_load(Path(SCHEMA).read_text(encoding="utf-8"))["$defs"]["repository"]
+    yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))["$defs"]["repository"]
 )
 
 
@@ -215,7 +214,7 @@ def test_lists_are_swept_and_those_of_the_config_are_the_default():
     config = read_config(Path("config.yaml"))
     config["experiments"]["table1"] |= {"methods": ["memit"], "models": ["tiny-gptj"]}
     config["experiments"]["table1"]["sweep"] = {"layers": [[1], [1, 2]]}
-    check_config(config, SCHEMA)
+    check_config(config)
     variants = [run.variant for run in grid.runs_of(config, "table1")]
     assert variants == ["layers=1:", "default"] * 2
     (run, *_) = grid.runs_of(config, "table1")

@@ -23,6 +23,7 @@ MODELS = {
 }
 CONFIG = {
     "seed": 0,
+    "batch_size": 100,
     "models": MODELS,
     "datasets": {"d": {"n": 10}, "e": {"n": 30}},
     "methods": {"pac": {}, "full-c": {}, "memit": {}},

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kmebench.editors.base import build_editor
+from kmebench.editors.cards import card_of, plain, registered
+from kmebench.editors.needs import Paths, Targets
 from kmebench.errors import ConfigError
 from kmebench.planning import grid
-from kmebench.planning.config import check_config, read_config
+from kmebench.planning.config import SCHEMA, check_config, read_config
 
-SCHEMA = Path("workflow/schemas/config.schema.yaml")
 CONFIG = read_config(Path("config.yaml"))
 
 
@@ -41,8 +41,12 @@ def config():
     }
     config["models"]["tiny-gptj"]["hparams"] = {"pac": {"learning_rate": 2e-3}}
     config["tables"], config["figures"] = {}, {}
-    check_config(config, SCHEMA)
+    check_config(config)
     return config
+
+
+def defaults(editor):
+    return plain(card_of(editor).hparams())
 
 
 def test_a_swept_value_equal_to_the_configured_one_is_the_default_run(config):
@@ -76,7 +80,9 @@ def test_adopting_tuned_values_does_not_rename_the_search_they_come_from(config)
 
 def test_a_variant_reads_back_as_what_was_swept(config):
     run = grid.runs_of(config, "sweep")[1]
-    assert grid.hparams_of(config, run) == {"learning_rate": 2e-3, "paths": 5, "lambda": 0.0}
+    expected = {"learning_rate": 2e-3, "paths": 5, "lambda": 0.0}
+    assert grid.hparams_of(config, run) == defaults("pac") | expected
+    assert list(grid.hparams_of(config, run)) == sorted(defaults("pac"))
     assert grid.parse_variant("score=l2+norm_constraint=None+steps=3") == {
         "score": "l2",
         "norm_constraint": None,
@@ -87,7 +93,8 @@ def test_a_variant_reads_back_as_what_was_swept(config):
 def test_the_models_values_go_before_the_methods(config):
     config["methods"]["pac"]["hparams"] = {"learning_rate": 1.0, "steps": 7}
     run = grid.runs_of(config, "main")[1]
-    assert grid.hparams_of(config, run) == {"learning_rate": 2e-3, "steps": 7}
+    expected = {"learning_rate": 2e-3, "steps": 7}
+    assert grid.hparams_of(config, run) == defaults("pac") | expected
 
 
 def test_values_of_the_runs_mode_go_before_general_ones_and_the_models_before_the_methods(config):
@@ -95,14 +102,14 @@ def test_values_of_the_runs_mode_go_before_general_ones_and_the_models_before_th
     config["methods"]["pac"]["hparams"] = method
     config["models"]["tiny-gptj"]["hparams"]["pac"]["batch"] = {"tolerance": 0.1}
     (tuning,) = grid.runs_of(config, "tuning")
-    expected = {"learning_rate": 2e-3, "steps": 8, "tolerance": 0.1}
+    expected = defaults("pac") | {"learning_rate": 2e-3, "steps": 8, "tolerance": 0.1}
     assert (tuning.mode, grid.hparams_of(config, tuning)) == ("batch", expected)
     consecutive = grid.runs_of(config, "main")[1]
-    assert grid.hparams_of(config, consecutive) == {"learning_rate": 2e-3, "steps": 7}
+    expected = defaults("pac") | {"learning_rate": 2e-3, "steps": 7}
+    assert grid.hparams_of(config, consecutive) == expected
     config["methods"]["pac"]["hparams"]["batch"] = None
-    check_config(config, SCHEMA)
-    expected = {"learning_rate": 2e-3, "steps": 7, "tolerance": 0.1}
-    assert grid.hparams_of(config, tuning) == expected
+    check_config(config)
+    assert grid.hparams_of(config, tuning) == expected | {"tolerance": 0.1}
 
 
 def test_a_swept_value_equal_to_that_of_the_mode_is_the_default_run(config):
@@ -111,34 +118,32 @@ def test_a_swept_value_equal_to_that_of_the_mode_is_the_default_run(config):
     assert variants == ["default", "lambda=0.0", "paths=15", "paths=15+lambda=0.0"]
 
 
+def paths_of(config, run):
+    return grid.needed(config, run, Paths)
+
+
 def test_lambda_does_not_name_a_path_file_but_paths_do(config):
-    names = [grid.selection_of(config, run) for run in grid.runs_of(config, "sweep")]
-    assert len(set(names)) == 2
-    assert names[0] == "l2+edit+disjoint+paths=5+negatives=1"
-    assert grid.parse_selection(names[0]) == {
-        "score": "l2",
-        "group": 1,
-        "selection": "disjoint",
-        "paths": 5,
-        "negatives": 1,
-    }
+    needs = [paths_of(config, run) for run in grid.runs_of(config, "sweep")]
+    assert len({need.name for need in needs}) == 2
+    assert needs[0].name == "l2+edit+disjoint+paths=5+negatives=1"
+    assert Paths.parse(needs[0].name) == needs[0] == Paths("l2", 1, "disjoint", 5, 1)
 
 
 def test_scope_batch_means_the_batch_only_where_there_is_one(config):
     config["methods"]["pac"]["hparams"] = {"scope": "batch"}
     one_by_one = grid.runs_of(config, "main")[1]
-    assert "+edit+" in grid.selection_of(config, one_by_one)
+    assert "+edit+" in paths_of(config, one_by_one).name
     config["experiments"]["main"]["mode"] = "batch"
-    batched = grid.selection_of(config, grid.runs_of(config, "main")[1])
-    assert grid.parse_selection(batched)["group"] == config["batch_size"]
+    batched = paths_of(config, grid.runs_of(config, "main")[1])
+    assert Paths.parse(batched.name).group == config["batch_size"] == 100
 
 
-def test_only_pac_that_traces_the_original_needs_paths(config):
+def test_only_an_editor_that_traces_the_original_needs_paths(config):
     full_c, pac = grid.runs_of(config, "main")
-    assert not grid.needs_paths(config, full_c)
-    assert grid.needs_paths(config, pac)
+    assert grid.needs_of(config, full_c) == ()
+    assert paths_of(config, pac)
     config["methods"]["pac"]["hparams"] = {"trace_on": "current"}
-    assert not grid.needs_paths(config, pac)
+    assert grid.needs_of(config, pac) == ()
 
 
 def test_a_comparison_makes_its_own_runs_and_shares_them(config):
@@ -155,7 +160,7 @@ def test_a_comparison_makes_its_own_runs_and_shares_them(config):
             },
         }
     }
-    check_config(config, SCHEMA)
+    check_config(config)
     paths, same = grid.pairs_of(config, "audit")
     assert [run.variant for run in paths[1:]] == ["paths=5", "default"]
     assert same[1] == same[2] == paths[2]
@@ -163,7 +168,7 @@ def test_a_comparison_makes_its_own_runs_and_shares_them(config):
     assert paths[1] in grid.all_runs(config)
     config["comparisons"]["audit"]["pairs"]["paths"]["a"]["method"] = "pca"
     with pytest.raises(ConfigError, match=r"comparisons.audit.pairs.paths names 'pca'"):
-        check_config(config, SCHEMA)
+        check_config(config)
 
 
 def set_at(config, path, value):
@@ -200,7 +205,7 @@ def test_a_bad_config_is_one_sentence_that_names_the_key(path, config):
     value, complaint = BAD[path]
     set_at(config, path, value)
     with pytest.raises(ConfigError, match=complaint) as caught:
-        check_config(config, SCHEMA)
+        check_config(config)
     assert "\n" not in str(caught.value)
 
 
@@ -214,7 +219,7 @@ def test_every_config_of_the_repository_is_valid():
         if path.name in below:
             merge(config, yaml.safe_load(Path(below[path.name]).read_text(encoding="utf-8")))
         merge(config, yaml.safe_load(path.read_text(encoding="utf-8")))
-        check_config(config, SCHEMA)
+        check_config(config)
         assert grid.all_runs(config)
         assert "distinct runs" in grid.plan(config)
 
@@ -234,15 +239,8 @@ def test_every_key_of_the_schema_is_described():
         assert spec.get("additionalProperties", False) is not True
 
 
-def test_the_grid_knows_the_defaults_of_pac():
-    hparams = vars(build_editor("pac", {}, {}).hparams)
-    assert {
-        key: hparams["lambda_" if key == "lambda" else key] for key in grid.PAC_DEFAULTS
-    } == grid.PAC_DEFAULTS
-
-
 def test_a_default_is_its_editors_own():
-    methods = {"pac": {}, "mine": {"editor": "pac"}, "pac-released": {}, "memit": {}}
+    methods = {"pac": {}, "mine": {"editor": "pac"}, "pac-released": {}, "memit": {}, "full-c": {}}
     config = {"methods": methods, "models": {"m": {"hparams": {"mine": {"lambda": 0.3}}}}}
 
     def name(method, **values):
@@ -251,33 +249,45 @@ def test_a_default_is_its_editors_own():
     assert name("pac", score="l2", paths=15) == name("pac", **{"lambda": 0.1}) == "default"
     assert name("mine", **{"lambda": 0.3}) == "default"
     assert name("mine", **{"lambda": 0.1}) == "lambda=0.1"
-    assert name("pac-released", score="l2") == "score=l2"  # its own is another
-    assert name("memit", steps=25) == "default"
+    assert name("pac-released", epochs=12, shared_state=True) == "default"
+    assert name("memit", steps=25, layers=[4, 5, 6, 7, 8]) == "default"
     assert name("memit", steps=20, moment_weight=5) == "steps=20+moment_weight=5"
+    assert name("full-c", steps=25, layers=None) == "default"
 
 
-def test_the_grid_knows_the_defaults_of_locate_and_edit():
-    for name, defaults in grid.LOCATE_AND_EDIT.items():
-        hparams = vars(build_editor(name, {}, {}).hparams)
-        assert defaults == {key: hparams[key] for key in defaults}
-        assert ("layers" in defaults) == hasattr(build_editor(name, {}, {}), "site")
+def test_values_are_compared_as_the_editor_takes_them():
+    config = {"methods": {"full-c": {"hparams": {"learning_rate": "1e-4"}}}, "models": {"m": {}}}
+
+    def name(value):
+        return grid.variant_name(config, "m", "full-c", "batch", {"learning_rate": value})
+
+    assert name(0.0001) == name("1e-4") == name("1.0e-04") == "default"
+    assert name("2e-4") == "learning_rate=2e-4"
 
 
 def test_batches_share_targets_where_layer_and_loss_agree():
-    methods = {name: {} for name in grid.LOCATE_AND_EDIT} | {"pac": {}}
-    config = {"methods": methods, "models": {"m": {"hparams": {"rect": {"learning_rate": 0.1}}}}}
+    located = [name for name, card in registered().items() if card.family == "locate"]
+    methods = {name: {} for name in located} | {"pac": {}}
+    config = {
+        "batch_size": 100,
+        "methods": methods,
+        "models": {"m": {"hparams": {"rect": {"learning_rate": 0.1}}}},
+    }
 
     def target(method, mode="batch", variant="default"):
-        return grid.target_of(config, grid.Run("m", "d", mode, method, variant, 0))
+        run = grid.Run("m", "d", mode, method, variant, 0)
+        need = grid.needed(config, run, Targets)
+        return need and need.name
 
     memit = target("memit")
     assert memit == (
         "site=layer+layer=8+steps=25+learning_rate=0.5+kl_factor=0.0625+weight_decay=0.001+"
         "clamp_factor=4.0+kl_position=subject_last"
     )
-    assert grid.parse_variant(memit)["layer"] == 8
+    assert Targets.parse(memit).layer == 8
     assert target("memit", variant="clamp_factor=4") == memit
-    assert target("alphaedit") == target("prune") == target("memit", variant="base=2") == memit
+    assert target("alphaedit") == target("prune") == memit
+    assert target("prune", variant="base=2.0") == memit
     others = {
         memit,
         target("pmet"),
@@ -286,16 +296,17 @@ def test_batches_share_targets_where_layer_and_loss_agree():
         target("memit", variant="steps=3"),
     }
     assert len(others) == 5
-    assert grid.parse_variant(target("pmet"))["site"] == build_editor("pmet", {}, {}).site
+    assert Targets.parse(target("pmet")).site == "attention-value"
     assert not any(target(m, mode) for m in methods for mode in ("consecutive", "breadth_first"))
     assert not any(map(target, ("rome", "r-rome", "pac")))
 
 
-def moments_config(methods, hparams, *, mode="batch", sweep=None):
+def covariance_config(methods, hparams, *, mode="batch", sweep=None):
     """A model of few layers, with one experiment, among methods that would edit others."""
     others = {"rome": {}, "alphaedit": {}, "memit": {"hparams": {"layers": [2, 3]}}, "pac": {}}
     return {
         "seed": 0,
+        "batch_size": 100,
         "methods": others | {"emmet": {}},
         "datasets": {"d": {"n": 1}},
         "models": {"small": {"hparams": hparams}, "other": {}},
@@ -331,19 +342,21 @@ def moments_config(methods, hparams, *, mode="batch", sweep=None):
         (["pac"], {}, {}, []),
     ],
 )
-def test_only_what_runs_of_a_model_edit_asks_for_its_moments(methods, hparams, grid_values, layers):
-    config = moments_config(methods, hparams, **grid_values)
-    assert grid.moment_layers(config, "small") == layers
-    assert grid.moment_layers(config, "other") == [5]
+def test_only_what_runs_of_a_model_edit_asks_for_its_covariance(
+    methods, hparams, grid_values, layers
+):
+    config = covariance_config(methods, hparams, **grid_values)
+    assert grid.covariance_layers(config, "small") == layers
+    assert grid.covariance_layers(config, "other") == [5]
 
 
-def test_a_comparison_asks_for_moments_too():
-    config = moments_config(["pac"], {})
+def test_a_comparison_asks_for_its_covariance_too():
+    config = covariance_config(["pac"], {})
     sides = {"a": {"method": "rome", "mode": "batch", "hparams": {"layer": 1}}}
     sides["b"] = {"method": "memit", "mode": "batch"}
     pairs = {"p": {"question": "?", **sides}}
     config["comparisons"] = {"c": {"models": ["small"], "datasets": ["d"], "pairs": pairs}}
-    assert grid.moment_layers(config, "small") == [1, 2, 3]
+    assert grid.covariance_layers(config, "small") == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_time_is_compared_edit_by_edit(runs):
 def test_middle_layers_are_compared_per_layer(runs, tmp_path):
     generator = np.random.default_rng(0)
     scores = generator.random((N, 8, 2, 3)).astype(np.float32)
-    test = {"kind": "layers", "from": 0.25, "to": 0.5}
+    test = {"kind": "layers", "method": "pac", "from": 0.25, "to": 0.5}
     save_file({"positive_scores": scores}, tmp_path / "even.safetensors")
     scores[:, 2:4] += 1
     save_file({"positive_scores": scores}, tmp_path / "middle.safetensors")
@@ -124,7 +124,7 @@ def test_a_claim_that_no_run_tests_is_shown_as_such(runs):
 
 def test_every_claim_of_the_paper_finds_its_runs_in_the_default_config():
     config = read_config(Path("config.yaml"))
-    check_config(config, "workflow/schemas/config.schema.yaml")
+    check_config(config)
     claims = read_claims(CLAIMS)
     assert len({c.id for c in claims}) == len(claims) >= 12
     for one in claims:
@@ -139,7 +139,7 @@ def test_every_claim_of_the_paper_finds_its_runs_in_the_default_config():
 
 def test_without_one_of_its_runs_a_claim_is_not_tested():
     config = read_config(Path("config.yaml"))
-    check_config(config, "workflow/schemas/config.schema.yaml")
+    check_config(config)
     fewer = copy.deepcopy(config)
     fewer["experiments"]["ablation-lambda"]["sweep"]["lambda"] = [0.1, 1.0]
     fewer["experiments"]["table1"]["methods"] = ["pac"]
@@ -156,7 +156,7 @@ def test_without_one_of_its_runs_a_claim_is_not_tested():
 
 def test_what_runs_on_a_development_split_tests_no_claim():
     config = read_config(Path("config.yaml"))
-    check_config(config, "workflow/schemas/config.schema.yaml")
+    check_config(config)
     for experiment in config["experiments"].values():
         experiment["datasets"] = [f"{name}.development" for name in experiment["datasets"]]
     assert not any(cells_of(config, claim) for claim in read_claims(CLAIMS))

@@ -68,7 +68,7 @@ KILLED = {
         f"{stage} first"
         for stage in (
             *("fetch_dataset", "prepare_dataset", "train_model", "predict_original"),
-            *("cache_gradients", "select_paths", "second_moments", "optimise_targets"),
+            *("cache_gradients", "select_paths", "measure_covariance", "optimise_targets"),
             *("score", "table", "costs", "findings", "node_importance", "figure", "index"),
             *("notebook",),
         )

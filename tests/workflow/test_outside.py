@@ -37,7 +37,7 @@ def overlay(checkout, name="outside", **changes):
     ablations = [f"ablation-{a}" for a in ("paths", "lambda", "negatives", "score", "selection")]
     config = {
         "data_mirror": "mirror",
-        "moments": {"text": {"source": "file", "path": "text.txt"}, "tokens": 8192},
+        "covariance": {"text": {"source": "file", "path": "text.txt"}, "tokens": 8192},
         "models": {"mine": {"source": {"source": "folder", "path": "model"}}},
         "datasets": {
             "mine": {
@@ -166,12 +166,12 @@ def retrained(checkout):
     path = checkout.folder / "model/model.safetensors"
     save_file({name: 1.01 * weight for name, weight in load_file(path).items()}, path)
     of_both = {rule: 2 for rule in OF_DATA if rule != "prepare_dataset"}
-    return "results/models/mine", {"fetch_model": 1, "second_moments": 1} | of_both
+    return "results/models/mine", {"fetch_model": 1, "measure_covariance": 1} | of_both
 
 
 def other_text(checkout):
     write_text(checkout, skipped=8)
-    return "results/moments/mine.safetensors", {"second_moments": 1, "edit_batch": 2}
+    return "results/moments/mine.safetensors", {"measure_covariance": 1, "edit_batch": 2}
 
 
 @pytest.mark.parametrize("change", [other_data, retrained, other_text])
@@ -207,7 +207,7 @@ def test_a_further_method_asks_for_its_layers_and_leaves_the_bytes_of_the_others
         experiments={"table1": {"datasets": ["openfacts-zsre"], "methods": ["memit", "emmet"]}},
     )
     configs = (*CONFIGS, further)
-    expected = {"second_moments": 1, "optimise_targets": 1, "edit_batch": 2}
+    expected = {"measure_covariance": 1, "optimise_targets": 1, "edit_batch": 2}
     assert copy_of_outside.planned(TABLE, configs=configs) == expected | SCORED
     copy_of_outside.run("results/moments/mine.safetensors", configs=configs)
     after = load_file(path)

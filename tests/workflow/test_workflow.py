@@ -89,7 +89,7 @@ def apart(planned):
         ),
         (
             "editors/locate/covariance/texts.py",
-            {"second_moments": 1, "edit_batch": 4, "edit_consecutive": 4},
+            {"measure_covariance": 1, "edit_batch": 4, "edit_consecutive": 4},
         ),
         # PAC: two more consecutive runs in the ablations.
         ("editors/pac/pac.py", {"edit_batch": 2, "edit_consecutive": 4}),

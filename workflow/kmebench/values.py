@@ -10,6 +10,8 @@ from kmebench.errors import ConfigError
 JOIN = "+"
 #: Joins the items of a list; stands behind the item of a list of one.
 LIST = ":"
+#: ``{dataset}.development`` is the held-out split of a data set, itself a data set to run on.
+DEVELOPMENT = ".development"
 _NAMEABLE = re.compile(r"[\w.-]+")
 _NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
 

@@ -8,7 +8,7 @@
 rule fetch_dataset:
     "Bring one data set here: from the mirror folder, its URL, or the facts of this repository."
     input:
-        unpack(openfacts_inputs),
+        unpack(inputs.openfacts),
         code=code("fetch_dataset", "kmebench.data.openfacts"),
     output:
         raw="<results>/data/raw/{data}.json",
@@ -26,7 +26,7 @@ rule fetch_dataset:
         mirror=MIRROR,
     params:
         source=lambda w: config["datasets"][w.data]["source"],
-        content=data_content,
+        content=inputs.data_content,
     message:
         "Fetching the data set {wildcards.data}"
     script:
@@ -51,9 +51,9 @@ rule prepare_dataset:
         "../../envs/report.yaml"
     resources:
         # What messages call the file, for the user mends his own and not our copy of it.
-        origin=lambda w: str(users_data_file(w.data) or ""),
+        origin=lambda w: str(inputs.users_data_file(w.data) or ""),
     params:
-        selection=lambda w: selection_params(w.data),
+        selection=inputs.selection,
     message:
         "Preparing the data set {wildcards.data}"
     script:

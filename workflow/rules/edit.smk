@@ -1,65 +1,33 @@
-# Runs: edit a model, in one of the pipelines, and predict with it.
+# Runs: edit a model by one of the pipelines, and predict with it.
 
 
-rule edit_batch:
-    "Edit batch by batch, each from the original model; predict; roll back."
+rule edit:
+    "Edit batch by batch from the original model, one by one, or breadth first; predict."
     input:
-        unpack(edit_inputs("batch")),
+        unpack(inputs.edit),
     output:
-        predictions="<results>/runs/{model}/{dataset}/batch/{method}/{variant}/seed{seed}/predictions.parquet",
-        timing="<results>/runs/{model}/{dataset}/batch/{method}/{variant}/seed{seed}/timing.json",
-        run="<results>/runs/{model}/{dataset}/batch/{method}/{variant}/seed{seed}/run.json",
+        predictions="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/predictions.parquet",
+        timing="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/timing.json",
+        run="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/run.json",
+        # What the model carries at the end: nothing where every batch was rolled back.
+        delta="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/delta.safetensors",
     log:
-        "<logs>/edit_batch/{model}.{dataset}.{method}.{variant}.seed{seed}.log",
+        "<logs>/edit/{model}.{dataset}.{mode}.{method}.{variant}.seed{seed}.log",
     benchmark:
-        "<logs>/edit_batch/{model}.{dataset}.{method}.{variant}.seed{seed}.benchmark.tsv"
+        "<logs>/edit/{model}.{dataset}.{mode}.{method}.{variant}.seed{seed}.benchmark.tsv"
+    wildcard_constraints:
+        mode=one_of(grid.MODES),
     conda:
         "../../envs/edit.yaml"
     threads: config["threads"]
     resources:
-        gpu=gpus,
-        mem_mb=memory,
+        gpu=inputs.gpus,
+        mem_mb=inputs.memory,
         runtime=minutes,
         models=1,
     params:
-        run=edit_params("batch"),
+        run=inputs.settings,
     message:
-        "Editing {wildcards.model} with {wildcards.method} on {wildcards.dataset}, in batches ({wildcards.variant})"
+        "Editing {wildcards.model} with {wildcards.method} on {wildcards.dataset}, {wildcards.mode} ({wildcards.variant})"
     script:
         "../scripts/edit.py"
-
-
-use rule edit_batch as edit_consecutive with:
-    input:
-        unpack(edit_inputs("consecutive")),
-    output:
-        predictions="<results>/runs/{model}/{dataset}/consecutive/{method}/{variant}/seed{seed}/predictions.parquet",
-        timing="<results>/runs/{model}/{dataset}/consecutive/{method}/{variant}/seed{seed}/timing.json",
-        run="<results>/runs/{model}/{dataset}/consecutive/{method}/{variant}/seed{seed}/run.json",
-        delta="<results>/runs/{model}/{dataset}/consecutive/{method}/{variant}/seed{seed}/delta.safetensors",
-    log:
-        "<logs>/edit_consecutive/{model}.{dataset}.{method}.{variant}.seed{seed}.log",
-    benchmark:
-        "<logs>/edit_consecutive/{model}.{dataset}.{method}.{variant}.seed{seed}.benchmark.tsv"
-    params:
-        run=edit_params("consecutive"),
-    message:
-        "Editing {wildcards.model} with {wildcards.method} on {wildcards.dataset}, one by one ({wildcards.variant})"
-
-
-use rule edit_batch as edit_breadth_first with:
-    input:
-        unpack(edit_inputs("breadth_first")),
-    output:
-        predictions="<results>/runs/{model}/{dataset}/breadth_first/{method}/{variant}/seed{seed}/predictions.parquet",
-        timing="<results>/runs/{model}/{dataset}/breadth_first/{method}/{variant}/seed{seed}/timing.json",
-        run="<results>/runs/{model}/{dataset}/breadth_first/{method}/{variant}/seed{seed}/run.json",
-        delta="<results>/runs/{model}/{dataset}/breadth_first/{method}/{variant}/seed{seed}/delta.safetensors",
-    log:
-        "<logs>/edit_breadth_first/{model}.{dataset}.{method}.{variant}.seed{seed}.log",
-    benchmark:
-        "<logs>/edit_breadth_first/{model}.{dataset}.{method}.{variant}.seed{seed}.benchmark.tsv"
-    params:
-        run=edit_params("breadth_first"),
-    message:
-        "Editing {wildcards.model} with {wildcards.method} on {wildcards.dataset}, breadth first ({wildcards.variant})"

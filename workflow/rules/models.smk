@@ -10,13 +10,13 @@ rule fetch_model:
     log:
         "<logs>/fetch_model/{model}.log",
     wildcard_constraints:
-        model=one_of(FETCHED),
+        model=one_of(inputs.fetched_models),
     localrule: True
     conda:
         "../../envs/edit.yaml"
     params:
-        source=lambda w: config["models"][w.model]["source"],
-        content=model_content,
+        source=inputs.model_source,
+        content=inputs.model_content,
     message:
         "Fetching the model {wildcards.model}"
     script:
@@ -34,12 +34,12 @@ rule train_model:
     log:
         "<logs>/train_model/{model}.log",
     wildcard_constraints:
-        model=one_of(TRAINED),
+        model=one_of(inputs.trained_models),
     conda:
         "../../envs/edit.yaml"
     threads: config["threads"]
     params:
-        source=lambda w: config["models"][w.model]["source"],
+        source=inputs.model_source,
     message:
         "Training the model {wildcards.model}"
     script:

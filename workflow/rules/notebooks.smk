@@ -4,7 +4,7 @@
 rule notebook:
     "Execute a notebook that reads tables; keep it with its outputs, and as a page."
     input:
-        unpack(notebook_inputs),
+        unpack(notebooks.inputs),
     output:
         notebook="<results>/notebooks/{notebook}.ipynb",
         html=report(
@@ -20,7 +20,7 @@ rule notebook:
     conda:
         "../../envs/report.yaml"
     params:
-        parameters=notebook_parameters,
+        parameters=notebooks.parameters,
     message:
         "Executing the notebook {wildcards.notebook}"
     script:
@@ -37,8 +37,8 @@ use rule notebook as model_notebook with:
         "../../envs/edit.yaml"
     threads: config["threads"]
     resources:
-        gpu=lambda w: gpus_of(notebook_parameters(w)["model"]),
-        mem_mb=lambda w, attempt: memory_of(notebook_parameters(w)["model"], attempt),
+        gpu=lambda w: inputs.gpus_of(notebooks.model()),
+        mem_mb=lambda w, attempt: inputs.memory_of(notebooks.model(), attempt),
         models=1,
 
 

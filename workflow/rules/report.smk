@@ -4,12 +4,9 @@
 rule score:
     "Compute the metrics of all protocols for every run of one experiment."
     input:
-        predictions=experiment_files("predictions.parquet"),
-        timing=experiment_files("timing.json"),
-        original=lambda w: [
-            f"<results>/original/{model}/{dataset}.parquet"
-            for model, dataset in experiment_originals(w)
-        ],
+        predictions=reported.run_files("predictions.parquet"),
+        timing=reported.run_files("timing.json"),
+        original=reported.original_files,
         code=code("score"),
     output:
         metrics="<results>/metrics/{experiment}.parquet",
@@ -21,11 +18,8 @@ rule score:
         "../../envs/report.yaml"
     params:
         experiment=lambda w: w.experiment,
-        runs=lambda w: [asdict(run) for run in grid.runs_of(config, w.experiment)],
-        originals=lambda w: [
-            {"model": model, "dataset": dataset}
-            for model, dataset in experiment_originals(w)
-        ],
+        runs=reported.runs,
+        originals=reported.originals,
         statistics=config["statistics"],
     message:
         "Scoring {wildcards.experiment}"
@@ -36,7 +30,7 @@ rule score:
 rule table:
     "Lay one experiment out as the paper's table, beside the paper's own numbers."
     input:
-        metrics=lambda w: f"<results>/metrics/{config['tables'][w.table]['experiment']}.parquet",
+        metrics=reported.table_metrics,
         paper=lambda w: config["tables"][w.table].get("paper", []),
         code=code("table"),
     output:
@@ -57,7 +51,7 @@ rule table:
     conda:
         "../../envs/report.yaml"
     params:
-        table=table_params,
+        table=reported.table,
     message:
         "Writing {wildcards.table}"
     script:
@@ -67,10 +61,7 @@ rule table:
 rule compare:
     "Compare runs in pairs on the same requests."
     input:
-        predictions=lambda w: [
-            f"<results>/{folder}/predictions.parquet"
-            for folder in comparison_folders(w.comparison)
-        ],
+        predictions=reported.comparison_files,
         code=code("compare"),
     output:
         csv="<results>/comparisons/{comparison}.csv",
@@ -91,8 +82,8 @@ rule compare:
     params:
         title=lambda w: config["comparisons"][w.comparison]["title"],
         protocol=lambda w: config["comparisons"][w.comparison]["protocol"],
-        pairs=comparison_pairs,
-        folders=lambda w: comparison_folders(w.comparison),
+        pairs=reported.comparison_pairs,
+        folders=reported.comparison_folders,
         statistics=config["statistics"],
     message:
         "Comparing {wildcards.comparison}"
@@ -103,7 +94,9 @@ rule compare:
 rule costs:
     "Lay out what the edits took: seconds by stage, steps, memory."
     input:
-        timing=[f"<results>/{run.folder()}/timing.json" for run in default_runs()],
+        timing=[
+            f"<results>/{run.folder()}/timing.json" for run in reported.default_runs
+        ],
         code=code("costs"),
     output:
         csv="<results>/tables/costs.csv",
@@ -119,7 +112,7 @@ rule costs:
     conda:
         "../../envs/report.yaml"
     params:
-        runs=[run_labels(run) for run in default_runs()],
+        runs=reported.default_labels,
     message:
         "Laying out time and memory"
     script:
@@ -130,10 +123,10 @@ rule index:
     "Put findings, tables, figures and how they were made on one page."
     input:
         findings="<results>/tables/findings.md",
-        tables=[f"<results>/{path}.md" for path in table_paths()],
+        tables=[f"<results>/{path}.md" for path in reported.table_paths],
         figures=expand("<results>/figures/{figure}.png", figure=config["figures"]),
-        runs=[f"<results>/{run.folder()}/run.json" for run in RUNS],
-        timing=[f"<results>/{run.folder()}/timing.json" for run in RUNS],
+        runs=[f"<results>/{run.folder()}/run.json" for run in inputs.runs],
+        timing=[f"<results>/{run.folder()}/timing.json" for run in inputs.runs],
         code=code("index"),
     output:
         html="<results>/index.html",
@@ -143,7 +136,7 @@ rule index:
         "../../envs/report.yaml"
     params:
         title="KME-Bench: what editing single facts does to language models",
-        tables=table_paths(),
+        tables=reported.table_paths,
         figures={name: spec["title"] for name, spec in config["figures"].items()},
         notebooks=sorted(config["notebooks"]),
     message:
@@ -156,8 +149,8 @@ rule findings:
     "Test the paper's claims on the runs that can."
     input:
         claims=CLAIMS,
-        predictions=finding_files("predictions.parquet"),
-        timing=finding_files("timing.json"),
+        predictions=reported.finding_files("predictions.parquet"),
+        timing=reported.finding_files("timing.json"),
         code=code("findings"),
     output:
         csv="<results>/tables/findings.csv",
@@ -173,8 +166,8 @@ rule findings:
     conda:
         "../../envs/report.yaml"
     params:
-        results=lambda w: results_folder(),
-        cells=lambda w: finding_cells(),
+        results=lambda w: RESULTS,
+        cells=reported.finding_cells(),
         statistics=config["statistics"],
     message:
         "Testing what the paper claims"
@@ -207,7 +200,7 @@ rule node_importance:
 rule figure:
     "Draw one figure, with the numbers behind it."
     input:
-        files=figure_files,
+        files=reported.figure_files,
         code=code("figure"),
     output:
         pdf="<results>/figures/{figure}.pdf",
@@ -226,7 +219,7 @@ rule figure:
     conda:
         "../../envs/report.yaml"
     params:
-        figure=figure_params,
+        figure=reported.figure,
     message:
         "Drawing {wildcards.figure}"
     script:
@@ -248,8 +241,8 @@ rule tune:
     conda:
         "../../envs/report.yaml"
     params:
-        candidates=tuning_candidates,
-        mode=tuned_mode,
+        candidates=reported.candidates,
+        mode=reported.tuned_mode,
     message:
         "Choosing hyper-parameters from {wildcards.experiment}"
     script:
@@ -259,7 +252,7 @@ rule tune:
 rule runs:
     "All runs of all experiments."
     input:
-        [f"<results>/{run.folder()}/predictions.parquet" for run in RUNS],
+        [f"<results>/{run.folder()}/predictions.parquet" for run in inputs.runs],
     localrule: True
 
 
@@ -282,5 +275,5 @@ rule figures:
 rule tables:
     "All tables and comparisons."
     input:
-        [f"<results>/{path}.md" for path in [*table_paths(), "tables/findings"]],
+        [f"<results>/{path}.md" for path in [*reported.table_paths, "tables/findings"]],
     localrule: True

@@ -1,4 +1,4 @@
-# What the unedited model says, and which paths through it matter for each request.
+# Cached stages on the unedited model, each run once for all runs that read it.
 
 
 wildcard_constraints:
@@ -23,13 +23,13 @@ rule predict_original:
         "../../envs/edit.yaml"
     threads: config["threads"]
     resources:
-        gpu=gpus,
-        mem_mb=memory,
+        gpu=inputs.gpus,
+        mem_mb=inputs.memory,
         runtime=minutes,
         models=1,
     params:
-        load=lambda w: load_params(w.model),
-        on_bad_record=on_bad_record,
+        load=inputs.load,
+        on_bad_record=inputs.on_bad_record,
         evaluation=config["evaluation"],
     message:
         "Asking the unedited {wildcards.model} about {wildcards.dataset}"
@@ -51,13 +51,13 @@ rule cache_gradients:
         "../../envs/edit.yaml"
     threads: config["threads"]
     resources:
-        gpu=gpus,
-        mem_mb=memory,
+        gpu=inputs.gpus,
+        mem_mb=inputs.memory,
         runtime=minutes,
         models=1,
     params:
-        load=lambda w: load_params(w.model),
-        asked=asked_params,
+        load=inputs.load,
+        asked=inputs.askable,
     message:
         "Tracing {wildcards.model} on {wildcards.dataset}"
     script:
@@ -78,40 +78,40 @@ rule select_paths:
     conda:
         "../../envs/edit.yaml"
     params:
-        settings=lambda w: grid.parse_selection(w.selection),
+        settings=inputs.paths,
     message:
         "Selecting paths {wildcards.selection} of {wildcards.model} on {wildcards.dataset}"
     script:
         "../scripts/select_paths.py"
 
 
-rule second_moments:
-    "Average k kᵀ of the inputs of W2 over generic text, for all layers whose moments runs read."
+rule covariance:
+    "Average k kᵀ of the inputs of W2 over generic text, for all layers that runs ask for."
     input:
         model="<results>/models/{model}",
-        code=code("second_moments"),
+        code=code("covariance"),
     output:
-        moments="<results>/moments/{model}.safetensors",
-        origin="<results>/moments/{model}.origin.json",
+        covariance="<results>/covariance/{model}.safetensors",
+        origin="<results>/covariance/{model}.origin.json",
     log:
-        "<logs>/second_moments/{model}.log",
+        "<logs>/covariance/{model}.log",
     conda:
         "../../envs/edit.yaml"
     threads: config["threads"]
     resources:
-        gpu=gpus,
-        mem_mb=memory,
+        gpu=inputs.gpus,
+        mem_mb=inputs.memory,
         runtime=minutes,
         models=1,
     params:
-        load=lambda w: load_params(w.model),
-        layers=lambda w: grid.moment_layers(config, w.model),
-        settings=config["moments"],
-        content=text_content,
+        load=inputs.load,
+        layers=inputs.covariance_layers,
+        settings=config["covariance"],
+        content=inputs.text_content,
     message:
-        "Second moments of {wildcards.model}"
+        "Covariance of {wildcards.model}"
     script:
-        "../scripts/second_moments.py"
+        "../scripts/covariance.py"
 
 
 rule optimise_targets:
@@ -125,20 +125,49 @@ rule optimise_targets:
     log:
         "<logs>/optimise_targets/{model}.{dataset}.{target}.log",
     wildcard_constraints:
-        target=r"site=[\w-]+\+layer=\d+\+[^/]+",
+        target=TARGET,
     conda:
         "../../envs/edit.yaml"
     threads: config["threads"]
     resources:
-        gpu=gpus,
-        mem_mb=memory,
+        gpu=inputs.gpus,
+        mem_mb=inputs.memory,
         runtime=minutes,
         models=1,
     params:
-        load=lambda w: load_params(w.model),
-        asked=asked_params,
-        settings=lambda w: grid.parse_variant(w.target),
+        load=inputs.load,
+        asked=inputs.askable,
+        settings=inputs.targets,
     message:
         "Targets of {wildcards.dataset} for {wildcards.model} ({wildcards.target})"
     script:
         "../scripts/optimise_targets.py"
+
+
+rule train_stage:
+    "Train what an editor learns from the development split, once for all runs of a model."
+    input:
+        unpack(inputs.stage),
+    output:
+        trained="<results>/trained/{model}/{dataset}/{trained}.safetensors",
+    log:
+        "<logs>/train_stage/{model}.{dataset}.{trained}.log",
+    wildcard_constraints:
+        dataset=one_of(config["datasets"]),
+        trained=r"[^/]+",
+    conda:
+        "../../envs/edit.yaml"
+    threads: config["threads"]
+    resources:
+        gpu=inputs.gpus,
+        mem_mb=inputs.memory,
+        runtime=minutes,
+        models=1,
+    params:
+        load=inputs.load,
+        asked=inputs.askable,
+        stage=inputs.trained,
+    message:
+        "Training {wildcards.trained} for {wildcards.model} on {wildcards.dataset}"
+    script:
+        "../scripts/train_stage.py"

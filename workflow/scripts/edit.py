@@ -7,6 +7,9 @@ from kmebench.io.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
 from kmebench.pipelines.run import run_cell
 
+#: What every run reads; its other inputs are files of cached stages.
+EVERY_RUN = ("model", "requests", "original", "code")
+
 with script_log(snakemake):
     torch.set_num_threads(snakemake.threads)
     settings = snakemake.params.run
@@ -15,7 +18,7 @@ with script_log(snakemake):
         lambda: EditableModel.load(snakemake.input.model, **settings["load"]),
         read_requests(snakemake.input.requests),
         settings,
-        assets={k: v for k, v in snakemake.input.items() if k in ("paths", "moments", "targets")},
+        assets={k: v for k, v in snakemake.input.items() if k not in EVERY_RUN},
         original=snakemake.input.original,
         inputs=list(snakemake.input),
         output=dict(snakemake.output.items()),

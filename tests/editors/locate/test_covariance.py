@@ -1,4 +1,4 @@
-"""Second moments: against literal float64 sums over single texts; resumption; refusals."""
+"""Covariance: against literal float64 sums over single texts; resumption; refusals."""
 
 import copy
 import sys
@@ -11,8 +11,8 @@ from tokenizers import processors
 
 from kmebench.editors.locate.covariance import stage
 from kmebench.editors.locate.covariance.keys import Sampled, beginning, sample
-from kmebench.editors.locate.covariance.stage import second_moments
-from kmebench.editors.locate.covariance.store import SecondMoments
+from kmebench.editors.locate.covariance.stage import measure_covariance
+from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.locate.covariance.texts import TextSettings, text_batches
 from kmebench.errors import ConfigError, DataError, EditError, KMEBenchError
 from tests.conftest import FAMILIES, TEXTS
@@ -66,37 +66,37 @@ def tokenised(model, paragraphs, length, tokens):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("block", [4096, 7])
-def test_moments_of_a_text_are_the_mean_of_outer_products(
+def test_covariance_of_a_text_are_the_mean_of_outer_products(
     family, block, make_model, text, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(stage, "_BLOCK", block)
     model = make_model(family)
     path, paragraphs = text
-    second_moments(tmp_path / "c.safetensors", model, LAYERS, settings(path))
-    moments = SecondMoments.open(tmp_path / "c.safetensors")
+    measure_covariance(tmp_path / "c.safetensors", model, LAYERS, settings(path))
+    covariance = Covariances.open(tmp_path / "c.safetensors")
     pieces = tokenised(model, paragraphs, 20, 150)
-    assert sum(map(len, pieces)) == moments.tokens == 150
+    assert sum(map(len, pieces)) == covariance.tokens == 150
     assert len({len(ids) for ids in pieces}) > 3  # there is padding to leave out
     for layer in LAYERS:
         expected = literal_sum(model, layer, pieces) / 150
-        assert torch.equal(moments.of(layer), moments.of(layer).T)
-        torch.testing.assert_close(moments.of(layer), expected.float(), rtol=1e-6, atol=1e-9)
+        assert torch.equal(covariance.of(layer), covariance.of(layer).T)
+        torch.testing.assert_close(covariance.of(layer), expected.float(), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_moments_of_sampled_text_are_those_of_reading_it(family, make_model, tmp_path):
+def test_covariance_of_sampled_text_are_those_of_reading_it(family, make_model, tmp_path):
     model = make_model(family)
-    second_moments(tmp_path / "c.safetensors", model, LAYERS, settings())
-    moments = SecondMoments.open(tmp_path / "c.safetensors")
+    measure_covariance(tmp_path / "c.safetensors", model, LAYERS, settings())
+    covariance = Covariances.open(tmp_path / "c.safetensors")
     batches = list(text_batches(model, settings()))
     assert [(b.rows, b.length) for b in batches] == [(4, 20), (3, 20), (1, 10)]
     written = [ids for b in batches for ids in sample(model, b.rows, b.length, b.seed).tolist()]
-    assert moments.tokens == 150 == sum(map(len, written))
+    assert covariance.tokens == 150 == sum(map(len, written))
     assert len({tuple(ids) for ids in written}) == 8
     assert all(ids[0] == model.tokenizer.bos_token_id for ids in written)
     for layer in LAYERS:
         expected = literal_sum(model, layer, written) / 150
-        torch.testing.assert_close(moments.of(layer), expected.float(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(covariance.of(layer), expected.float(), rtol=1e-6, atol=1e-9)
 
 
 def test_sampling_follows_the_models_distribution(make_model):
@@ -167,7 +167,7 @@ def run_and_kill(path, model, chosen, batches):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage.Sums, "settle", settle)
         with pytest.raises(KilledError):
-            second_moments(path, model, LAYERS, chosen)
+            measure_covariance(path, model, LAYERS, chosen)
 
 
 @pytest.mark.parametrize("source", ["self", "file"])
@@ -175,8 +175,8 @@ def run_and_kill(path, model, chosen, batches):
 def test_a_resumed_pass_ends_with_the_same_bytes(source, dtype, make_model, text, tmp_path):
     model = make_model("llama", dtype)
     chosen = settings(None if source == "self" else text[0], tokens=180, batch_size=2)
-    second_moments(tmp_path / "whole.safetensors", model, LAYERS, chosen)
-    second_moments(tmp_path / "again.safetensors", model, LAYERS, chosen)
+    measure_covariance(tmp_path / "whole.safetensors", model, LAYERS, chosen)
+    measure_covariance(tmp_path / "again.safetensors", model, LAYERS, chosen)
     killed = tmp_path / "killed.safetensors"
     run_and_kill(killed, model, chosen, batches=3)
     partial = tmp_path / "killed.safetensors.partial"
@@ -188,7 +188,7 @@ def test_a_resumed_pass_ends_with_the_same_bytes(source, dtype, make_model, text
     with pytest.MonkeyPatch.context() as patch:
         real = stage.Sums.settle
         patch.setattr(stage.Sums, "settle", lambda sums: (fed.append(1), real(sums)))
-        second_moments(killed, model, LAYERS, chosen)
+        measure_covariance(killed, model, LAYERS, chosen)
     assert len(fed) == len(list(text_batches(model, chosen))) - 3  # what was done is not repeated
     whole = (tmp_path / "whole.safetensors").read_bytes()
     assert killed.read_bytes() == whole == (tmp_path / "again.safetensors").read_bytes()
@@ -211,8 +211,8 @@ def test_a_state_of_another_pass_is_not_resumed(change, make_model, tmp_path):
         code = {"stage.py": "0"}
     else:
         (tmp_path / "killed.safetensors.partial").write_bytes(b"half a file")
-    second_moments(tmp_path / "whole.safetensors", model, layers, chosen, code=code)
-    second_moments(killed, model, layers, chosen, code=code)
+    measure_covariance(tmp_path / "whole.safetensors", model, layers, chosen, code=code)
+    measure_covariance(killed, model, layers, chosen, code=code)
     assert killed.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
@@ -220,7 +220,7 @@ def test_the_model_is_left_as_it_was(make_model, text, tmp_path):
     model = make_model("gpt2")
     before = {n: p.clone() for n, p in model.model.named_parameters()}
     for chosen in (settings(), settings(text[0])):
-        second_moments(tmp_path / "c.safetensors", model, LAYERS, chosen)
+        measure_covariance(tmp_path / "c.safetensors", model, LAYERS, chosen)
     assert all(torch.equal(before[n], p) for n, p in model.model.named_parameters())
     assert not any(f.value.module._forward_pre_hooks for f in model.ffn)
 
@@ -228,21 +228,21 @@ def test_the_model_is_left_as_it_was(make_model, text, tmp_path):
 def test_a_short_text_is_read_to_its_end(make_model, text, tmp_path):
     model = make_model("llama", torch.float32)
     path, paragraphs = text
-    second_moments(tmp_path / "c.safetensors", model, LAYERS, settings(path, tokens=10_000))
+    measure_covariance(tmp_path / "c.safetensors", model, LAYERS, settings(path, tokens=10_000))
     tokens = sum(len(model.tokenizer(p)["input_ids"]) for p in paragraphs)
-    assert SecondMoments.open(tmp_path / "c.safetensors").tokens == tokens
+    assert Covariances.open(tmp_path / "c.safetensors").tokens == tokens
 
 
 def test_too_few_tokens_are_refused_unless_forced(make_model, tmp_path):
     model = make_model("llama", torch.float32)
     path = tmp_path / "c.safetensors"
-    with pytest.raises(ConfigError, match=r"23 tokens cannot fill .* 24; .* moments\.force"):
-        second_moments(path, model, LAYERS, settings(tokens=23))
+    with pytest.raises(ConfigError, match=r"23 tokens cannot fill .* 24; .* covariance\.force"):
+        measure_covariance(path, model, LAYERS, settings(tokens=23))
     assert not path.exists()
-    second_moments(path, model, LAYERS, settings(tokens=23), force=True)
-    assert SecondMoments.open(path).tokens == 23
-    second_moments(path, model, LAYERS, settings(tokens=24))
-    assert SecondMoments.open(path).tokens == 24
+    measure_covariance(path, model, LAYERS, settings(tokens=23), force=True)
+    assert Covariances.open(path).tokens == 23
+    measure_covariance(path, model, LAYERS, settings(tokens=24))
+    assert Covariances.open(path).tokens == 24
 
 
 def test_a_text_that_turns_out_too_short_is_refused_unless_forced(make_model, tmp_path):
@@ -251,40 +251,40 @@ def test_a_text_that_turns_out_too_short_is_refused_unless_forced(make_model, tm
     text.write_text("Rome", encoding="utf-8")
     path = tmp_path / "c.safetensors"
     with pytest.raises(ConfigError, match="cannot fill a matrix of width 24"):
-        second_moments(path, model, LAYERS, settings(text))
-    second_moments(path, model, LAYERS, settings(text), force=True)
+        measure_covariance(path, model, LAYERS, settings(text))
+    measure_covariance(path, model, LAYERS, settings(text), force=True)
     text.write_text(" \n\n", encoding="utf-8")
     with pytest.raises(DataError, match="has no tokens"):
-        second_moments(path, model, LAYERS, settings(text), force=True)
+        measure_covariance(path, model, LAYERS, settings(text), force=True)
 
 
 def test_a_layer_that_does_not_exist_is_refused(make_model, tmp_path):
     with pytest.raises(ConfigError, match=r"layers \[1, 3\] are not all among the model's 0 to 2"):
-        second_moments(tmp_path / "c.safetensors", make_model("gptj"), (3, 1), settings())
+        measure_covariance(tmp_path / "c.safetensors", make_model("gptj"), (3, 1), settings())
 
 
-def test_moments_of_no_layer_are_refused(make_model, tmp_path):
+def test_covariance_of_no_layer_are_refused(make_model, tmp_path):
     with pytest.raises(ConfigError, match="no layer is asked for; an experiment or comparison"):
-        second_moments(tmp_path / "c.safetensors", make_model("gptj"), (), settings())
+        measure_covariance(tmp_path / "c.safetensors", make_model("gptj"), (), settings())
 
 
 @pytest.mark.parametrize("from_file", [True, False])
 def test_a_further_layer_leaves_the_bytes_of_the_others(from_file, make_model, text, tmp_path):
     chosen = settings(text[0]) if from_file else settings()
     few, more = tmp_path / "few.safetensors", tmp_path / "more.safetensors"
-    second_moments(few, make_model("llama", torch.float32), (1,), chosen)
-    second_moments(more, make_model("llama", torch.float32), (0, 1, 2), chosen)
-    assert SecondMoments.open(more).of(1).equal(SecondMoments.open(few).of(1))
+    measure_covariance(few, make_model("llama", torch.float32), (1,), chosen)
+    measure_covariance(more, make_model("llama", torch.float32), (0, 1, 2), chosen)
+    assert Covariances.open(more).of(1).equal(Covariances.open(few).of(1))
 
 
 def test_a_layer_that_was_not_made_is_named_with_its_file(make_model, tmp_path):
     path = tmp_path / "c.safetensors"
-    second_moments(path, make_model("gptj", torch.float32), LAYERS, settings())
-    moments = SecondMoments.open(path)
-    assert moments.layers == LAYERS
-    assert moments.text == {"source": "self"}
+    measure_covariance(path, make_model("gptj", torch.float32), LAYERS, settings())
+    covariance = Covariances.open(path)
+    assert covariance.layers == LAYERS
+    assert covariance.text == {"source": "self"}
     with pytest.raises(EditError, match=r"c\.safetensors holds no .* layer 1, only of 0, 2; edit"):
-        moments.of(1)
+        covariance.of(1)
 
 
 def test_another_file_is_refused(make_model, tmp_path):
@@ -292,7 +292,7 @@ def test_another_file_is_refused(make_model, tmp_path):
 
     save_file({"0": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(KMEBenchError, match=r"not a file of format kmebench\.moments\.v2"):
-        SecondMoments.open(tmp_path / "x.safetensors")
+        Covariances.open(tmp_path / "x.safetensors")
 
 
 def test_a_file_that_is_missing_or_no_text_is_named(make_model, tmp_path):
@@ -303,7 +303,7 @@ def test_a_file_that_is_missing_or_no_text_is_named(make_model, tmp_path):
     path.write_bytes(b"caf\xe9 au lait")
     with pytest.raises(DataError, match=r"text\.txt is not UTF-8"):
         list(text_batches(model, settings(path)))
-    with pytest.raises(DataError, match=r"moments\.text\.path: .* cannot be read \(Is a directory"):
+    with pytest.raises(DataError, match=r"text\.path: .* cannot be read \(Is a directory"):
         list(text_batches(model, settings(tmp_path)))
 
 

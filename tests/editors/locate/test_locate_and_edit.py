@@ -8,7 +8,7 @@ import torch
 
 from kmebench.editors.base import build_editor
 from kmebench.editors.contexts import MEMIT_LENGTHS, ROME_LENGTHS, sample_contexts
-from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.edits.weights import Dense
 from kmebench.errors import ConfigError, EditError
@@ -25,7 +25,7 @@ def moments(tmp_path):
     """Second moments of both layers, [24, 24]; float32 as on disk."""
     torch.manual_seed(1)
     made = {layer: (x.T @ x / 60).float() for layer in LAYERS for x in [torch.randn(60, 24)]}
-    write_moments(tmp_path / "moments.safetensors", made, 60, {"source": "self"})
+    write_covariance(tmp_path / "moments.safetensors", made, 60, {"source": "self"})
     return tmp_path / "moments.safetensors", {k: v.double() for k, v in made.items()}
 
 
@@ -330,7 +330,7 @@ def test_layers_the_model_has_not_are_refused(name, make_model, requests, moment
 
 
 def test_a_singular_moment_names_editor_layer_and_request(make_model, requests, tmp_path):
-    write_moments(tmp_path / "m", {1: torch.zeros(24, 24)}, 60, {"source": "self"})
+    write_covariance(tmp_path / "m", {1: torch.zeros(24, 24)}, 60, {"source": "self"})
     editor = build_editor("memit", SHORT | {"layers": (1,)}, {"covariance": tmp_path / "m"})
     with pytest.raises(EditError, match=r"memit: layer 1, request 'a' to 'c': .*singular"):
         editor.edit(make_model("llama"), requests)

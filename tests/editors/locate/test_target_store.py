@@ -5,7 +5,7 @@ import torch
 
 from kmebench.editors.base import build_editor
 from kmebench.editors.locate import target_store
-from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.target_store import cache_targets, stored_targets
 from kmebench.errors import KMEBenchError
 
@@ -32,11 +32,11 @@ def test_editors_write_the_same_with_cached_targets(
 ):
     torch.manual_seed(1)
     keys = torch.randn(60, 24)
-    write_moments(tmp_path / "moments", {1: keys.T @ keys / 60}, 60, {"source": "self"})
+    write_covariance(tmp_path / "covariance", {1: keys.T @ keys / 60}, 60, {"source": "self"})
     hparams = {"layers": (1,), "steps": 3, "learning_rate": 0.2, "clamp_factor": 1.0}
     hparams |= {"threshold": 0.8} if name == "alphaedit" else {}
     model = make_model("llama")
-    assets = {"covariance": tmp_path / "moments"}
+    assets = {"covariance": tmp_path / "covariance"}
     fresh = build_editor(name, hparams, assets)
     cached = build_editor(name, hparams, assets | {"targets": targets})
     some = [requests[2], requests[0]]
@@ -79,7 +79,7 @@ def test_out_of_memory_half_as_many_are_optimised_at_once(
 def test_requests_that_are_not_there_and_other_files_are_refused(targets, tmp_path):
     with pytest.raises(KMEBenchError, match=r"targets holds no target for request 'x'.*delete it"):
         stored_targets(targets, ["a", "x"])
-    write_moments(tmp_path / "other", {0: torch.eye(2)}, 1, {})
+    write_covariance(tmp_path / "other", {0: torch.eye(2)}, 1, {})
     with pytest.raises(KMEBenchError, match=r"other is not a file of format kmebench.targets.v2"):
         stored_targets(tmp_path / "other", ["a"])
 

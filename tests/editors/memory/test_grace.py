@@ -215,8 +215,8 @@ def test_a_ball_never_grows_by_a_conflict(make_model, requests):
 def test_the_same_answer_stretches_the_ball_and_needs_no_entry(make_model, requests):
     model = make_model("llama")
     same = replace(requests[2], target_new=requests[0].target_new)
-    distance, _, after = by_itself(model, requests[0], same, radius=0.0)
-    assert after.entries == 2  # d > 0 + 0
+    distance, _, after = by_itself(model, requests[0], same, radius=1e-6)
+    assert after.entries == 2  # d > r0 + r
     model.revert()
     _, _, after = by_itself(model, requests[0], same, radius=0.7 * distance)
     assert after.entries == 1

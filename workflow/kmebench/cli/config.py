@@ -3,8 +3,9 @@
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.box import SIMPLE
@@ -14,23 +15,42 @@ from rich.table import Table
 from kmebench.cli.inputs import reason
 from kmebench.errors import ConfigError
 from kmebench.planning import cost as plan
-from kmebench.planning import grid
-from kmebench.planning.config import read_checked_config
+from kmebench.planning import grid, provenance
+from kmebench.planning.config import read_checked_config, read_files
 
+CONFIG = Path("config.yaml")
 console = Console(markup=False, emoji=False)
 
 
 def check_command(arguments: argparse.Namespace) -> None:
-    """Check, list."""
-    config = read_checked_config(Path("config.yaml"), arguments.configfile)
-    console.print(grid.plan(config))
+    """Check, list or explain."""
+    config = read_checked_config(CONFIG, arguments.configfile)
+    if arguments.explain is None:
+        console.print(grid.plan(config))
+    else:
+        files = read_files(CONFIG, arguments.configfile)
+        console.print(_values(config, files, *provenance.cell_of(config, arguments.explain)))
+
+
+def _values(
+    config: Mapping[str, Any],
+    files: Mapping[Path, Mapping[str, Any]],
+    model: str,
+    method: str,
+    mode: str,
+) -> Table:
+    """One row for every value of such runs."""
+    table = _table(f"{method} on {model}, {mode}", ["value", "is", "from", "key"], texts=4)
+    for row in provenance.values_of(config, files, model, method, mode):
+        table.add_row(row.name, str(row.value), row.source, row.key)
+    return table
 
 
 def plan_command(arguments: argparse.Namespace) -> None:
     """Count, estimate, show."""
     if not Path("Snakefile").is_file():
         raise ConfigError("There is no Snakefile here; run this in the folder of KME-Bench.")
-    config = read_checked_config(Path("config.yaml"), arguments.configfile)
+    config = read_checked_config(CONFIG, arguments.configfile)
     measured = plan.measurements(arguments.measured)
     if measured.empty:
         folders = ", ".join(map(str, arguments.measured))

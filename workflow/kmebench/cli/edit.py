@@ -16,7 +16,7 @@ from kmebench.cli.inputs import Inputs, Model, make
 from kmebench.data.openfacts import load_relations
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import build_editor
-from kmebench.editors.locate.covariance.store import check_moments
+from kmebench.editors.locate.covariance.store import check_covariance
 from kmebench.edits.edit import Edit
 from kmebench.errors import ConfigError, ModelError
 from kmebench.io.checked_files import users_own
@@ -33,19 +33,18 @@ console = Console(markup=False, emoji=False)
 
 def edit_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     """Edit, show what changed, save."""
-    with users_own(arguments.moments):
+    with users_own(arguments.covariance):
         _edit(arguments, inputs)
 
 
 def _edit(arguments: argparse.Namespace, inputs: Inputs) -> None:
     request = inputs.request
-    if arguments.moments:
-        check_moments(arguments.moments)
-    assets = {"moments": inputs.moments} if inputs.moments else {}
-    editor = build_editor(inputs.editor, inputs.hparams, assets)
+    if arguments.covariance:
+        check_covariance(arguments.covariance)
+    editor = build_editor(inputs.editor, inputs.hparams, inputs.assets)
     model = _load(inputs.model, arguments)
-    if inputs.moments:
-        make(inputs.moments, arguments.configfile, inputs.asking)
+    for path in inputs.assets.values():
+        make(path, arguments.configfile, inputs.asking)
     neighbours = arguments.neighbour or _neighbours(request)
     prompts = [request.filled_prompt, *neighbours]
     likely, said = _top(model, prompts[0]), [says(model, p) for p in prompts]

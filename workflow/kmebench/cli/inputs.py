@@ -9,8 +9,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ import yaml
 from rich.console import Console
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.registry import EDITORS
+from kmebench.editors.cards import card_of, plain, registered
+from kmebench.editors.needs import Covariance, Need, Pipeline, Trained
 from kmebench.errors import ConfigError, ModelError
 from kmebench.io.files import write_text
+from kmebench.planning import grid
 from kmebench.planning.config import read_checked_config
-from kmebench.planning.grid import LOCATE_AND_EDIT, base_hparams, check_name
-from kmebench.planning.hparams import check_values
+from kmebench.planning.grid import base_hparams, check_name
 
 CONFIG = Path("config.yaml")
+#: One fact is edited as a consecutive run of one edit.
+PIPELINE = Pipeline("consecutive", 1)
 console = Console(markup=False, emoji=False)
 
 
@@ -45,9 +48,9 @@ class Inputs:
     model: Model
     request: EditRequest | None = None
     editor: str = ""
-    hparams: dict[str, Any] | None = None
-    moments: Path | None = None
-    asking: dict[str, Any] | None = None  # an overlay in which the workflow makes these moments
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    assets: Mapping[str, Path] = field(default_factory=dict)  # files of cached stages
+    asking: dict[str, Any] | None = None  # an overlay in which the workflow makes these
     seed: int = 0
 
 
@@ -60,9 +63,10 @@ def edit_inputs(arguments: argparse.Namespace) -> Inputs:
     request, config = request_of(arguments), config_of(arguments)
     model = model_of(arguments, config)
     editor, hparams = editor_of(arguments, config)
-    moments = moments_of(arguments, config, editor, hparams)
-    asking = asking_overlay(arguments.model, config, editor, hparams) if moments else None
-    return Inputs(model, request, editor, hparams, moments, asking, config.get("seed", 0))
+    card = card_of(editor)
+    assets = assets_of(arguments, config, card.needs(card.values(hparams), PIPELINE))
+    asking = asking_overlay(arguments.model, config, editor, hparams) if assets else None
+    return Inputs(model, request, editor, hparams, assets, asking, config.get("seed", 0))
 
 
 def trace_inputs(arguments: argparse.Namespace) -> Inputs:
@@ -103,48 +107,62 @@ def model_of(arguments: argparse.Namespace, config: dict[str, Any]) -> Model:
 
 
 def editor_of(arguments: argparse.Namespace, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the editor behind the method, and its hyper-parameters."""
+    """Return the editor behind the method, and all its hyper-parameters."""
     hparams: dict[str, Any] = {}
-    name = arguments.method
-    if name in config.get("methods", {}):
+    name, methods = arguments.method, config.get("methods", {})
+    if name in methods:
         # Of a folder, which the config knows nothing about, the method's own.
-        hparams = base_hparams(config, arguments.model, name, "consecutive")
-        name = config["methods"][name].get("editor", name)
-    else:
-        check_name(name, [*EDITORS, *config.get("methods", {})], "the config", "--method")
+        hparams = base_hparams(config, arguments.model, name, PIPELINE.mode)
+        name = grid.editor_of(config, name)
+    elif ":" not in name:
+        check_name(name, [*registered(), *methods], "the config", "--method")
+    card = card_of(name)
     for values in arguments.set:
-        check_values("--set", name, values)
+        card.values(values, "--set")
         hparams |= values
-    if name == "pac":
-        hparams |= {"trace_on": "current"}  # there is no cached trace of this request
-    return name, hparams
+    return name, plain(card.values(hparams | card.single))
 
 
-def moments_of(
-    arguments: argparse.Namespace, config: dict[str, Any], editor: str, hparams: dict[str, Any]
-) -> Path | None:
-    """Return the file of second moments, if the editor reads one."""
-    if editor not in LOCATE_AND_EDIT or not hparams.get("second_moment", True):
-        return None
-    if arguments.moments:
-        return Path(arguments.moments)
-    if arguments.model not in config.get("models", {}):
-        raise ConfigError(
-            f"The editor of {arguments.method!r} needs second moments of {arguments.model}: name "
-            "their file by --moments, or take a model of the config, for which it is made."
-        )
-    return Path(results_of(config), "moments", f"{arguments.model}.safetensors")
+def assets_of(
+    arguments: argparse.Namespace, config: dict[str, Any], needs: Sequence[Need]
+) -> dict[str, Path]:
+    """Return the files of cached stages that the edit reads: the user's own, or the workflow's.
+
+    Raises:
+        ConfigError: there is no such file, and none can be made.
+    """
+    assets = {}
+    for need in needs:
+        if need.asset == Covariance.asset and arguments.covariance:
+            assets[need.asset] = Path(arguments.covariance)
+        elif arguments.model in config.get("models", {}):
+            path = need.path(arguments.model, first_dataset(config, need))
+            assets[need.asset] = Path(results_of(config), path)
+        else:
+            own = "name its file by --covariance, or " if need.asset == Covariance.asset else ""
+            raise ConfigError(
+                f"The method {arguments.method!r} needs the {need.asset} of {arguments.model}: "
+                f"{own}take a model of the config, for which the workflow makes it."
+            )
+    return assets
+
+
+def first_dataset(config: dict[str, Any], need: Need) -> str:
+    """Return the data set that a stage is made on: what is trained needs a development split."""
+    datasets = config["datasets"]
+    developed = [name for name, spec in datasets.items() if spec.get("development")]
+    return next(iter(developed if isinstance(need, Trained) and developed else datasets))
 
 
 def asking_overlay(
     model: str, config: dict[str, Any], editor: str, hparams: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return an overlay that asks for this edit, so that its layers are among those of the moments.
+    """Return an overlay that asks for this edit, so that its layers are among those covered.
 
-    The workflow takes moments of the layers that the runs of the config read, and no others.
+    The workflow takes the covariance of the layers that the runs of the config read, and no others.
     """
     experiment = {
-        "mode": "consecutive",
+        "mode": PIPELINE.mode,
         "models": [model],
         "datasets": list(config.get("datasets", {}))[:1],
         "methods": ["kmebench-edit"],

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from kmebench.values import JOIN, read_all, spell_all
+from kmebench.values import DEVELOPMENT, JOIN, read_all, spell_all
 
 
 @dataclass(frozen=True)
@@ -135,5 +135,5 @@ class Trained(Need):
         return cls(f"{module}:{attribute}", read_all(settings))
 
     def path(self, model: str, dataset: str) -> str:
-        """Return where the file lies below the results."""
-        return f"trained/{model}/{dataset}/{self.name}.safetensors"
+        """Return where the file lies below the results: a tuning run reads the same as a report."""
+        return f"trained/{model}/{dataset.removesuffix(DEVELOPMENT)}/{self.name}.safetensors"

@@ -19,6 +19,8 @@ from kmebench import __version__
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.cards import plain
+from kmebench.edits.edit import Edit
+from kmebench.edits.weights import WeightDelta
 from kmebench.evaluation.frames import beside_original, write_frame
 from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.prompts import askable
@@ -56,7 +58,7 @@ def run_cell(
     inputs: Sequence[str],
     output: Mapping[str, str],
 ) -> None:
-    """Edit, predict and write ``output`` (predictions, timing, run; delta unless in batches).
+    """Edit, predict and write ``output``: predictions, timing, run, delta.
 
     ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, on_failed_edit,
     on_bad_record, evaluation. Requests that the model cannot be asked are left out.
@@ -82,8 +84,8 @@ def run_cell(
     frame = beside_original(outcome.predictions, read_parquet(original))
     write_json(output["timing"], timing(outcome, model, settings, load_seconds))
     write_json(output["run"], record(outcome, model, editor, requests, settings))
-    if outcome.edit is not None:
-        outcome.edit.save(output["delta"])
+    # Batches are rolled back: at their end the model carries nothing.
+    (outcome.edit or Edit.of(WeightDelta({}))).save(output["delta"])
     write_frame(frame, PREDICTIONS, output["predictions"])
     checkpoints.clear()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from kmebench.editors.needs import Paths
 from kmebench.errors import DataError
 from kmebench.planning import grid
 from kmebench.planning.grid import Run
@@ -72,9 +73,9 @@ def _sides(
 ) -> dict[str, Run]:
     """The runs of one cell by role; empty if one is missing."""
     if test["kind"] == "layers":
-        traced = [run for run in runs if grid.needs_paths(config, run)]
-        default = [run for run in traced if run.variant == grid.DEFAULT and run.method == "pac"]
-        return {"pac": default[0]} if default else {}
+        traced = [run for run in runs if grid.needed(config, run, Paths)]
+        default = [r for r in traced if (r.method, r.variant) == (test["method"], grid.DEFAULT)]
+        return {test["method"]: default[0]} if default else {}
     of_mode = {(run.method, run.variant): run for run in runs if run.mode == test["mode"]}
     if test["kind"] == "difference":
         wanted = {}

@@ -14,23 +14,32 @@ from kmebench.errors import ConfigError
 from kmebench.names import near_name, nearest
 from kmebench.planning import grid
 from kmebench.planning.hparams import check_hparams
+from kmebench.planning.notebooks import NOTEBOOKS
 from kmebench.planning.overlays import read_overlay
 
-SCHEMA = Path(__file__).parents[2] / "schemas/config.schema.yaml"
+SCHEMA = Path(__file__).with_name("config.schema.yaml")
+#: Keys of version 0.1.0.
+_RENAMED = {"moments": "covariance"}
 #: Sections whose entries an overlay takes out by setting them to null.
 _REMOVABLE = ("experiments", "tables", "figures", "comparisons")
 
 
 def read_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, Any]:
-    """Read a config as the Snakefile does: the file, the tuned values beside it, then overlays.
+    """Read a config as the Snakefile does: the files of :func:`read_files`, merged key by key."""
+    config: dict[str, Any] = {}
+    for part in read_files(path, overlays).values():
+        update_config(config, part)
+    return config
+
+
+def read_files(path: Path, overlays: Sequence[Path] = ()) -> dict[Path, dict[str, Any]]:
+    """Read the files of a config: the file, the tuned values beside it, then overlays.
 
     Raises:
         ConfigError: a file is missing, or is not YAML; see :func:`read_overlay`.
     """
-    config: dict[str, Any] = {}
-    for part in (path, *sorted(path.parent.glob("config/tuned/*.yaml")), *overlays):
-        update_config(config, read_overlay(part))
-    return config
+    tuned = sorted(path.parent.glob("config/tuned/*.yaml"))
+    return {part: read_overlay(part) for part in (path, *tuned, *overlays)}
 
 
 def read_checked_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, Any]:
@@ -40,11 +49,11 @@ def read_checked_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, 
         ConfigError: as :func:`read_config` and :func:`check_config`.
     """
     config = read_config(path, overlays)
-    check_config(config, SCHEMA)
+    check_config(config)
     return config
 
 
-def check_config(config: dict[str, Any], schema: str | Path) -> None:
+def check_config(config: dict[str, Any]) -> None:
     """Validate a config against its schema, fill in defaults, and check its names.
 
     Experiments, tables, figures and comparisons that an overlay has set to null are taken out.
@@ -58,29 +67,47 @@ def check_config(config: dict[str, Any], schema: str | Path) -> None:
             for name in [name for name, entry in entries.items() if entry is None]:
                 del entries[name]
     _refuse_keys_of_other_types(config)
-    rules = yaml.safe_load(Path(schema).read_text(encoding="utf-8"))
+    for old, new in _RENAMED.items():
+        if old in config:
+            raise ConfigError(f"{_wrong_at([])}: the key {old!r} is called {new!r} now; rename it.")
+    rules = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
     error = best_match(Draft202012Validator(rules).iter_errors(config))
     if error:
         raise ConfigError(_sentence(error))
-    validate(config, str(schema))  # fills in the defaults
+    validate(config, str(SCHEMA))  # fills in the defaults
     config["methods"] |= {name: {} for name, spec in config["methods"].items() if spec is None}
     for name, dataset in config["datasets"].items():
         for segment in dataset.get("segments", []):
             if segment[0] >= segment[1]:
                 where = f"datasets.{name}.segments"
                 raise ConfigError(f"{_wrong_at([where])}: {segment} ends before it starts.")
-    for name in config["experiments"]:
-        grid.runs_of(config, name)
+    _run_on_own_models(config)
+    for name in config.setdefault("notebooks", sorted(NOTEBOOKS)):
+        grid.check_name(name, NOTEBOOKS, "notebooks", "notebooks")
+    for section in ("experiments", "comparisons"):
+        for name, spec in config[section].items():
+            grid.check_names(config, spec, f"{section}.{name}")
     for name in config["comparisons"]:
         grid.pairs_of(config, name)
-    for method in config["methods"]:
-        grid.editor_of(config, method)
     check_hparams(config)
+    for run in grid.all_runs(config):
+        grid.needs_of(config, run)
     for name, table in config["tables"].items():
         where = f"tables.{name}.experiment"
         grid.check_name(table["experiment"], config["experiments"], "experiments", where)
     for name, figure in config["figures"].items():
         _check_figure(config, f"figures.{name}", figure)
+
+
+def _run_on_own_models(config: dict[str, Any]) -> None:
+    """Let every experiment and comparison run on ``only_models``, instead of those it names."""
+    if "only_models" not in config:
+        return
+    for name in config["only_models"]:
+        grid.check_name(name, config["models"], "models", "only_models")
+    for section in ("experiments", "comparisons"):
+        for spec in config[section].values():
+            spec["models"] = list(config["only_models"])
 
 
 def _check_figure(config: dict[str, Any], where: str, figure: dict[str, Any]) -> None:

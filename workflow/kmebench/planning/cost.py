@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from kmebench.editors.needs import Covariance, Paths
 from kmebench.io.checked_files import read_json
 from kmebench.planning import grid
 
@@ -106,7 +107,7 @@ def wall_hours(costs: pd.DataFrame, devices: int) -> float:
 def disk(config: Mapping[str, Any], measured: pd.DataFrame) -> pd.DataFrame:
     """Estimate the bytes below ``results``: one row per model.
 
-    Columns: model, weights, gradients, moments, deltas (at most), predictions. Models without
+    Columns: model, weights, gradients, covariance, deltas (at most), predictions. Models without
     ``shape`` in the config have NaN where it is needed.
     """
     sizes, per_edit = grid.datasets(config), measured["predictions"].median()
@@ -120,26 +121,27 @@ def disk(config: Mapping[str, Any], measured: pd.DataFrame) -> pd.DataFrame:
         if shape := spec.get("shape"):
             width, layers = shape["ffn_width"], shape["layers"]
             matrix = shape["width"] * width * _MASTER
-            traced = {run.dataset for run in runs if grid.needs_paths(config, run)}
-            needed = any(grid.needs_moments(config, run) for run in runs)
+            traced = {run.dataset for run in runs if grid.needed(config, run, Paths)}
+            covered = grid.covariance_layers(config, name)
             row["weights"] = shape["parameters"] * grid.BYTES[spec["dtype"]]
             row["gradients"] = sum(sizes[d] for d in traced) * 2 * 2 * layers * width * _MASTER
-            row["moments"] = needed * len(grid.moment_layers(config, name)) * width**2 * _MASTER
+            row["covariance"] = len(covered) * width**2 * _MASTER
             row["deltas"] = matrix * sum(_matrices(config, run, layers) for run in runs)
         rows.append(row)
-    columns = ["model", "weights", "gradients", "moments", "deltas", "predictions"]
+    columns = ["model", "weights", "gradients", "covariance", "deltas", "predictions"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def _matrices(config: Mapping[str, Any], run: grid.Run, layers: int) -> int:
-    """FFN matrices that the saved delta of a run holds at most; a batch's is not saved."""
+    """FFN matrices that the saved delta of a run holds at most; a batch's is not saved.
+
+    W2 alone of the layers whose covariance it reads; else W1 and W2, or W2 where the
+    hyper-parameters say so, of the layers that they name, or of all.
+    """
     if run.mode == "batch":
         return 0
-    hparams = grid.LOCATE_AND_EDIT.get(grid.editor_of(config, run.method), {}) | grid.hparams_of(
-        config, run
-    )
-    if "layer" in hparams:
-        return 1
-    edited = len(hparams.get("layers") or range(layers))
-    located = grid.editor_of(config, run.method) in grid.LOCATE_AND_EDIT
-    return edited * (1 if located or hparams.get("projections") == "value" else 2)
+    if covariance := grid.needed(config, run, Covariance):
+        return len(covariance.layers)
+    hparams = grid.hparams_of(config, run)
+    edited = 1 if "layer" in hparams else len(hparams.get("layers") or range(layers))
+    return edited * (1 if hparams.get("projections", "both") == "value" else 2)

@@ -7,6 +7,7 @@ checksum), editing one re-runs exactly what it can influence.
 
 import ast
 import json
+from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +16,37 @@ from kmebench.errors import ConfigError
 
 PACKAGE = "kmebench"
 _LIBRARY = Path(__file__).resolve().parents[2]  # the folder that holds the package
+_CODE = _LIBRARY / PACKAGE
+#: Files that decide no result, with all that only they import: how failures are told; and what
+#: planning says, which reaches a job as its parameters and the names of its inputs.
+_NO_RESULT = (
+    *("__init__.py", "errors.py", "names.py", "io/logs.py"),
+    *("editors/cards.py", "editors/needs.py", "editors/*/cards.py", "planning/grid.py"),
+)
+#: What modules read as their own.
+_BESIDE = {"reporting/html.py": "templates/*.j2", "reporting/figures.py": "*.mplstyle"}
+
+
+def code(rule: str, *modules: str) -> list[str]:
+    """Return the script of a rule with all library code that it imports."""
+    return with_data(source_closure(f"workflow/scripts/{rule}.py", *modules))
+
+
+def with_data(files: Iterable[str]) -> list[str]:
+    """Add what library files read as their own: page templates, the style of figures."""
+    own = [
+        _shown(path)
+        for name, pattern in _BESIDE.items()
+        if _shown(_CODE / name) in files
+        for path in (_CODE / name).parent.glob(pattern)
+    ]
+    return sorted({*files, *own})
 
 
 def source_closure(script: str, *modules: str) -> list[str]:
-    """Return ``script`` (or notebook), ``modules`` and every library file they import, sorted.
+    """Return ``script`` (or notebook), ``modules`` and the library files they import, sorted.
+
+    Left out is what decides no result, so that a better message re-runs nothing.
 
     Paths of files are relative to the current folder when they lie below it, so that a moved
     checkout re-runs nothing. ``modules`` are dotted names: code that the script loads lazily (an
@@ -29,10 +57,15 @@ def source_closure(script: str, *modules: str) -> list[str]:
     queue = [Path(script)] + [p for m in modules if (p := _module_file(m)) is not None]
     while queue:
         path = queue.pop()
-        if path not in found:
+        if path not in found | _without_result():
             found.add(path)
             queue += _imports(path, packages)
     return sorted(_shown(path) for path in found)
+
+
+@cache
+def _without_result() -> frozenset[Path]:
+    return frozenset(path for pattern in _NO_RESULT for path in _CODE.glob(pattern))
 
 
 def _shown(path: Path) -> str:

@@ -8,57 +8,20 @@ values, so they share a folder and are computed once.
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from kmebench.editors.registry import editor_target
+from kmebench.editors.cards import Card, card_of, plain
+from kmebench.editors.needs import Covariance, Need, Pipeline
 from kmebench.errors import ConfigError
 from kmebench.names import nearest
-from kmebench.values import read, spell
+from kmebench.values import DEVELOPMENT, read_all, spell_all
 
 DEFAULT = "default"
-#: Joins the parts of a file's name. Not a comma: Snakemake's jobs on a cluster fail at one.
-JOIN = "+"
 #: Bytes of a number by dtype.
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: Pipelines. The name of one among a method's hyper-parameters holds values for it alone.
 MODES = ("batch", "consecutive", "breadth_first")
-#: ``{dataset}.development`` is the held-out split of a data set, itself a data set to run on.
-DEVELOPMENT = ".development"
-
-#: Hyper-parameters of PAC that decide which paths are selected, with their defaults; they and
-#: nothing else name a path file.
-PATH_SETTINGS: dict[str, Any] = {
-    "score": "l2",
-    "scope": "edit",
-    "selection": "disjoint",
-    "paths": 15,
-    "negatives": 1,
-}
-
-#: All that ablations sweep, with PAC's defaults: a value equal to one is no variant.
-PAC_DEFAULTS = PATH_SETTINGS | {"lambda": 0.1, "trace_on": "original"}
-
-_MEMIT: dict[str, Any] = {
-    "layers": (4, 5, 6, 7, 8),
-    "steps": 25,
-    "learning_rate": 0.5,
-    "kl_factor": 0.0625,
-    "weight_decay": 1e-3,
-    "clamp_factor": 4.0,
-    "kl_position": "subject_last",
-}
-#: Editors that read second moments, with the defaults of what decides which: the layers that they
-#: edit and, for MEMIT's family, the loss that makes its targets.
-LOCATE_AND_EDIT: dict[str, dict[str, Any]] = {
-    "rome": {"layer": 5},
-    "r-rome": {"layer": 5},
-    "memit": _MEMIT,
-    "pmet": _MEMIT | {"steps": 20, "weight_decay": 0.5, "clamp_factor": 1.0},
-    "emmet": _MEMIT | {"layers": (5,)},
-    "alphaedit": _MEMIT,
-    "prune": _MEMIT,
-    "rect": _MEMIT,
-}
+N = TypeVar("N", bound=Need)
 
 
 @dataclass(frozen=True, order=True)
@@ -93,10 +56,7 @@ def runs_of(config: Mapping[str, Any], experiment: str) -> list[Run]:
 def swept_runs(config: Mapping[str, Any], experiment: str) -> list[tuple[Run, dict[str, Any]]]:
     """Expand one experiment to runs, each with the values that its sweep gives it."""
     spec = config["experiments"][experiment]
-    known = {"models": config["models"], "datasets": datasets(config), "methods": config["methods"]}
-    for kind, names in known.items():
-        for name in spec[kind]:
-            check_name(name, names, kind, f"experiments.{experiment}.{kind}")
+    check_names(config, spec, f"experiments.{experiment}")
     return [
         (Run(model, dataset, spec["mode"], method, variant, seed), values)
         for model, dataset, method in itertools.product(
@@ -115,9 +75,7 @@ def pairs_of(config: Mapping[str, Any], comparison: str) -> list[tuple[str, Run,
     """
     spec = config["comparisons"][comparison]
     where = f"comparisons.{comparison}"
-    for kind, known in (("models", config["models"]), ("datasets", datasets(config))):
-        for name in spec[kind]:
-            check_name(name, known, kind, f"{where}.{kind}")
+    check_names(config, spec, where)
     found = []
     for name, pair in spec["pairs"].items():
         for model, dataset in itertools.product(spec["models"], spec["datasets"]):
@@ -154,6 +112,18 @@ def datasets(config: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
+def check_names(config: Mapping[str, Any], spec: Mapping[str, Any], where: str) -> None:
+    """Refuse models, data sets and methods of an experiment or comparison that are not there.
+
+    Raises:
+        ConfigError: names the nearest defined one.
+    """
+    known = {"models": config["models"], "datasets": datasets(config), "methods": config["methods"]}
+    for kind, names in known.items():
+        for name in spec.get(kind, []):
+            check_name(name, names, kind, f"{where}.{kind}")
+
+
 def check_name(name: str, known: Iterable[str], kind: str, where: str) -> None:
     """Refuse a name that the config does not define.
 
@@ -178,7 +148,7 @@ def _variants(
     for combination in itertools.product(*sweep.values()):
         values = dict(zip(sweep, combination, strict=True))
         if dataset.endswith(DEVELOPMENT):
-            yield _spell(values), values
+            yield spell_all(values) or DEFAULT, values
         else:
             yield variant_name(config, model, method, spec["mode"], values), values
 
@@ -189,44 +159,42 @@ def variant_name(
     """Spell out values that differ from a method's own; ``default`` if none does.
 
     So a swept value equal to the configured one, or where none is to the editor's default, *is* the
-    default, and is not run twice.
-    """
-    editor = editor_of(config, method)
-    defaults = PAC_DEFAULTS if editor == "pac" else LOCATE_AND_EDIT.get(editor, {})
-    known = defaults | base_hparams(config, model, method, mode)
-    return _spell({k: v for k, v in values.items() if k not in known or _plain(known[k]) != v})
-
-
-def _plain(value: Any) -> Any:
-    """An editor's default as YAML would hold it: a list instead of a tuple."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _spell(values: Mapping[str, Any]) -> str:
-    """Name a file by values, such that :func:`parse_variant` reads them back.
+    default, and is not run twice. Values are compared as the editor takes them: "1e-4" is 0.0001.
 
     Raises:
-        ConfigError: a value cannot be part of a file's name.
+        ConfigError: a value cannot be part of a file's name, or the editor takes no such value.
     """
-    parts = []
-    for key, value in values.items():
-        try:
-            parts.append(f"{key}={spell(value)}")
-        except ValueError as error:
-            raise ConfigError(
-                f"{key}: {error}: make it a method of its own, with that hyper-parameter."
-            ) from error
-    return JOIN.join(parts) or DEFAULT
+    card, base = card_of_method(config, method), base_hparams(config, model, method, mode)
+    own = card.values(base)
+    spell_all(values)  # says in the config's words what no folder can be called
+    return spell_all({k: v for k, v in values.items() if card.values(base | {k: v}) != own}) or (
+        DEFAULT
+    )
 
 
 def base_hparams(config: Mapping[str, Any], model: str, method: str, mode: str) -> dict[str, Any]:
     """Merge a method's hyper-parameters in one mode with the model's own values for it."""
-    own = config["models"].get(model, {}).get("hparams", {}).get(method, {})
     merged: dict[str, Any] = {}
-    for section in (config["methods"][method].get("hparams", {}), own):
-        general, by_mode = split_modes(section)
-        merged |= general | by_mode.get(mode, {})
+    for _, values in hparams_sections(config, model, method, mode):
+        merged |= values
     return merged
+
+
+def hparams_sections(
+    config: Mapping[str, Any], model: str, method: str, mode: str
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Yield where a config sets hyper-parameters, and which; later places go before earlier ones.
+
+    Method < method in this mode < model < model in this mode.
+    """
+    own = config["models"].get(model, {}).get("hparams", {})
+    for place, section in (
+        (("methods", method, "hparams"), config["methods"][method].get("hparams", {})),
+        (("models", model, "hparams", method), own.get(method, {})),
+    ):
+        general, by_mode = split_modes(section)
+        yield place, general
+        yield (*place, mode), by_mode.get(mode, {})
 
 
 def split_modes(section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -235,112 +203,60 @@ def split_modes(section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, d
     return general, {key: dict(section[key] or {}) for key in MODES if key in section}
 
 
-def hparams_of(config: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    """Return the hyper-parameters of a run: method < model < variant; sorted by name.
+def values_of(config: Mapping[str, Any], run: Run) -> Any:
+    """Return the hyper-parameters of a run: editor's defaults < method < model < variant.
 
     Of a method's and of a model's own values those for the run's mode go before the general ones.
 
-    Sorted, because Snakemake takes another order of a parameter for a change.
+    Raises:
+        ConfigError: the editor has no such hyper-parameter, or it cannot be that.
     """
     base = base_hparams(config, run.model, run.method, run.mode)
-    merged = base | parse_variant(run.variant)
-    return dict(sorted(merged.items()))
+    return card_of_method(config, run.method).values(base | parse_variant(run.variant))
+
+
+def hparams_of(config: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """Return all hyper-parameters of a run under their config names, defaults resolved.
+
+    Sorted, because Snakemake takes another order of a parameter for a change.
+    """
+    return dict(sorted(plain(values_of(config, run)).items()))
 
 
 def parse_variant(variant: str) -> dict[str, Any]:
     """Read a variant back: ``paths=20+layers=1:2`` -> {"paths": 20, "layers": [1, 2]}."""
-    if variant == DEFAULT:
-        return {}
-    pairs = (item.partition("=") for item in variant.split(JOIN))
-    return {key: read(text) for key, _, text in pairs}
-
-
-def is_pac(config: Mapping[str, Any], method: str) -> bool:
-    """Whether a method is PAC and so may read cached paths."""
-    return editor_of(config, method) == "pac"
+    return {} if variant == DEFAULT else read_all(variant)
 
 
 def editor_of(config: Mapping[str, Any], method: str) -> str:
-    """Return the editor behind a method (by default of the same name).
+    """Return the editor behind a method, by default of the same name."""
+    return str(config["methods"][method].get("editor", method))
+
+
+def card_of_method(config: Mapping[str, Any], method: str) -> Card:
+    """Return the card of the editor behind a method.
 
     Raises:
         ConfigError: there is no such editor.
     """
-    editor = config["methods"][method].get("editor", method)
-    editor_target(editor)
-    return editor
+    return card_of(editor_of(config, method))
 
 
-def needs_paths(config: Mapping[str, Any], run: Run) -> bool:
-    """Whether a run reads cached paths: PAC that traces the original model."""
-    traced = hparams_of(config, run).get("trace_on", "original") == "original"
-    return is_pac(config, run.method) and traced
+def needs_of(config: Mapping[str, Any], run: Run) -> tuple[Need, ...]:
+    """Return the files of cached stages that a run reads."""
+    pipeline = Pipeline(run.mode, config["batch_size"])
+    return card_of_method(config, run.method).needs(values_of(config, run), pipeline)
 
 
-def needs_moments(config: Mapping[str, Any], run: Run) -> bool:
-    """Whether a run reads second moments."""
-    return editor_of(config, run.method) in LOCATE_AND_EDIT and hparams_of(config, run).get(
-        "second_moment", True
-    )
+def needed(config: Mapping[str, Any], run: Run, kind: type[N]) -> N | None:
+    """Return what a run reads of one kind of cached stage; None if nothing."""
+    return next((need for need in needs_of(config, run) if isinstance(need, kind)), None)
 
 
-def moment_layers(config: Mapping[str, Any], model: str) -> list[int]:
-    """Return the layers of a model whose second moments its runs read."""
-    layers: set[int] = set()
-    for run in all_runs(config):
-        if run.model == model and needs_moments(config, run):
-            layers |= edited_layers(editor_of(config, run.method), hparams_of(config, run))
-    return sorted(layers)
-
-
-def edited_layers(editor: str, hparams: Mapping[str, Any]) -> set[int]:
-    """Return the layers that a locate-and-edit editor edits."""
-    known = LOCATE_AND_EDIT[editor] | dict(hparams)
-    return {known["layer"]} if "layer" in known else set(known["layers"])
-
-
-def target_of(config: Mapping[str, Any], run: Run) -> str | None:
-    """Name the target file of a run, e.g. ``site=layer+layer=8+steps=25+learning_rate=0.5+...``.
-
-    None for runs that optimise their targets themselves: on a model with earlier edits they are
-    others, so only batch mode, which edits the original model, shares them. The name can be read
-    by :func:`parse_variant`.
-    """
-    editor = editor_of(config, run.method)
-    if run.mode != "batch" or "steps" not in LOCATE_AND_EDIT.get(editor, {}):
-        return None
-    hparams = LOCATE_AND_EDIT[editor] | hparams_of(config, run)
-    site = "attention-value" if editor == "pmet" else "layer"
-    # A value spelled 4 or "1e-3" in YAML names the same file as 4.0 or 0.001.
-    settings = {key: type(_MEMIT[key])(hparams[key]) for key in _MEMIT if key != "layers"}
-    return _spell({"site": site, "layer": hparams["layers"][-1]} | settings)
-
-
-def selection_of(config: Mapping[str, Any], run: Run) -> str:
-    """Name the path file of a run, e.g. ``l2+edit+disjoint+paths=15+negatives=1``.
-
-    Requests edited one at a time are their own batch, so there scope is always ``edit``.
-    """
-    settings = PATH_SETTINGS | {
-        key: value for key, value in hparams_of(config, run).items() if key in PATH_SETTINGS
-    }
-    scope = settings["scope"] if run.mode == "batch" else "edit"
-    if scope == "batch":
-        scope = f"batch={config['batch_size']}"
-    numbers = [f"{name}={settings[name]}" for name in ("paths", "negatives")]
-    return JOIN.join([settings["score"], scope, settings["selection"], *numbers])
-
-
-def parse_selection(selection: str) -> dict[str, Any]:
-    """Read the name of a path file back: score, group (requests), selection, paths, negatives."""
-    score, scope, kind, paths, negatives = selection.split(JOIN)
-    return {
-        "score": score,
-        "group": int(scope.partition("=")[2] or 1),
-        "selection": kind,
-        "paths": int(paths.removeprefix("paths=")),
-        "negatives": int(negatives.removeprefix("negatives=")),
-    }
+def covariance_layers(config: Mapping[str, Any], model: str) -> list[int]:
+    """Return the layers of a model whose covariance its runs read."""
+    needs = (needed(config, run, Covariance) for run in all_runs(config) if run.model == model)
+    return sorted({layer for need in needs if need for layer in need.layers})
 
 
 def plan(config: Mapping[str, Any]) -> str:

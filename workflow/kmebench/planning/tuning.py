@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from kmebench.errors import ConfigError
-from kmebench.planning.grid import DEVELOPMENT
+from kmebench.values import DEVELOPMENT
 
 
 def search_table(metrics: pd.DataFrame, candidates: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

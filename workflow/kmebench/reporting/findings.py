@@ -84,7 +84,7 @@ def judge(claim: Claim, sides: Mapping[str, str], names: Mapping[str, str], runs
     if kind in ("above", "below"):
         return _against_number(claim, sides, names, runs)
     if kind == "layers":
-        gap = runs.middle(sides["pac"], test["from"], test["to"])
+        gap = runs.middle(sides[test["method"]], test["from"], test["to"])
         return _signed("middle layers − others", gap, "points per layer")
     if kind == "faster":
         gap = runs.slower(sides[test["b"]], sides[test["a"]])

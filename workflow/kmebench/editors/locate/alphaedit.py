@@ -37,11 +37,11 @@ class AlphaEdit(MEMIT):
 
     def _basis(self, model: EditableModel, layer: int) -> Tensor:
         if layer not in self._bases:
-            moment = self.moments.of(layer).to(model.ffn[layer].value.weight.device)
-            basis = null_space(moment, self.hparams.threshold)
+            covariance = self.covariance.of(layer).to(model.ffn[layer].value.weight.device)
+            basis = null_space(covariance, self.hparams.threshold)
             if not basis.shape[1]:
                 raise EditError(
-                    f"no eigenvalue of the second moment is below {self.hparams.threshold:g}, so "
+                    f"no eigenvalue of the covariance is below {self.hparams.threshold:g}, so "
                     "nothing may be changed; raise threshold."
                 )
             free, width = basis.shape[::-1]

@@ -1,4 +1,4 @@
-"""What the locate-and-edit editors share: contexts, second moments, drafts of W2."""
+"""What the locate-and-edit editors share: contexts, covariance, drafts of W2."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ from kmebench.editors.contexts import (
     contexts_state,
     sample_contexts,
 )
-from kmebench.editors.locate.covariance.store import SecondMoments
-from kmebench.editors.locate.updates import DependentKeysError, Factors, moment_factor
+from kmebench.editors.locate.covariance.store import Covariances
+from kmebench.editors.locate.updates import DependentKeysError, Factors, covariance_factor
 from kmebench.edits.weights import LowRank, WeightDelta
 from kmebench.errors import ConfigError, EditError
 from kmebench.models.editable import EditableModel
@@ -41,15 +41,15 @@ class LocateAndEdit(Editor):
         return self._contexts
 
     @cached_property
-    def moments(self) -> SecondMoments:
-        """The cached second moments."""
-        return SecondMoments.open(self.assets["covariance"])
+    def covariance(self) -> Covariances:
+        """The cached covariance of every layer."""
+        return Covariances.open(self.assets["covariance"])
 
     def factor(self, model: EditableModel, layer: int, weight: float) -> Tensor:
         """Return the Cholesky factor of weight·C of a layer, made once."""
         if (layer, weight) not in self._factors:
-            moment = self.moments.of(layer).to(model.ffn[layer].value.weight.device)
-            self._factors[layer, weight] = moment_factor(moment, weight)
+            covariance = self.covariance.of(layer).to(model.ffn[layer].value.weight.device)
+            self._factors[layer, weight] = covariance_factor(covariance, weight)
         return self._factors[layer, weight]
 
     def state_dict(self) -> dict[str, Tensor]:

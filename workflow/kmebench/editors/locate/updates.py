@@ -2,7 +2,7 @@
 
 W [D, M] maps keys k [M] to outputs [D]; B requests bring keys K [M, B] and residuals R [D, B], what
 is still missing at the output. Every update of low rank is returned as factors u [D, r], v [r, M]
-in float64, in which all solves are done. C is the second moment of keys.
+in float64, in which all solves are done. C is the covariance of keys, not centred.
 """
 
 import math
@@ -36,20 +36,20 @@ class Factors(NamedTuple):
     v: Tensor  # [r, M]
 
 
-def moment_factor(moment: Tensor, weight: float, ridge: float = 0.0) -> Tensor:
+def covariance_factor(covariance: Tensor, weight: float, ridge: float = 0.0) -> Tensor:
     """Return the lower Cholesky factor of weight·C + ridge·I, [M, M] float64.
 
     Raises:
         EditError: the matrix is not positive definite.
     """
-    matrix = weight * moment.double()
+    matrix = weight * covariance.double()
     matrix.diagonal().add_(ridge)
     factor, info = torch.linalg.cholesky_ex(matrix)
     if info:
         smallest = float(torch.linalg.eigvalsh(matrix)[0])
         raise EditError(
-            f"The second moment is singular (smallest eigenvalue {smallest:.2g}): it was made "
-            "from too few tokens; raise moments.tokens."
+            f"The covariance is singular (smallest eigenvalue {smallest:.2g}): it was made "
+            "from too few tokens; raise covariance.tokens."
         )
     return factor
 
@@ -119,9 +119,9 @@ def _check_independent(gram: Tensor) -> None:
         raise DependentKeysError((first, second), condition)
 
 
-def null_space(moment: Tensor, threshold: float) -> Tensor:
+def null_space(covariance: Tensor, threshold: float) -> Tensor:
     """Return the eigenvectors of C with eigenvalues below ``threshold``, [M, n] float64."""
-    values, vectors = torch.linalg.eigh(moment.double())
+    values, vectors = torch.linalg.eigh(covariance.double())
     return vectors[:, values < threshold]
 
 

@@ -1,1 +1,1 @@
-"""Second moments (uncentred covariances) of the inputs of W2."""
+"""Covariance C = E[k kᵀ], not centred, of the inputs of W2."""

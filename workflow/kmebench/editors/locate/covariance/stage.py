@@ -1,4 +1,4 @@
-"""Second moments as a cached stage: one pass over the text for all layers, resumable.
+"""Covariance as a cached stage: one pass over the text for all layers, resumable.
 
     C = (1/n) Σ_t k_t k_tᵀ,   k_t = input of W2 at token t
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kmebench.editors.locate.covariance.store import write_moments
+from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings, text_batches
 from kmebench.errors import ConfigError, DataError
 from kmebench.io.files import atomic_path
@@ -126,7 +126,7 @@ class Pass:
         logger.info("resumed after %d tokens", self.tokens)
 
 
-def second_moments(
+def measure_covariance(
     path: str | Path,
     model: EditableModel,
     layers: Sequence[int],
@@ -147,13 +147,12 @@ def second_moments(
     layers = sorted(set(layers))
     if not layers:
         raise ConfigError(
-            "second moments: no layer is asked for; an experiment or comparison on this model must "
+            "covariance: no layer is asked for; an experiment or comparison on this model must "
             "name a method that reads them (ROME, MEMIT or one of their family)."
         )
     if not 0 <= layers[0] <= layers[-1] < model.n_layers:
         raise ConfigError(
-            f"second moments: layers {layers} are not all among the model's "
-            f"0 to {model.n_layers - 1}."
+            f"covariance: layers {layers} are not all among the model's 0 to {model.n_layers - 1}."
         )
     if not force:
         _require(settings.tokens, model.ffn_width)
@@ -168,21 +167,21 @@ def second_moments(
     for _ in track(_thousands(reading.run(model)), "thousand tokens", -(-settings.tokens // 1000)):
         pass
     if not reading.tokens:
-        raise DataError(f"second moments: the text of {dict(settings.text)} has no tokens.")
+        raise DataError(f"covariance: the text of {dict(settings.text)} has no tokens.")
     if not force:
         _require(reading.tokens, model.ffn_width)
     if reading.tokens < settings.tokens:
         logger.info("the text ended after %d of %d tokens", reading.tokens, settings.tokens)
-    moments = {layer: (t / reading.tokens).float() for layer, t in reading.sums.total.items()}
-    write_moments(path, moments, reading.tokens, settings.text)
+    covariance = {layer: (t / reading.tokens).float() for layer, t in reading.sums.total.items()}
+    write_covariance(path, covariance, reading.tokens, settings.text)
     partial.unlink(missing_ok=True)
 
 
 def _require(tokens: int, width: int) -> None:
     if tokens < width:
         raise ConfigError(
-            f"second moments: {tokens} tokens cannot fill a matrix of width {width}; take a "
-            "longer text or raise moments.tokens, or set moments.force to go on all the same."
+            f"covariance: {tokens} tokens cannot fill a matrix of width {width}; take a "
+            "longer text or raise covariance.tokens, or set covariance.force to go on all the same."
         )
 
 

@@ -1,4 +1,4 @@
-"""The file of second moments: C = E[k kᵀ] of W2's input, one [M, M] float32 per layer."""
+"""The file of the covariance: C = E[k kᵀ] of W2's input, one [M, M] float32 per layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ _FORMAT = "kmebench.moments.v2"
 
 
 @dataclass(frozen=True)
-class SecondMoments:
-    """Read access to a file of second moments; a layer is read when it is asked for."""
+class Covariances:
+    """Read access to a file of covariances; a layer is read when it is asked for."""
 
     file: TensorFile
     tokens: int
@@ -24,8 +24,8 @@ class SecondMoments:
     text: Mapping[str, Any]  # where the text came from
 
     @classmethod
-    def open(cls, path: str | Path) -> "SecondMoments":
-        """Open a file of :func:`write_moments`.
+    def open(cls, path: str | Path) -> "Covariances":
+        """Open a file of :func:`write_covariance`.
 
         Raises:
             KMEBenchError: the file is no such file, or damaged.
@@ -42,15 +42,15 @@ class SecondMoments:
         """
         if layer not in self.layers:
             raise EditError(
-                f"{self.file.path} holds no second moment of layer {layer}, only of "
+                f"{self.file.path} holds no covariance of layer {layer}, only of "
                 f"{', '.join(map(str, self.layers))}; edit one of these, or make the file again "
                 f"with layer {layer} among its layers."
             )
         return self.file.tensor(str(layer))
 
 
-def check_moments(path: str | Path) -> None:
-    """Refuse a file of the user's that holds no second moments; it stays as it is.
+def check_covariance(path: str | Path) -> None:
+    """Refuse a file of the user's that holds no covariance; it stays as it is.
 
     Raises:
         EditError: so it is.
@@ -59,15 +59,15 @@ def check_moments(path: str | Path) -> None:
         with safe_open(str(path), framework="pt") as stream:
             metadata = stream.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise EditError(f"{path} cannot be read as a file of second moments: {error}.") from error
+        raise EditError(f"{path} cannot be read as a file of covariances: {error}.") from error
     if _FORMAT not in metadata:
-        raise EditError(f"{path} is no file of second moments, as the workflow makes for a model.")
+        raise EditError(f"{path} is no file of covariances, as the workflow makes for a model.")
 
 
-def write_moments(
-    path: str | Path, moments: Mapping[int, Tensor], tokens: int, text: Mapping[str, Any]
+def write_covariance(
+    path: str | Path, covariance: Mapping[int, Tensor], tokens: int, text: Mapping[str, Any]
 ) -> None:
-    """Write second moments by layer, with the number of tokens and the source of the text."""
-    facts = {"tokens": tokens, "layers": sorted(moments), "text": dict(text)}
-    tensors = {str(layer): moment for layer, moment in moments.items()}
+    """Write C by layer, with the number of tokens and the source of the text."""
+    facts = {"tokens": tokens, "layers": sorted(covariance), "text": dict(text)}
+    tensors = {str(layer): matrix for layer, matrix in covariance.items()}
     write_tensors(path, tensors, _FORMAT, facts)

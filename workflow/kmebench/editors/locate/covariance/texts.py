@@ -22,7 +22,7 @@ _SHUFFLED = 10_000
 
 @dataclass(frozen=True)
 class TextSettings:
-    """Which text the keys are taken from; the section ``moments`` of the config."""
+    """Which text the keys are taken from; the section ``covariance`` of the config."""
 
     text: Mapping[str, Any] = field(default_factory=lambda: {"source": "self"})
     tokens: int = 49_152
@@ -79,11 +79,13 @@ def read_file(spec: Mapping[str, Any], seed: int) -> Iterator[str]:
         with open(path, encoding="utf-8-sig") as stream:
             yield from _paragraphs(stream)
     except FileNotFoundError:
-        raise DataError(f"moments.text.path: there is no file {path}.") from None
+        raise DataError(f"covariance.text.path: there is no file {path}.") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"moments.text.path: {path} is not UTF-8 text ({error}).") from error
+        raise DataError(f"covariance.text.path: {path} is not UTF-8 text ({error}).") from error
     except OSError as error:
-        raise DataError(f"moments.text.path: {path} cannot be read ({error.strerror}).") from error
+        raise DataError(
+            f"covariance.text.path: {path} cannot be read ({error.strerror})."
+        ) from error
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
@@ -108,7 +110,7 @@ def read_dataset(spec: Mapping[str, Any], seed: int) -> Iterator[str]:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise DataError(
-            "moments.text: the source 'dataset' needs the package datasets (pip install "
+            "covariance.text: the source 'dataset' needs the package datasets (pip install "
             "datasets); the sources 'self' and 'file' do not."
         ) from error
     try:
@@ -120,17 +122,17 @@ def read_dataset(spec: Mapping[str, Any], seed: int) -> Iterator[str]:
             streaming=True,
         )
     except (OSError, ValueError) as error:
-        raise DataError(f"moments.text: {spec['name']} cannot be streamed: {error}") from error
+        raise DataError(f"covariance.text: {spec['name']} cannot be streamed: {error}") from error
     for row in stream.shuffle(seed=seed, buffer_size=_SHUFFLED):
         if spec["column"] not in row:
             raise DataError(
-                f"moments.text.column: {spec['name']} has no column {spec['column']!r}; "
+                f"covariance.text.column: {spec['name']} has no column {spec['column']!r}; "
                 f"it has {', '.join(row)}."
             )
         text = row[spec["column"]]
         if not isinstance(text, str):
             raise DataError(
-                f"moments.text.column: {spec['column']!r} of {spec['name']} holds a "
+                f"covariance.text.column: {spec['column']!r} of {spec['name']} holds a "
                 f"{type(text).__name__}, expected texts."
             )
         yield text

@@ -1,8 +1,8 @@
-"""Second moments of W2's inputs over generic text (kmebench.editors.locate.covariance)."""
+"""Covariance of W2's inputs over generic text (kmebench.editors.locate.covariance)."""
 
 import torch
 
-from kmebench.editors.locate.covariance.stage import second_moments
+from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
 from kmebench.io import origins
 from kmebench.io.files import sha256_of
@@ -13,8 +13,8 @@ with script_log(snakemake):
     torch.set_num_threads(snakemake.threads)
     seed_everything(0)  # texts are drawn by generators of their own: the flags count
     settings = dict(snakemake.params.settings)
-    second_moments(
-        snakemake.output.moments,
+    measure_covariance(
+        snakemake.output.covariance,
         EditableModel.load(snakemake.input.model, **snakemake.params.load),
         snakemake.params.layers,
         TextSettings(**{k: v for k, v in settings.items() if k != "force"}),

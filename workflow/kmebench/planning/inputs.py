@@ -1,0 +1,221 @@
+"""What the rules of the workflow read and are told, from data to runs. Imports no torch.
+
+A rule names a method of :class:`Inputs` where Snakemake takes a function of the wildcards.
+Paths begin with Snakemake's own ``<results>``.
+"""
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kmebench.editors.needs import Paths, Targets, Trained
+from kmebench.io import origins
+from kmebench.planning import grid
+from kmebench.planning.dependencies import code
+
+OPENFACTS = "resources/openfacts"
+#: What path files and target files are called, as patterns of Snakemake.
+SELECTION = r"\w+\+[\w=]+\+\w+\+paths=\d+\+negatives=\d+"
+TARGET = r"site=[\w-]+\+layer=\d+\+[^/]+"
+_HAS_GPU = shutil.which("nvidia-smi") is not None
+#: Keys of a data set that decide what is selected from it.
+_SELECTED = ("schema", "n", "seed", "segments", "development", "conflicts", "on_bad_record")
+
+
+def one_of(names: Iterable[str]) -> str:
+    """Return a wildcard constraint: one of a closed list of names."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+def openfacts_tables() -> list[str]:
+    """Return the fact tables of this repository."""
+    return sorted(str(path) for path in Path(OPENFACTS, "facts").glob("*.csv"))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs, parameters and resources of rules, from a checked config.
+
+    ``results`` is the folder that ``<results>`` stands for; ``mirror`` is searched for data files
+    before any URL, unless it is empty.
+    """
+
+    config: Mapping[str, Any]
+    results: str
+    mirror: str
+
+    # -- data and models ------------------------------------------------------------------------
+
+    def openfacts(self, wildcards: Any) -> dict[str, Any]:
+        """Return the fact tables, for a data set made of them."""
+        if self.config["datasets"][wildcards.data]["source"]["source"] != "openfacts":
+            return {}
+        return {"relations": f"{OPENFACTS}/relations.json", "facts": openfacts_tables()}
+
+    def users_data_file(self, dataset: str) -> Path | None:
+        """Return the user's own file in the mirror folder, which a data set is taken from."""
+        source = self.config["datasets"][dataset]["source"]
+        return origins.mirror_file(source.get("filenames", []), self.mirror)
+
+    def data_content(self, wildcards: Any) -> str | None:
+        """Return the content of the user's data file, unless the config pins it."""
+        pinned = "sha256" in self.config["datasets"][wildcards.data]["source"]
+        file = None if pinned else self.users_data_file(wildcards.data)
+        return origins.parameter(file, f"{self.results}/data/raw/{wildcards.data}.origin.json")
+
+    def selection(self, wildcards: Any) -> dict[str, Any]:
+        """Return what is selected from a data set."""
+        spec = self.config["datasets"][wildcards.data]
+        return {key: spec[key] for key in _SELECTED if key in spec}
+
+    def on_bad_record(self, wildcards: Any) -> str:
+        """Return what becomes of requests that cannot be used, or are too long for a model."""
+        spec = self.config["datasets"][wildcards.dataset.removesuffix(grid.DEVELOPMENT)]
+        return str(spec.get("on_bad_record", "error"))
+
+    @cached_property
+    def trained_models(self) -> list[str]:
+        """The models that the workflow trains itself."""
+        models = self.config["models"].items()
+        return [name for name, spec in models if spec["source"]["source"] == "tiny"]
+
+    @cached_property
+    def fetched_models(self) -> list[str]:
+        """The models that come from elsewhere."""
+        return [name for name in self.config["models"] if name not in self.trained_models]
+
+    def model_source(self, wildcards: Any) -> dict[str, Any]:
+        """Return where a model comes from."""
+        return dict(self.config["models"][wildcards.model]["source"])
+
+    def model_content(self, wildcards: Any) -> str | None:
+        """Return the content of the user's folder, for a model that is one."""
+        note = f"{self.results}/models/{wildcards.model}/{origins.NOTE}"
+        return origins.parameter(self.model_source(wildcards).get("path"), note)
+
+    def load(self, wildcards: Any) -> dict[str, str]:
+        """Return how a job's model is loaded."""
+        return self.load_of(wildcards.model)
+
+    def load_of(self, model: str) -> dict[str, str]:
+        """Return how a model is loaded."""
+        spec = self.config["models"][model]
+        return {"dtype": spec["dtype"], "device": spec.get("device", self.config["device"])}
+
+    # -- cached stages --------------------------------------------------------------------------
+
+    def askable(self, wildcards: Any) -> dict[str, Any]:
+        """Return which requests cached stages leave out: the same as predictions.
+
+        Where none may be left out, predictions refuse what is too long, and how long answers may
+        be concerns them alone.
+        """
+        answer = self.on_bad_record(wildcards)
+        wild = self.config["evaluation"]["wild_max_tokens"] if answer == "skip" else 0
+        return {"wild_max_tokens": wild, "on_bad_record": answer}
+
+    def paths(self, wildcards: Any) -> dict[str, Any]:
+        """Return what a path file is selected by."""
+        return asdict(Paths.parse(wildcards.selection))
+
+    def targets(self, wildcards: Any) -> dict[str, Any]:
+        """Return what targets are optimised by."""
+        return asdict(Targets.parse(wildcards.target))
+
+    def covariance_layers(self, wildcards: Any) -> list[int]:
+        """Return the layers whose covariance the runs of a model read."""
+        return grid.covariance_layers(self.config, wildcards.model)
+
+    def text_content(self, wildcards: Any) -> str | None:
+        """Return the content of the user's text, if the covariance is taken over one."""
+        note = f"{self.results}/covariance/{wildcards.model}.origin.json"
+        return origins.parameter(self.config["covariance"]["text"].get("path"), note)
+
+    def stage(self, wildcards: Any) -> dict[str, Any]:
+        """Return what a trained stage reads: the model, the development split, its own code."""
+        module = Trained.parse(wildcards.trained).function.partition(":")[0]
+        return {
+            "model": f"<results>/models/{wildcards.model}",
+            "requests": f"<results>/data/{wildcards.dataset}{grid.DEVELOPMENT}.jsonl",
+            "code": code("train_stage", module),
+        }
+
+    def trained(self, wildcards: Any) -> dict[str, Any]:
+        """Return the function of a trained stage and its settings."""
+        return asdict(Trained.parse(wildcards.trained))
+
+    # -- runs -----------------------------------------------------------------------------------
+
+    @cached_property
+    def runs(self) -> list[grid.Run]:
+        """Every run of every experiment and comparison, once."""
+        return grid.all_runs(self.config)
+
+    def edit(self, wildcards: Any) -> dict[str, Any]:
+        """Return what a run reads, and nothing that it does not."""
+        run = _run_of(wildcards)
+        module = grid.card_of_method(self.config, run.method).module
+        return {
+            "model": f"<results>/models/{run.model}",
+            "requests": f"<results>/data/{run.dataset}.jsonl",
+            "original": f"<results>/original/{run.model}/{run.dataset}.parquet",
+            "code": code("edit", module),
+        } | {
+            need.asset: f"<results>/{need.path(run.model, run.dataset)}"
+            for need in grid.needs_of(self.config, run)
+        }
+
+    def settings(self, wildcards: Any) -> dict[str, Any]:
+        """Return everything that decides the outcome of a run, defaults resolved."""
+        run, config = _run_of(wildcards), self.config
+        return {
+            "mode": run.mode,
+            "editor": grid.editor_of(config, run.method),
+            "hparams": grid.hparams_of(config, run),
+            "seed": run.seed,
+            "batch_size": config["batch_size"],
+            "checkpoint_every": config["checkpoint_every"],
+            "on_failed_edit": config["on_failed_edit"],
+            "on_bad_record": self.on_bad_record(wildcards),
+            "load": self.load(wildcards),
+            "evaluation": config["evaluation"],
+        }
+
+    # -- resources ------------------------------------------------------------------------------
+
+    def gpus(self, wildcards: Any) -> int:
+        """Return the GPUs that a job with a model asks for."""
+        return self.gpus_of(wildcards.model)
+
+    def gpus_of(self, model: str) -> int:
+        """Return one GPU, unless the model runs on the CPU."""
+        device = self.load_of(model)["device"]
+        return int(device not in ("auto", "cpu") or (device == "auto" and _HAS_GPU))
+
+    def memory(self, wildcards: Any, attempt: int) -> int:
+        """Return the main memory in MB that a job with a model asks for; more after a failure."""
+        return self.memory_of(wildcards.model, attempt)
+
+    def memory_of(self, model: str, attempt: int) -> int:
+        """Return 3 GB for Python, torch and the results, and twice the weights, in MB."""
+        spec = self.config["models"][model]
+        parameters = spec.get("shape", {}).get("parameters", 5e8)
+        return attempt * int(3000 + 2 * parameters * grid.BYTES[spec["dtype"]] / 1e6)
+
+
+def minutes(wildcards: Any, attempt: int) -> int:
+    """Return the time that a job with a model asks for: half a day, and more after a failure.
+
+    An edit run that takes longer saves what it has done, and its retry goes on.
+    """
+    return attempt * 720
+
+
+def _run_of(wildcards: Any) -> grid.Run:
+    """Return the run that a rule's wildcards name."""
+    w = wildcards
+    return grid.Run(w.model, w.dataset, w.mode, w.method, w.variant, int(w.seed))
