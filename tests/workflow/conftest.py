@@ -63,7 +63,9 @@ class Checkout:
 
     def environment(self, **variables) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if k != "KMEBENCH_DATA_MIRROR"}
-        return inherited | variables
+        # The library of this checkout, and not one that is installed from another.
+        path = [str(self.folder / "workflow"), variables.pop("PYTHONPATH", "")]
+        return inherited | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | variables
 
     def run(self, *arguments: str, configs=("config/ci.yaml",), check=True, **variables) -> str:
         done = subprocess.run(

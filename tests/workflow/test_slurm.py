@@ -76,6 +76,6 @@ def test_a_cancelled_run_saves_and_its_retry_ends_with_the_same_bytes(copy_of_fi
     assert job.returncode == 0, output
     assert submitted(output) == 2
     assert "Stopped by SIGTERM after " in output
-    log = checkout.folder / "logs/edit_consecutive/tiny-gptj.openfacts-zsre.pac.default.seed0.log"
+    log = checkout.folder / "logs/edit/tiny-gptj.openfacts-zsre.consecutive.pac.default.seed0.log"
     assert "resumed after " in log.read_text(encoding="utf-8")
     assert {name: (folder / name).read_bytes() for name in names} == undisturbed
