@@ -194,11 +194,15 @@ def test_what_the_hub_calls_a_repository_is_taken(repo):
     validate_repo_id(repo)
 
 
+REPOSITORY = Draft202012Validator(
+    yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))["$defs"]["repository"]
+)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab.-_/ \n~:é", max_size=7))
 def test_a_repository_is_what_the_hub_takes_for_one(repo):
-    rules = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))["$defs"]["repository"]
-    taken = Draft202012Validator(rules).is_valid(repo)
+    taken = REPOSITORY.is_valid(repo)
     try:
         validate_repo_id(repo)
     except HFValidationError:

@@ -76,6 +76,7 @@ KILLED = {
 }
 
 
+@pytest.mark.slow  # about twenty attempts, each with a start of Python and torch
 def test_every_stage_is_killed_and_goes_on(finished, tmp_path):
     """Each kill costs one attempt; what was finished before it is not made again."""
     (tmp_path / "site").mkdir()

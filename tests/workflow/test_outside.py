@@ -7,8 +7,10 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.workflow.conftest import Checkout, copied
+from tests.workflow.conftest import ROOT, Checkout, copied
 
+#: One process of pytest-xdist makes what all of them start from.
+pytestmark = pytest.mark.xdist_group("outside")
 TABLE = "results/tables/table1.md"
 CONFIGS = ("config/ci.yaml", "outside.yaml")
 #: What Snakemake of another workflow left, what macOS did, and what training leaves behind.
@@ -106,7 +108,7 @@ def copy_of_outside(outside, tmp_path):
 
 def write_text(checkout, skipped=0):
     """Generic text enough: the facts of this repository as they stand."""
-    tables = sorted((checkout.folder / "resources/openfacts/facts").glob("*.csv"))
+    tables = sorted((ROOT / "resources/openfacts/facts").glob("*.csv"))
     lines = "".join(table.read_text(encoding="utf-8") for table in tables).splitlines()[skipped:]
     paragraphs = (" ".join(lines[start : start + 8]) for start in range(0, len(lines), 8))
     (checkout.folder / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")

@@ -8,10 +8,13 @@ import time
 import pandas as pd
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("sinfo") or subprocess.run(["sinfo"], capture_output=True).returncode != 0,
-    reason="no SLURM answers on this machine",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not shutil.which("sinfo") or subprocess.run(["sinfo"], capture_output=True).returncode != 0,
+        reason="no SLURM answers on this machine",
+    ),
+]
 RUN = "results/runs/tiny-gptj/openfacts-zsre/consecutive/pac/default/seed0"
 #: A cluster of one node without accounting, asked more often than one would ask a busy one.
 ON_SLURM = (
