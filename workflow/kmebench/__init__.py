@@ -1,3 +1,3 @@
 """KME-Bench: a benchmark of knowledge model editing."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
