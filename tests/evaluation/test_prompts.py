@@ -8,12 +8,12 @@ from tokenizers import processors
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS, ROME_LENGTHS, prefixes, sample_contexts
-from kmebench.editors.locate.covariance.keys import beginning, sample
 from kmebench.editors.locate.covariance.texts import TextSettings, text_batches
 from kmebench.errors import ModelError
 from kmebench.evaluation.predict import Settings, _decode_free, predict
 from kmebench.evaluation.prompts import EDIT_ROOM, askable, prompts_of, too_long
 from kmebench.models.editable import EditableModel
+from kmebench.models.sampling import beginning, sample
 from kmebench.pipelines.one_fact import critical_shares, likeliest, next_token, says
 
 

@@ -141,7 +141,7 @@ def test_a_changed_default_runs_its_own_editors_runs_again(
         ("reporting/tables.py", {"table", "costs", "findings", "index"}),
         ("reporting/figures.py", {"figure", "index"}),
         ("reporting/templates/page.html.j2", {"table", "costs", "findings", "index"}),
-        ("evaluation/metrics.py", {"score", "table", "findings", "figure", "index"}),
+        ("evaluation/protocols.py", {"score", "table", "findings", "figure", "index"}),
     ],
 )
 def test_changing_what_reports_runs_no_editor(changed, expected, copy_of_finished):
