@@ -1,10 +1,13 @@
 """Health on neutral text against a plain forward pass of transformers."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from kmebench.edits.edit import Edit
+from kmebench.edits.overlays import Overlay
 from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.health import NeutralSettings, NeutralText, health
@@ -84,6 +87,32 @@ def test_an_edited_head_is_compared_with_the_original_one(family, make_model):
     model.apply(changed(model, name))
     found = health(model, neutral, batch_size=5)
     assert found == pytest.approx(expected(before, naive(model, neutral.ids), neutral.ids), 1e-9)
+
+
+@dataclass(frozen=True)
+class Doubled(Overlay):
+    """Doubles what one module says."""
+
+    kind = "doubled"
+    path: str
+
+    def hooks(self, passage):
+        return {self.path: lambda _states, output: 2 * output}
+
+
+def test_overlays_act_on_neutral_text_too(make_model):
+    model = make_model("llama")
+    neutral = NeutralText.written_by(model, SETTINGS, batch_size=5)
+    before = naive(model, neutral.ids)
+    path = model.ffn[1].value.weight_name.removesuffix(".weight")
+    model.apply(Edit(WeightDelta({}), {"doubled": Doubled(path)}))
+    found = health(model, neutral, batch_size=5)
+    model.revert()
+    module = model.model.get_submodule(path)
+    with module.register_forward_hook(lambda _module, _inputs, output: 2 * output):
+        after = naive(model, neutral.ids)
+    assert found == pytest.approx(expected(before, after, neutral.ids), 1e-9)
+    assert found["kl"] > 0.001
 
 
 def test_a_model_that_is_broken_beyond_floats_is_infinitely_bad(make_model):

@@ -86,7 +86,7 @@ def summarise(values: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> 
         whole = [_composed(found, m, measured) for m in composites]
         return np.column_stack([found, *whole])
 
-    table = values[measured].to_numpy(dtype=float)
+    table = np.ascontiguousarray(values[measured], dtype=float)
     value, low, high = bootstrap(table, means, resamples=resamples, seed=seed)
     counts = [*(~np.isnan(table)).sum(axis=0), *[len(table)] * len(composites)]
     names = [*measured, *(m.name for m in composites)]
