@@ -62,3 +62,12 @@ def test_an_editor_that_is_no_python_is_one_sentence(tmp_path, monkeypatch):
 
 def test_paths_are_relative_to_the_checkout():
     assert not any(path.startswith("/") for path in closure("edit"))
+
+
+def test_what_decides_no_result_is_no_input():
+    files = closure("edit", "kmebench.editors.locate.memit")
+    left_out = ("errors.py", "names.py", "io/logs.py", "__init__.py", "editors/locate/cards.py")
+    assert not {f"{LIBRARY}/{name}" for name in left_out} & set(files)
+    assert not any("/planning/" in file for file in files)
+    family = {f"{LIBRARY}/editors/locate/{name}.py" for name in ("memit", "targets", "updates")}
+    assert family <= set(files)
