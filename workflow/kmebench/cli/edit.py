@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kmebench.cli.inputs import Inputs, Model, make
+from kmebench.cli.inputs import FactInputs, Inputs, Model, make
 from kmebench.data.openfacts import load_relations
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import build_editor
@@ -31,13 +31,13 @@ console = Console(markup=False, emoji=False)
 # -- commands -------------------------------------------------------------------------------
 
 
-def edit_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
+def edit_command(arguments: argparse.Namespace, inputs: FactInputs) -> None:
     """Edit, show what changed, save."""
     with users_own(arguments.covariance):
         _edit(arguments, inputs)
 
 
-def _edit(arguments: argparse.Namespace, inputs: Inputs) -> None:
+def _edit(arguments: argparse.Namespace, inputs: FactInputs) -> None:
     request = inputs.request
     if arguments.covariance:
         check_covariance(arguments.covariance)
@@ -64,7 +64,7 @@ def _edit(arguments: argparse.Namespace, inputs: Inputs) -> None:
         _save(model, arguments.out)
 
 
-def trace_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
+def trace_command(arguments: argparse.Namespace, inputs: FactInputs) -> None:
     """Trace, select, show."""
     request, model = inputs.request, _load(inputs.model, arguments)
     if arguments.paths > model.ffn_width:

@@ -43,10 +43,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What ``edit``, ``trace`` and ``apply`` start from; the editor is that of ``edit``."""
+    """What ``apply`` starts from."""
 
     model: Model
-    request: EditRequest | None = None
+
+
+@dataclass(frozen=True)
+class FactInputs(Inputs):
+    """What ``edit`` and ``trace`` start from; the editor is that of ``edit``."""
+
+    request: EditRequest
     editor: str = ""
     hparams: Mapping[str, Any] = field(default_factory=dict)
     assets: Mapping[str, Path] = field(default_factory=dict)  # files of cached stages
@@ -54,7 +60,7 @@ class Inputs:
     seed: int = 0
 
 
-def edit_inputs(arguments: argparse.Namespace) -> Inputs:
+def edit_inputs(arguments: argparse.Namespace) -> FactInputs:
     """Check the fact, the model, the editor and its values.
 
     Raises:
@@ -66,12 +72,12 @@ def edit_inputs(arguments: argparse.Namespace) -> Inputs:
     card = card_of(editor)
     assets = assets_of(arguments, config, card.needs(card.values(hparams), PIPELINE))
     asking = asking_overlay(arguments.model, config, editor, hparams) if assets else None
-    return Inputs(model, request, editor, hparams, assets, asking, config.get("seed", 0))
+    return FactInputs(model, request, editor, hparams, assets, asking, config.get("seed", 0))
 
 
-def trace_inputs(arguments: argparse.Namespace) -> Inputs:
+def trace_inputs(arguments: argparse.Namespace) -> FactInputs:
     """Check the fact and the model; see :func:`edit_inputs`."""
-    return Inputs(model_of(arguments, config_of(arguments)), request_of(arguments))
+    return FactInputs(model_of(arguments, config_of(arguments)), request_of(arguments))
 
 
 def apply_inputs(arguments: argparse.Namespace) -> Inputs:
@@ -112,7 +118,7 @@ def editor_of(arguments: argparse.Namespace, config: dict[str, Any]) -> tuple[st
     name, methods = arguments.method, config.get("methods", {})
     if name in methods:
         # Of a folder, which the config knows nothing about, the method's own.
-        hparams = base_hparams(config, arguments.model, name, PIPELINE.mode)
+        hparams |= base_hparams(config, arguments.model, name, PIPELINE.mode)
         name = grid.editor_of(config, name)
     elif ":" not in name:
         check_name(name, [*registered(), *methods], "the config", "--method")
@@ -120,7 +126,7 @@ def editor_of(arguments: argparse.Namespace, config: dict[str, Any]) -> tuple[st
     for values in arguments.set:
         card.values(values, "--set")
         hparams |= values
-    return name, plain(card.values(hparams | card.single))
+    return name, plain(card.values({**hparams, **card.single}))
 
 
 def assets_of(
