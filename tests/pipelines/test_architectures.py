@@ -94,7 +94,7 @@ def test_a_paper_architecture_passes_through_every_stage(
     selection = {"score": "l2", "group": 1, "selection": "disjoint", "paths": 15, "negatives": 1}
     write_paths(tmp_path / "paths.safetensors", select_groups(cache, **selection), cache, selection)
     text = TextSettings(tokens=2048, length=64, batch_size=32)
-    measure_covariance(tmp_path / "moments.safetensors", model, [0, 1], text)
+    measure_covariance(tmp_path / "covariance.safetensors", model, [0, 1], text)
     runs, files = [], []
     for editor, hparams in EDITORS.items():
         every = ("batch", "consecutive", "breadth_first")
