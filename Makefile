@@ -1,6 +1,7 @@
 # make        set up, run the main job (config.yaml), print the paper's two tables and write
 #             results/index.html (everything on one page) and results/report.html (Snakemake's)
-# make test   set up, then run the tests
+# make test   set up, then run the tests but for those that are slow by nature (.ci/run has them)
+# make quick  the tests that run no workflow: between two commits
 # make tables without torch or a model: all tables, figures and the page of the reference results
 #             again, from the predictions that are kept there
 # Python: make PYTHON=python3.12
@@ -21,14 +22,19 @@ CONFIGS ?= config/real.yaml config/reference-editors.yaml
 REPORT_RULES := all metrics tables figures notebooks score table compare costs findings \
 	node_importance figure notebook index
 
-.PHONY: run test tables clean
+.PHONY: run test quick tables clean
 
 run: $(READY)
 	$(SNAKEMAKE)
 	$(SNAKEMAKE) --report results/report.html --quiet all
 
+PYTEST = PATH="$(abspath $(BIN)):$$PATH" python -m pytest -n auto --dist loadgroup
+
 test: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" python -m pytest -n auto
+	$(PYTEST) -m "not slow"
+
+quick: $(READY)
+	$(PYTEST) -m "not slow and not integration"
 
 tables: BIN := .venv-report/bin
 tables: .venv-report/.ready

@@ -4,6 +4,7 @@
 #   data/{dataset}.jsonl                    edit requests          fetch_dataset, prepare_dataset
 #   models/{model}/                         Hugging Face folder    fetch_model, train_model
 #   original/{model}/{dataset}.parquet      the unedited model     predict_original
+#   original/{model}/neutral.safetensors    neutral text           neutral_text
 #   trace/{model}/{dataset}/                impact scores, paths   cache_gradients, select_paths
 #   covariance/{model}.safetensors          E[k kᵀ] of W2's keys   covariance
 #   targets/{model}/{dataset}/              targets z*             optimise_targets

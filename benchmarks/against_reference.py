@@ -104,7 +104,7 @@ def our_run(
         start = time.perf_counter()
         model.apply(editor.edit(model, batch))
         seconds += time.perf_counter() - start
-    model.apply(editor.finish(model))
+    model.apply(editor.final_edit(model))
     shapes = {name: model.parameter(name).shape for name in model.edits.total().weights}
     change = {n: part.dense(shapes[n]).double() for n, part in model.edits.total().weights.items()}
     model.revert()

@@ -4,9 +4,9 @@ has to tell apart.
 python benchmarks/codebook_distances.py --model results/models/smollm2-135m \
     --requests results/data/counterfact.development.jsonl
 
-Distances are of a projection's inputs at the prompts' last tokens. Printed are medians over requests
-(of each one's mean), and the share of paraphrases that lie nearer than the nearest tenth of all
-unrelated prompts. Look at development records alone.
+Distances are of a projection's inputs at the prompts' last tokens. Printed are medians over
+requests (of each one's mean), and the share of paraphrases that lie nearer than the nearest tenth
+of all unrelated prompts. Look at development records alone.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def last_inputs(model: EditableModel, prompts: Sequence[str], projection: str) -
         seen: list[Tensor] = []
         handles = (
             getattr(ffn, projection).module.register_forward_pre_hook(
-                lambda _module, inputs: seen.append(at_least_float32(inputs[0][0, -1]))
+                lambda _module, inputs, seen=seen: seen.append(at_least_float32(inputs[0][0, -1]))
             )
             for ffn in model.ffn
         )

@@ -7,7 +7,6 @@ from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
-from kmebench.editors.pac.released import PACReleasedHparams
 from kmebench.editors.pac.zscore import abs_zscore
 from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.models.editable import EditableModel
@@ -15,8 +14,6 @@ from kmebench.models.editable import EditableModel
 
 class DenseReleased(Editor):
     """What :class:`kmebench.editors.pac.released.PACReleased` must equal, and beat."""
-
-    Hparams = PACReleasedHparams
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         hparams = self.hparams
@@ -54,7 +51,7 @@ class DenseReleased(Editor):
                 batch = model.collate([encoded[i] for i in chunk])
                 own = torch.cat([answers[i] for i in chunk])
                 for kind, (labels, weight) in enumerate(
-                    ((batch.labels, 1.0), (own, hparams.lambda_))
+                    ((batch.labels, 1.0), (own, hparams.contrast))
                 ):
                     adam.zero_grad()
                     backward(batch, labels, weight)

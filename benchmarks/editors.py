@@ -2,7 +2,7 @@
 
 python benchmarks/editors.py [--architecture llama3-8b --device cuda --dtype bfloat16]
 
-Second moments are read from the results of the workflow; a model of random weights has a made-up C.
+The covariance is read from the results of the workflow; a model of random weights has a made-up C.
 """
 
 import argparse
@@ -27,22 +27,33 @@ from common import (
 
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.locate.covariance.store import write_covariance
+from kmebench.editors.needs import Pipeline
 from kmebench.models.editable import EditableModel
 from kmebench.planning.config import read_config
-from kmebench.planning.grid import LOCATE_AND_EDIT, base_hparams, edited_layers, editor_of
+from kmebench.planning.grid import base_hparams, card_of_method
 
 HEADER = ["method", "requests", "steps", "learnt", "s/edit", "peak (GiB)", "peak / weights"]
 FORMATS = ("{:.0f}", "{:.0f}", "{:.0%}", "{:.2f}", "{:.2f}", "{:.2f}")
 
 
 def hparams_of(config: Mapping[str, Any], model: str, method: str, size: int) -> dict[str, Any]:
-    """What is configured; PAC traces in its own time here, instead of reading a cached stage."""
+    """What is configured; no stage is cached here, so tracing counts as time of the edit."""
     mode = "batch" if size > 1 else "consecutive"
-    traced = {"trace_on": "current"} if editor_of(config, method) == "pac" else {}
-    return base_hparams(config, model, method, mode) | traced
+    return base_hparams(config, model, method, mode) | dict(card_of_method(config, method).single)
 
 
-def made_up_moments(path: Path, model: EditableModel, layers: Sequence[int]) -> None:
+def covariance_layers(config: Mapping[str, Any], model: str, methods: Sequence[str]) -> list[int]:
+    """The layers whose covariance the methods read."""
+    layers: set[int] = set()
+    for method in methods:
+        card = card_of_method(config, method)
+        hparams = card.values(hparams_of(config, model, method, 1))
+        for need in card.needs(hparams, Pipeline("consecutive", 1)):
+            layers |= set(getattr(need, "layers", ()))
+    return sorted(layers)
+
+
+def made_up_covariance(path: Path, model: EditableModel, layers: Sequence[int]) -> None:
     """Write a diagonal C, half of it unused, for every layer that an editor asks for."""
     diagonal = torch.tensor([1.0, 1e-3]).repeat(model.ffn_width // 2)
     write_covariance(path, {layer: diagonal.diag() for layer in layers}, 0, {"source": "made up"})
@@ -80,20 +91,16 @@ def measure(model: EditableModel, editor: Editor, size: int, repeats: int) -> li
     return [f.format(x) for f, x in zip(FORMATS, numbers, strict=True)]
 
 
-def rows(arguments: argparse.Namespace, moments: Path) -> list[list[str]]:
+def rows(arguments: argparse.Namespace, covariance: Path) -> list[list[str]]:
     model, config = build(arguments), read_config(arguments.config)
     name = arguments.architecture or arguments.model.name
     methods = arguments.methods or list(config["methods"])
     if arguments.architecture:
-        layers: set[int] = set()
-        for method, size in itertools.product(methods, arguments.sizes):
-            if (editor := editor_of(config, method)) in LOCATE_AND_EDIT:
-                layers |= edited_layers(editor, hparams_of(config, name, method, size))
-        made_up_moments(moments, model, sorted(layers))
-    found = []
+        made_up_covariance(covariance, model, covariance_layers(config, name, methods))
+    found, assets = [], {"covariance": covariance}
     for method, size in itertools.product(methods, arguments.sizes):
         hparams = hparams_of(config, name, method, size)
-        editor = build_editor(editor_of(config, method), hparams, {"covariance": moments})
+        editor = build_editor(card_of_method(config, method).name, hparams, assets)
         found.append([method, *measure(model, editor, size, arguments.repeats)])
         print(" ".join(found[-1]), flush=True)
     return found
@@ -107,11 +114,11 @@ def main() -> None:
     options.set_defaults(repeats=3)
     arguments = options.parse_args()
     if not arguments.architecture:
-        moments = Path(f"results/moments/{arguments.model.name}.safetensors")
-        print(table(HEADER, rows(arguments, moments)))
+        covariance = Path(f"results/covariance/{arguments.model.name}.safetensors")
+        print(table(HEADER, rows(arguments, covariance)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        print(table(HEADER, rows(arguments, Path(folder, "moments.safetensors"))))
+        print(table(HEADER, rows(arguments, Path(folder, "covariance.safetensors"))))
 
 
 if __name__ == "__main__":

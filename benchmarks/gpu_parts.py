@@ -1,7 +1,6 @@
 """The parts of ``gpu.py``: what is measured, and how."""
 
 import gc
-import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,18 +25,19 @@ from common import (
     weight_bytes,
 )
 from kernels import profiled_update, update_seconds
-from kmebench.editors.registry import editor_target
 from pac_step import plain
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor, Stopwatch
-from kmebench.editors.locate.base import LocateAndEdit
+from kmebench.editors.base import Editor, Stopwatch, build_editor
+from kmebench.editors.cards import card_of
 from kmebench.editors.locate.covariance.keys import Written
 from kmebench.editors.locate.covariance.stage import Sums
 from kmebench.editors.locate.covariance.store import write_covariance
-from kmebench.editors.pac.pac import PAC, PACHparams
+from kmebench.editors.needs import Pipeline
+from kmebench.editors.pac.cards import PACHparams
+from kmebench.editors.pac.pac import PAC
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch
 
@@ -339,10 +339,10 @@ def with_weights(model: EditableModel, batch: Batch) -> None:
 def other_editor(bench: Bench, name: str, editor: str) -> Iterator[Piece]:
     """Measure another editor: its first edit, which makes what is made once, and later ones."""
     own = EDITORS[editor] | {"steps": bench.shape.editor_steps}
-    module, class_name = editor_target(editor)
-    kind = getattr(importlib.import_module(module), class_name)
-    asks = {"covariance": bench.moments(name)} if issubclass(kind, LocateAndEdit) else {}
-    instance, model = kind(kind.Hparams(**own), asks), bench.model(name)
+    card = card_of(editor)
+    needed = card.needs(card.values(own), Pipeline("consecutive", 1))
+    asks = {"covariance": bench.moments(name)} if needed else {}
+    instance, model = build_editor(editor, own, asks), bench.model(name)
     repeats = bench.shape.repeats
     first, *facts = openfacts_requests(1 + repeats * bench.shape.batch)
     yield {"hparams": own, "first_edit": edited(model, instance, [first])}

@@ -22,7 +22,7 @@ from kmebench.evaluation.predict import Settings
 from kmebench.pipelines.checkpoints import Checkpoints
 from kmebench.pipelines.pipelines import Setup, run_consecutive
 from kmebench.planning.config import read_config
-from kmebench.planning.grid import editor_of
+from kmebench.planning.grid import card_of_method
 
 HEADER = ["edits", "steps/edit", "s/edit", "checkpoint (s)", "checkpoint (MiB)", "memory (GiB)"]
 
@@ -85,8 +85,9 @@ def main() -> None:
     hparams = hparams_of(config, name, arguments.method, 1)
     if arguments.steps:
         hparams["steps"] = arguments.steps
-    moments = Path(f"results/moments/{name}.safetensors")
-    editor = build_editor(editor_of(config, arguments.method), hparams, {"covariance": moments})
+    covariance = Path(f"results/covariance/{name}.safetensors")
+    card = card_of_method(config, arguments.method)
+    editor = build_editor(card.name, hparams, {"covariance": covariance})
     with tempfile.TemporaryDirectory() as folder:
         watched = Watched(Path(folder), arguments.every, {})
         run_consecutive(Setup(model, editor, Settings(), watched), requests_round(arguments.edits))

@@ -10,8 +10,9 @@ from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Stopwatch
+from kmebench.editors.pac.cards import PACHparams
 from kmebench.editors.pac.gradients import observed
-from kmebench.editors.pac.pac import PAC, PACHparams
+from kmebench.editors.pac.pac import PAC
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch
 

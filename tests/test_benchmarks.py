@@ -136,6 +136,11 @@ def bench(gpu, tmp_path):
     return make
 
 
+def of_one_run(test):
+    """One process of pytest-xdist makes what all of them look at."""
+    return pytest.mark.integration(pytest.mark.xdist_group("gpu")(test))
+
+
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
     """What gpu.py writes where only a plain machine's packages can be imported."""
@@ -149,6 +154,7 @@ def figures(tmp_path_factory):
     return written, run.stdout
 
 
+@of_one_run
 def test_gpu_measures_every_part_on_a_machine_without_our_dependencies(figures, gpu):
     written, printed = figures
     parts = [(part.file, part.name) for part in gpu.gpu.PARTS]
@@ -172,6 +178,7 @@ def numbers(value):
     return [value] if isinstance(value, int | float) else []
 
 
+@of_one_run
 def test_gpu_figures_of_pac_are_those_that_were_asked_for(figures):
     written, _ = figures
     limits = written["machine"]["machine"]
@@ -198,6 +205,7 @@ def test_gpu_figures_of_pac_are_those_that_were_asked_for(figures):
         assert file["single"]["step_limit_seconds"] >= least
 
 
+@of_one_run
 def test_gpu_other_editors_take_all_their_steps(figures, gpu):
     written, _ = figures
     shape = written["machine"]["machine"]["shape"]

@@ -77,7 +77,7 @@ class PACCode(Toolkit):
         return code.PAC(
             Namespace(
                 llm_name="gptj" if gptj else "llama3",
-                lamb=hparams.lambda_,
+                lamb=hparams.contrast,
                 eta=hparams.rescore_every,
                 topk=hparams.paths,
                 bottomk=hparams.negatives,

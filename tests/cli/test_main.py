@@ -280,6 +280,7 @@ def test_a_fact_is_edited_with_an_overlay_over_the_config(folder, tmp_path, caps
     assert "mine: 2 steps" in capsys.readouterr().out
 
 
+@pytest.mark.integration
 def test_a_model_that_only_an_overlay_defines_is_made_or_the_reason_is_told(
     folder, tmp_path, capsys
 ):
@@ -328,6 +329,21 @@ def test_check_config_lists_the_grid_and_names_what_is_wrong(tmp_path, capsys):
     assert "There is no config" in capsys.readouterr().err
 
 
+def test_check_config_explains_where_values_come_from(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("kmebench.cli.config.console.width", 200)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("methods: {memit: {hparams: {steps: 7}}}")
+    explain = ["check-config", "--configfile", str(mine), "--explain"]
+    assert main([*explain, "smollm2-135m/memit/batch"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["steps", "7", str(mine), "methods.memit.hparams.steps"] in shown
+    key = "models.smollm2-135m.hparams.memit.kl_factor"
+    assert ["kl_factor", "0.0625", "config/tuned/locate-memit.yaml", key] in shown
+    assert ["clamp_factor", "4.0", *["default", "of", "the", "editor", "memit"]] in shown
+    refused([*explain, "smollm2-135m/memmit/batch"], "did you mean 'memit'", capsys)
+
+
+@pytest.mark.integration
 def test_plan_counts_jobs_hours_and_disk(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("kmebench.cli.config.console.width", 200)
     run = tmp_path / "runs/smollm2-135m/zsre/consecutive/pac/default/seed0"
@@ -354,6 +370,7 @@ def test_a_fact_is_edited_with_a_config_that_is_right(folder, tmp_path, capsys):
     assert "methodz" in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_a_plan_is_made_where_the_workflow_is(tmp_path, monkeypatch, capsys):
     config = Path("config.yaml").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ from kmebench.editors.registry import EDITORS
 from torch.utils import backend_registration
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices made in Python",

@@ -11,7 +11,7 @@ import yaml
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.frames import write_frame
 from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS
-from kmebench.evaluation.score import behind_best, score_experiment
+from kmebench.evaluation.score import behind_best, score_experiment, score_states
 from tests.conftest import RUN
 
 
@@ -110,6 +110,70 @@ def test_other_models_and_data_sets_are_no_rivals(files):
         finals = [(RUN | {key: "other"}, good), (RUN, poor)]
         table = behind_best(finals, {"resamples": 5, "seed": 0})
         assert (table["behind"].dropna() == 0).all()
+
+
+def test_a_control_is_nobodys_rival(files):
+    """It keeps all of Locality; the best editor is the best of those that edit."""
+    kept = predictions("final", 2, [[3, 4], [3, 4]])
+    write_frame(kept, PREDICTIONS, files / "none.parquet")
+    table = score_experiment(
+        "table2",
+        [RUN | {"method": "none"}, RUN],
+        [files / "none.parquet", files / "run.parquet"],
+        [files / "timing.json"] * 2,
+        [],
+        [],
+        {"resamples": 20, "seed": 0},
+        controls=["none"],
+    )
+    at = {"moment": "final", "protocol": "token", "metric": "locality"}
+    assert value(table, method="none", **at) == 1.0
+    final = table[(table["metric"] == "locality") & (table["moment"] == "final")]
+    behind = final.set_index(["protocol", "method"])["behind"]
+    assert behind["token", "pac"] == 0.0
+    assert behind.xs("none", level="method").isna().all()
+
+
+STATES = [
+    {"edits_done": done, "tokens": 60, "perplexity": 10.0 * ratio, "perplexity_ratio": ratio}
+    | {"nll_difference": 0.5, "kl": 0.25, "same_argmax": 0.75}
+    for done, ratio in ((1, 1.0), (2, 3.0))
+]
+
+
+def test_states_are_scored_beside_requests(files):
+    (files / "health.json").write_text(json.dumps(STATES))
+    arguments = (["run.parquet"], ["timing.json"])
+    table = score_experiment(
+        "table2",
+        [RUN],
+        *([files / name for name in names] for names in arguments),
+        [],
+        [],
+        {"resamples": 20, "seed": 0},
+        [files / "health.json"],
+    )
+    states = table[table["protocol"] == "health"]
+    at = {"metric": "perplexity_ratio"}
+    assert value(states, moment="checkpoint", edits_done=1, **at) == 1.0
+    assert value(states, moment="final", edits_done=2, **at) == 3.0
+    assert value(states, moment="final", metric="kl") == 0.25
+    assert set(states["n"]) == {60}
+    assert states[["low", "high", "behind"]].isna().all(axis=None)
+    without = table[table["protocol"] != "health"].reset_index(drop=True)
+    alone = score(files)
+    alone = alone[alone["method"] != "original"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(without, alone, check_dtype=False)
+
+
+def test_a_measurement_of_another_version_is_named(files):
+    for state in STATES:
+        (files / "health.json").write_text(json.dumps([{**state, "kl": 0.1}]))
+        score_states(files / "health.json")
+        old = {name: number for name, number in state.items() if name != "kl"}
+        (files / "health.json").write_text(json.dumps([old]))
+        with pytest.raises(KMEBenchError, match=r"health\.json has no 'kl'; it was made by"):
+            score_states(files / "health.json")
 
 
 def test_protocols_that_were_not_run_give_no_numbers(files):

@@ -83,6 +83,52 @@ def test_every_batch_starts_from_the_original_model_and_from_no_memory(
     assert len(alone) == len(second)
 
 
+def weight_sum(model):
+    """A measurement that tells every state of the edited weights from every other."""
+    return {"sum": sum(layer.value.weight.double().sum().item() for layer in model.ffn)}
+
+
+def test_health_is_measured_at_milestones_and_the_end_on_finished_models(
+    make_model, requests, tmp_path
+):
+    four, seen = [*requests, requests[0]], []
+
+    def measure(model):
+        seen.append(model.parameter(model.ffn[1].value.weight_name).clone())
+        return weight_sum(model)
+
+    model = make_model("gptj", torch.float32)
+    original = model.parameter(model.ffn[1].value.weight_name).clone()
+    setup = Setup(model, Finishing(), SETTINGS, checkpoints(tmp_path / "a"), measure=measure)
+    torch.manual_seed(0)
+    outcome = run_consecutive(setup, four)
+    assert [state["edits_done"] for state in outcome.health] == [1, 3, 4]
+    assert all(torch.equal(weight, original + Finishing.change) for weight in seen)
+    assert outcome.health[-1]["sum"] != outcome.health[0]["sum"]
+    plain = consecutive(make_model("gptj", torch.float32), Finishing(), four, tmp_path / "b")
+    assert plain.health == []
+    assert comparable(plain.predictions).equals(comparable(outcome.predictions))
+
+    setup = Setup(model, Counting(), SETTINGS, checkpoints(tmp_path / "c"), measure=weight_sum)
+    model.revert()
+    assert [s["edits_done"] for s in run_breadth_first(setup, requests).health] == [3]
+
+
+def test_measurements_survive_a_killed_run(make_model, requests, tmp_path):
+    four = [*requests, requests[0]]
+
+    def measured(folder, fail_at=None):
+        saved, model = checkpoints(tmp_path / folder), make_model("gptj", torch.float32)
+        setup = Setup(model, Counting(fail_at), SETTINGS, saved, measure=weight_sum)
+        torch.manual_seed(0)
+        return run_consecutive(setup, four).health
+
+    with pytest.raises(KeyboardInterrupt):
+        measured("killed", fail_at=3)
+    assert measured("killed") == measured("whole")
+    assert len(measured("whole")) == 3
+
+
 class Unable(Counting):
     """Cannot edit Japan."""
 

@@ -1,6 +1,7 @@
 """A wrong config is refused before anything runs, in one sentence that names file or key."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from snakemake.utils import update_config
 
 from kmebench.errors import ConfigError
 from kmebench.planning import grid
-from kmebench.planning.config import SCHEMA, check_config, read_config
+from kmebench.planning.config import SCHEMA, check_config, read_checked_config, read_config
 from kmebench.planning.overlays import read_overlay
 
 
@@ -193,11 +194,15 @@ def test_what_the_hub_calls_a_repository_is_taken(repo):
     validate_repo_id(repo)
 
 
+REPOSITORY = Draft202012Validator(
+    yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))["$defs"]["repository"]
+)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab.-_/ \n~:é", max_size=7))
 def test_a_repository_is_what_the_hub_takes_for_one(repo):
-    rules = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))["$defs"]["repository"]
-    taken = Draft202012Validator(rules).is_valid(repo)
+    taken = REPOSITORY.is_valid(repo)
     try:
         validate_repo_id(repo)
     except HFValidationError:
@@ -218,3 +223,58 @@ def test_lists_are_swept_and_those_of_the_config_are_the_default():
     config["experiments"]["table1"]["sweep"] = {"layers": [[4, 5, 6, 7, 8]]}
     config["models"]["tiny-gptj"]["hparams"] = {}
     assert {run.variant for run in grid.runs_of(config, "table1")} == {"default"}  # the editor's
+
+
+OWN = """
+from kmebench.editors.cards import Card, hyperparameters
+from kmebench.editors.needs import Need, Trained
+
+@hyperparameters
+class Nothing:
+    pass
+
+class Odd(Need):
+    asset, rule = "odd", "optimize_targets"
+    def path(self, model, dataset):
+        return "odd"
+
+ODD = Card("odd", "own:Own", Nothing, "own", "nobody", needs=lambda h, p: (Odd(),))
+LEARNT = Card("l", "own:Own", Nothing, "own", "nobody", needs=lambda h, p: (Trained("a:b", {}),))
+"""
+
+
+def with_own_editor(card, development, tmp_path, monkeypatch):
+    (tmp_path / "own_needs.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = read_config(Path("config.yaml"))
+    config["methods"]["mine"] = {"editor": f"own_needs:{card}"}
+    config["experiments"]["table1"]["methods"] = ["mine"]
+    for dataset in config["datasets"].values():
+        dataset["development"] = development
+    check_config(config)
+
+
+def test_a_stage_that_no_rule_makes_is_one_sentence(tmp_path, monkeypatch):
+    complaint = r"methods\.mine: .*'odd', made by a rule .*did you mean 'optimise_targets'\?"
+    with pytest.raises(ConfigError, match=complaint):
+        with_own_editor("ODD", 10, tmp_path, monkeypatch)
+
+
+def test_what_is_trained_needs_a_development_split(tmp_path, monkeypatch):
+    with_own_editor("LEARNT", 10, tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=r"which has none; set datasets\.openfacts-.*development"):
+        with_own_editor("LEARNT", 0, tmp_path, monkeypatch)
+
+
+def test_a_model_of_ones_own_is_four_lines_and_plans_only_itself(tmp_path):
+    page = Path("docs/extending.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```yaml\n(models:\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(lines.splitlines()) == 4
+    (tmp_path / "mine.yaml").write_text(lines)
+    config = read_checked_config(Path("config.yaml"), [tmp_path / "mine.yaml"])
+    assert {run.model for run in grid.all_runs(config)} == {"my-model"}
+    modes = {(run.mode, run.method) for run in grid.all_runs(config)}
+    assert {("batch", "pac"), ("consecutive", "memit")} <= modes
+    (tmp_path / "mine.yaml").write_text(lines.replace("[my-model]", "[my-modle]"))
+    with pytest.raises(ConfigError, match=r"only_models names 'my-modle'.*did you mean 'my-model'"):
+        read_checked_config(Path("config.yaml"), [tmp_path / "mine.yaml"])

@@ -17,6 +17,9 @@ LABELS = {
 }
 
 
+LINES = ["Efficacy", "Generality", "Locality", "Score"]
+
+
 def metric(name="efficacy", value=0.5, **other):
     row = RUN | {"protocol": "token", "moment": "final", "edits_done": 10, "metric": name}
     return row | {"value": value, "low": value - 0.1, "high": value + 0.1} | other
@@ -78,6 +81,34 @@ def test_survival_joins_checkpoints_and_the_end_in_the_order_of_the_methods():
     assert table["edits_done"].tolist() == [10, 1, 10]
 
 
+def test_survival_ends_with_the_health_of_the_model_in_its_own_units():
+    def state(name, value, **other):
+        nan = float("nan")
+        return metric(name, value, protocol="health", **{"low": nan, "high": nan} | other)
+
+    metrics = pd.DataFrame(
+        [
+            state("perplexity_ratio", 2.5),
+            state("perplexity_ratio", 1.0, edits_done=1, moment="checkpoint"),
+            state("kl", 0.25),
+            state("perplexity", 30.0),
+            metric(method="full-c"),
+        ]
+    )
+    table = figure_tables.survival(metrics, LABELS, "token")
+    wanted = [["Efficacy", 50.0], ["Perplexity ×", 2.5], ["Perplexity ×", 1.0], ["KL", 0.25]]
+    assert table[["metric", "mean"]].to_numpy().tolist() == wanted
+    figure = figures.along_edits(table)
+    by_title = {axes.get_title(loc="left").split(",")[0]: axes for axes in figure.axes}
+    assert list(by_title) == ["Efficacy", "Perplexity ×", "KL"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["Percent", "Ratio", "Nats"]
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log", "linear"]
+    assert figure.axes[0].get_ylim() == (-4, 104)
+    (line,) = [c for c in by_title["Perplexity ×"].containers if c.get_label() == "PAC"]
+    assert line.lines[0].get_xydata().tolist() == [[1, 1.0], [10, 2.5]]
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"Full-C", "PAC"}
+
+
 def test_only_cells_with_two_numbers_are_compared_with_the_paper():
     row = {"model": "m", "dataset": "d", "editor": "pac"}
     for name, ours, paper in (
@@ -119,16 +150,13 @@ def lines(figure, panel=0):
 
 def test_a_sweep_has_a_line_for_every_metric_with_the_values_in_order():
     table = pd.concat(
-        [
-            series(metric=list(figures.PERCENT)).assign(model="M", dataset="D", value=v)
-            for v in (20, 5, 15)
-        ]
+        [series(metric=LINES).assign(model="M", dataset="D", value=v) for v in (20, 5, 15)]
     )
     figure = figures.sweep(table, "paths")
     axes = figure.axes[0]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["5", "15", "20"]
     assert len(axes.containers) == 4
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == list(figures.PERCENT)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == LINES
 
 
 def test_every_editor_can_be_told_apart_without_colour():

@@ -10,11 +10,13 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from kmebench.data.forms import SCHEMAS
 from kmebench.errors import DataError
 from kmebench.evaluation.frames import write_frame
 from kmebench.evaluation.schema import PREDICTIONS
 from kmebench.planning.claims import Claim, cells_of, read_claims
 from kmebench.planning.config import check_config, read_config
+from kmebench.planning.grid import all_runs
 from kmebench.reporting.findings import Runs, findings, findings_markdown, judge
 
 CLAIMS = Path("resources/paper/findings.yaml")
@@ -160,6 +162,28 @@ def test_what_runs_on_a_development_split_tests_no_claim():
     for experiment in config["experiments"].values():
         experiment["datasets"] = [f"{name}.development" for name in experiment["datasets"]]
     assert not any(cells_of(config, claim) for claim in read_claims(CLAIMS))
+
+
+def test_no_edit_is_no_rival():
+    """The floor keeps all of Locality: it would be the best of all and the least of none."""
+    config = read_config(Path("config.yaml"))
+    check_config(config)
+    assert {"none"} < {run.method for run in all_runs(config)}
+    seen = set()
+    for claim in read_claims(CLAIMS):
+        seen |= {role for _, _, sides in cells_of(config, claim) for role in sides}
+    assert {"pac", "full-c", "kn"} <= seen
+    assert "none" not in seen
+
+
+def test_a_form_that_is_none_of_the_papers_tests_no_claim(monkeypatch):
+    config = read_config(Path("config.yaml"))
+    check_config(config)
+    monkeypatch.setitem(SCHEMAS, "mine", SCHEMAS["mend"]._replace(paper_dataset=None))
+    for schema in ("mine", "unheard-of"):
+        config["datasets"]["openfacts-zsre"]["schema"] = schema
+        found = {place[1] for c in read_claims(CLAIMS) for place in cells_of(config, c)}
+        assert found == {"openfacts-counterfact"}
 
 
 @pytest.mark.parametrize("change", [{"test": {"kind": "worst"}}, {"colour": "red"}])

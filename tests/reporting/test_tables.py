@@ -117,6 +117,56 @@ def test_what_cannot_be_told_from_the_best_is_marked():
     assert r"$50.0^{\approx}_{[40.0,\,60.0]}$" in to_latex(table, LAYOUT)
 
 
+def test_the_floor_is_a_row_but_never_the_best():
+    floor = Layout(
+        **(LAYOUT.__dict__ | {"methods": LAYOUT.methods | {"none": named("No edit")}}),
+    )
+    rows = [
+        metric("none", "locality", 1.0, behind_low=float("nan"), behind_high=float("nan")),
+        metric("full-c", "locality", 0.3, behind_low=0.1, behind_high=0.2),
+    ]
+    metrics = pd.concat([METRICS, pd.DataFrame(rows)])
+    for controls, best in (((), "100.0"), (["none"], "40.0")):
+        layout = Layout(**(floor.__dict__ | {"controls": controls}))
+        table = wide_table(metrics, PAPER, layout)
+        text = to_markdown(table, layout)
+        (line,) = (x for x in text.splitlines() if "No edit" in x and "GPT-J" in x and "100" in x)
+        assert ("**100.0**" in line) == (best == "100.0")
+        assert "≈" not in text
+        assert f"**{best}** [" in text
+        assert rf"\mathbf{{{best}}}" in to_latex(table, layout)
+
+
+def state(method, name, value, **other):
+    nan = float("nan")
+    unknown = dict.fromkeys(("low", "high", "behind_low", "behind_high"), nan)
+    return metric(method, name, value, protocol="health", **unknown | {"n": 900} | other)
+
+
+def test_health_stands_in_columns_of_its_own_where_it_was_measured():
+    rows = [
+        state("pac", "perplexity_ratio", 1.234),
+        state("pac", "perplexity_ratio", 9.0, moment="checkpoint"),
+        state("pac", "kl", 0.5),
+        state("pac", "perplexity", 17.0),
+    ]
+    table = wide_table(pd.concat([METRICS, pd.DataFrame(rows)]), PAPER, LAYOUT)
+    markdown, latex = to_markdown(table, LAYOUT), to_latex(table, LAYOUT)
+    assert "Perplexity × ↓ | KL ↓" in markdown
+    (line,) = [x for x in markdown.splitlines() if "PAC" in x and "**90.0**" in x]
+    assert [x.strip() for x in line.split("|")[-5:-1]] == ["100.0", "1.23", "0.500", "1.25"]
+    (full_c,) = [x for x in markdown.splitlines() if "Full-C" in x and "30.0" in x]
+    assert [x.strip() for x in full_c.split("|")[-4:-1]] == ["–", "–", "1.25"]
+    assert "Perplexity ×: token perplexity on neutral text over the unedited model's" in markdown
+    assert "20 edits per cell" in markdown  # tokens are no edits
+    assert r"Perplexity $\times$ $\downarrow$ & KL $\downarrow$" in latex
+    assert "$1.23$ & $0.500$" in latex
+    body = [x for x in latex.splitlines() if "PAC" in x]
+    assert all(x.count("&") - x.count(r"\&") == 1 + 12 for x in body)
+    assert "Perplexity" not in to_markdown(TABLE, LAYOUT) + to_latex(TABLE, LAYOUT)
+    assert not {"perplexity_ratio", "kl"} & set(TABLE)
+
+
 def test_failed_edits_are_counted_in_the_caption():
     assert "failed" not in to_markdown(TABLE, LAYOUT)
     failed = METRICS.assign(failed_edits=(METRICS["method"] == "pac") * 3)

@@ -43,6 +43,7 @@ def test_conda_understands_what_an_environment_asks_for(path):
     assert {spec.name.normalized for spec in specs} == {"python", "pip"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ENVIRONMENTS, ids=lambda path: path.stem)
 def test_the_pins_of_an_environment_can_be_installed_together(path):
     *_, pip = yaml.safe_load(path.read_text(encoding="utf-8"))["dependencies"]
@@ -54,6 +55,7 @@ def test_the_pins_of_an_environment_can_be_installed_together(path):
     assert not missing  # all pins are what the tests themselves run with
 
 
+@pytest.mark.slow
 def test_a_rule_finds_the_library_in_a_conda_environment(copy_of_finished, tmp_path):
     folder, binaries = copy_of_finished.folder, tmp_path / "conda/bin"
     binaries.mkdir(parents=True)
@@ -74,6 +76,7 @@ def test_a_rule_finds_the_library_in_a_conda_environment(copy_of_finished, tmp_p
     assert "No module named 'kmebench'" in done.stderr  # so the rule found it by other means
 
 
+@pytest.mark.slow
 def test_without_conda_the_workflow_says_what_is_missing(copy_of_finished):
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     asked = ("results/tables/table2.csv", "--dry-run", "--forcerun", "table", "--use-conda")

@@ -1,16 +1,31 @@
 """Habits of this repository that a machine can check."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
 import yaml
+
+from kmebench.editors.cards import registered
 
 SCRIPTS = sorted(Path("workflow/scripts").glob("*.py"))
 RULES = "\n".join(path.read_text() for path in Path("workflow/rules").glob("*.smk"))
+COMMON = "\n".join(path.read_text() for path in Path("workflow").glob("*.smk"))
 LIBRARY = sorted(Path("workflow/kmebench").rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (*LIBRARY, *SCRIPTS)}
+
+
+def module_name(path):
+    """``workflow/kmebench/io/files.py`` -> ``kmebench.io.files``."""
+    return ".".join(path.relative_to("workflow").with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in LIBRARY}
 
 
 def test_every_script_is_named_after_the_rule_that_runs_it():
@@ -46,6 +61,91 @@ def test_the_core_never_imports_upwards():
             assert name not in above or (package, name) == ("editors", "evaluation"), path
 
 
+def test_a_function_fits_on_a_screen():
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, (path, node.name)
+
+
+def imported(tree):
+    """The modules of this library that a module imports when it is itself imported."""
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else node.module
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {name: set(imported(TREES[path])) for name, path in MODULES.items()}
+    order = list(TopologicalSorter(graph).static_order())  # a circle is a CycleError
+    assert set(order) == set(MODULES)
+    assert "kmebench.planning.grid" in graph["kmebench.planning.config"]
+
+
+TORCHLESS = """
+import importlib, sys
+
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("torch", "transformers"):
+            raise ImportError(f"{name} must not be imported here")
+
+sys.meta_path.insert(0, Refuse())
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def without_torch(*modules):
+    command = [sys.executable, "-c", TORCHLESS, *modules]
+    path = f"workflow{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_planning_scoring_and_reporting_import_no_torch():
+    used = re.findall(r"^from (kmebench[\w.]*) import", RULES + COMMON, re.MULTILINE)
+    assert used
+    inside = ("kmebench.planning.", "kmebench.reporting.", "kmebench.evaluation.score")
+    inside += ("kmebench.evaluation.protocols", "kmebench.evaluation.statistics")
+    done = without_torch(*used, *(name for name in MODULES if name.startswith(inside)))
+    assert done.returncode == 0, done.stderr
+    assert "torch must not be imported" in without_torch("kmebench.models.editable").stderr
+
+
+#: A form of data sets that is called like an editor.
+FORMS = {("data/forms.py", "rome"), ("planning/claims.py", "rome")}
+
+
+def compared(tree):
+    """The texts that a module compares something with, or keeps something by."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Compare():
+                parts = [node]
+            case ast.MatchValue(value):
+                parts = [value]
+            case ast.Dict(keys):
+                parts = [key for key in keys if key]
+            case _:
+                continue
+        for part in parts:
+            yield from (n.value for n in ast.walk(part) if isinstance(n, ast.Constant))
+
+
+def test_no_editor_is_told_by_its_name_outside_its_family():
+    names, found = set(registered()), set()
+    for path in LIBRARY:
+        inside = path.relative_to("workflow/kmebench")
+        if inside.parts[0] != "editors" or len(inside.parts) == 2:
+            found |= {(str(inside), text) for text in compared(TREES[path]) if text in names}
+    assert found == FORMS
+
+
 def test_environments_pin_what_the_constraints_pin():
     pins = dict(
         line.split("==")
@@ -62,6 +162,7 @@ def test_environments_pin_what_the_constraints_pin():
     assert pins["torch"] == "2.13.0"
 
 
+@pytest.mark.integration
 def test_the_readme_shows_the_rule_graph_as_it_is():
     command = [sys.executable, "-m", "snakemake", "--rulegraph", "mermaid-js"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -72,6 +173,7 @@ def test_the_readme_shows_the_rule_graph_as_it_is():
     assert set(re.findall(r"^    (\w+) --> (\w+)$", readme, re.MULTILINE)) == edges
 
 
+@pytest.mark.integration
 def test_snakemake_lint_finds_nothing():
     command = [sys.executable, "-m", "snakemake", "--lint", "--configfile", "config/ci.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

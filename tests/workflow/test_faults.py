@@ -68,7 +68,7 @@ KILLED = {
         f"{stage} first"
         for stage in (
             *("fetch_dataset", "prepare_dataset", "train_model", "predict_original"),
-            *("cache_gradients", "select_paths", "measure_covariance", "optimise_targets"),
+            *("cache_gradients", "select_paths", "covariance", "optimise_targets"),
             *("score", "table", "costs", "findings", "node_importance", "figure", "index"),
             *("notebook",),
         )
@@ -76,6 +76,7 @@ KILLED = {
 }
 
 
+@pytest.mark.slow  # about twenty attempts, each with a start of Python and torch
 def test_every_stage_is_killed_and_goes_on(finished, tmp_path):
     """Each kill costs one attempt; what was finished before it is not made again."""
     (tmp_path / "site").mkdir()
@@ -94,7 +95,7 @@ def test_every_stage_is_killed_and_goes_on(finished, tmp_path):
     for run in (RUN, f"{RUNS}/batch/memit/default/seed0"):
         name = f"{run}/predictions.parquet"
         assert (checkout.folder / name).read_bytes() == (finished.folder / name).read_bytes()
-    log = checkout.folder / "logs/edit_consecutive/tiny-gptj.openfacts-zsre.pac.default.seed0.log"
+    log = checkout.folder / "logs/edit/tiny-gptj.openfacts-zsre.consecutive.pac.default.seed0.log"
     assert "resumed after 4 edits" in log.read_text()
     assert list(checkout.folder.glob("results/**/.*.partial")) == []
     assert "Nothing to be done" in checkout.run(configs=configs)
@@ -107,7 +108,7 @@ PATHS = "results/trace/tiny-gptj/openfacts-zsre/paths/l2+edit+disjoint+paths=15+
     ("damaged", "target", "holds_times"),
     [
         ("trace/tiny-gptj/openfacts-zsre/gradients.safetensors", f"{PATHS}.safetensors", True),
-        ("moments/tiny-gptj.safetensors", f"{RUN.replace('pac', 'rome')}/timing.json", False),
+        ("covariance/tiny-gptj.safetensors", f"{RUN.replace('pac', 'rome')}/timing.json", False),
         ("original/tiny-gptj/openfacts-zsre.parquet", f"{RUN}/timing.json", False),
         ("data/openfacts-zsre.jsonl", f"{RUN}/timing.json", False),
         (f"{RUN.removeprefix('results/')}/timing.json", "results/metrics/table2.parquet", True),
@@ -146,9 +147,7 @@ def test_a_second_command_in_the_same_folder_is_refused(copy_of_finished):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)  # so that it cannot end before the second has begun
-    output = copy_of_finished.run(
-        f"{RUN}/timing.json", "--forcerun", "edit_consecutive", check=False
-    )
+    output = copy_of_finished.run(f"{RUN}/timing.json", "--forcerun", "edit", check=False)
     first.send_signal(signal.SIGCONT)
     assert "cannot be locked" in output
     assert first.wait(timeout=120) == 0

@@ -7,8 +7,10 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.workflow.conftest import Checkout, copied
+from tests.workflow.conftest import ROOT, Checkout, copied
 
+#: One process of pytest-xdist makes what all of them start from.
+pytestmark = pytest.mark.xdist_group("outside")
 TABLE = "results/tables/table1.md"
 CONFIGS = ("config/ci.yaml", "outside.yaml")
 #: What Snakemake of another workflow left, what macOS did, and what training leaves behind.
@@ -30,7 +32,7 @@ RECORDS = [
 
 
 def overlay(checkout, name="outside", **changes):
-    """One method that reads moments, on the user's model, with his records and with OpenFacts."""
+    """One method that reads C, on the user's model, with his records and with OpenFacts."""
     gone = ("table2", "edit-order", "breadth-first")
     ablations = [f"ablation-{a}" for a in ("paths", "lambda", "negatives", "score", "selection")]
     config = {
@@ -106,7 +108,7 @@ def copy_of_outside(outside, tmp_path):
 
 def write_text(checkout, skipped=0):
     """Generic text enough: the facts of this repository as they stand."""
-    tables = sorted((checkout.folder / "resources/openfacts/facts").glob("*.csv"))
+    tables = sorted((ROOT / "resources/openfacts/facts").glob("*.csv"))
     lines = "".join(table.read_text(encoding="utf-8") for table in tables).splitlines()[skipped:]
     paragraphs = (" ".join(lines[start : start + 8]) for start in range(0, len(lines), 8))
     (checkout.folder / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
@@ -152,7 +154,7 @@ def test_what_is_outside_and_has_not_changed_runs_nothing_again(copy_of_outside)
 
 SCORED = {"score": 1, "table": 1}
 #: What depends on the requests of one data set.
-OF_DATA = {"prepare_dataset": 1, "predict_original": 1, "optimise_targets": 1, "edit_batch": 1}
+OF_DATA = {"prepare_dataset": 1, "predict_original": 1, "optimise_targets": 1, "edit": 1}
 
 
 def other_data(checkout):
@@ -164,12 +166,12 @@ def retrained(checkout):
     path = checkout.folder / "model/model.safetensors"
     save_file({name: 1.01 * weight for name, weight in load_file(path).items()}, path)
     of_both = {rule: 2 for rule in OF_DATA if rule != "prepare_dataset"}
-    return "results/models/mine", {"fetch_model": 1, "measure_covariance": 1} | of_both
+    return "results/models/mine", {"fetch_model": 1, "covariance": 1} | of_both
 
 
 def other_text(checkout):
     write_text(checkout, skipped=8)
-    return "results/moments/mine.safetensors", {"measure_covariance": 1, "edit_batch": 2}
+    return "results/covariance/mine.safetensors", {"covariance": 1, "edit": 2}
 
 
 @pytest.mark.parametrize("change", [other_data, retrained, other_text])
@@ -178,7 +180,7 @@ def test_only_what_depends_on_a_change_outside_runs_again(change, copy_of_outsid
     assert planned(copy_of_outside) == expected | SCORED
     copy_of_outside.run(made, configs=CONFIGS)
     assert copy_of_outside.planned(made, configs=CONFIGS) == {}
-    assert "edit_batch" in planned(copy_of_outside)
+    assert "edit" in planned(copy_of_outside)
 
 
 def test_a_bad_record_names_the_users_file_and_mending_that_is_enough(copy_of_outside):
@@ -196,7 +198,7 @@ def test_a_bad_record_names_the_users_file_and_mending_that_is_enough(copy_of_ou
 
 def test_a_further_method_asks_for_its_layers_and_leaves_the_bytes_of_the_others(copy_of_outside):
     """Of all other methods, which by default edit layers that this model lacks, none is asked."""
-    path = copy_of_outside.folder / "results/moments/mine.safetensors"
+    path = copy_of_outside.folder / "results/covariance/mine.safetensors"
     before = load_file(path)
     assert sorted(before) == ["1"]
     further = copy_of_outside.overlay(
@@ -205,29 +207,32 @@ def test_a_further_method_asks_for_its_layers_and_leaves_the_bytes_of_the_others
         experiments={"table1": {"datasets": ["openfacts-zsre"], "methods": ["memit", "emmet"]}},
     )
     configs = (*CONFIGS, further)
-    expected = {"measure_covariance": 1, "optimise_targets": 1, "edit_batch": 2}
+    expected = {"covariance": 1, "optimise_targets": 1, "edit": 2}
     assert copy_of_outside.planned(TABLE, configs=configs) == expected | SCORED
-    copy_of_outside.run("results/moments/mine.safetensors", configs=configs)
+    copy_of_outside.run("results/covariance/mine.safetensors", configs=configs)
     after = load_file(path)
     assert sorted(after) == ["0", "1"]
     assert after["1"].equal(before["1"])
 
 
-TOY = """
-from dataclasses import dataclass
-
-from kmebench.editors.base import Editor
-from kmebench.edits.weights import WeightDelta
+CARD = """
+from kmebench.editors.cards import Card, hyperparameters
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyHparams:
     pass
 
 
-class Toy(Editor):
-    Hparams = ToyHparams
+CARD = Card("toy", "toy:Toy", ToyHparams, "toys", "nobody")
+"""
 
+TOY = """
+from kmebench.editors.base import Editor
+from kmebench.edits.weights import WeightDelta
+
+
+class Toy(Editor):
     def edit(self, model, requests):
         return WeightDelta({})
 """
@@ -235,11 +240,12 @@ class Toy(Editor):
 
 def test_an_editor_of_ones_own_that_changed_runs_again(copy_of_outside):
     """Its module is found as Python finds it, here beside the Snakefile."""
-    module = copy_of_outside.folder / "toys.py"
+    module = copy_of_outside.folder / "toy.py"
     module.write_text(TOY)
+    (copy_of_outside.folder / "toys.py").write_text(CARD)
     toy = copy_of_outside.overlay(
         "toy",
-        methods={"toy": {"editor": "toys:Toy"}},
+        methods={"toy": {"editor": "toys:CARD"}},
         experiments={"table1": {"methods": ["toy"], "datasets": ["mine"]}},
     )
     configs = (*CONFIGS, toy)
@@ -248,4 +254,4 @@ def test_an_editor_of_ones_own_that_changed_runs_again(copy_of_outside):
     module.touch()
     assert copy_of_outside.planned(target, configs=configs) == {}
     module.write_text(f"{TOY}\nCHANGED = True\n")
-    assert copy_of_outside.planned(target, configs=configs) == {"edit_batch": 1}
+    assert copy_of_outside.planned(target, configs=configs) == {"edit": 1}

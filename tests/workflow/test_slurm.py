@@ -8,10 +8,13 @@ import time
 import pandas as pd
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("sinfo") or subprocess.run(["sinfo"], capture_output=True).returncode != 0,
-    reason="no SLURM answers on this machine",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not shutil.which("sinfo") or subprocess.run(["sinfo"], capture_output=True).returncode != 0,
+        reason="no SLURM answers on this machine",
+    ),
+]
 RUN = "results/runs/tiny-gptj/openfacts-zsre/consecutive/pac/default/seed0"
 #: A cluster of one node without accounting, asked more often than one would ask a busy one.
 ON_SLURM = (
@@ -73,6 +76,6 @@ def test_a_cancelled_run_saves_and_its_retry_ends_with_the_same_bytes(copy_of_fi
     assert job.returncode == 0, output
     assert submitted(output) == 2
     assert "Stopped by SIGTERM after " in output
-    log = checkout.folder / "logs/edit_consecutive/tiny-gptj.openfacts-zsre.pac.default.seed0.log"
+    log = checkout.folder / "logs/edit/tiny-gptj.openfacts-zsre.consecutive.pac.default.seed0.log"
     assert "resumed after " in log.read_text(encoding="utf-8")
     assert {name: (folder / name).read_bytes() for name in names} == undisturbed

@@ -45,13 +45,17 @@ def test_a_finished_workflow_does_nothing_within_ten_seconds(finished):
     assert time.monotonic() - start < 10
 
 
-def test_touching_every_source_file_runs_nothing_again(copy_of_finished):
+def test_source_files_that_are_touched_or_changed_back_run_nothing_again(copy_of_finished):
     for path in copy_of_finished.folder.rglob("*"):
         if path.suffix in (".py", ".smk", ".yaml", ".csv", ".json") and (
             "results" not in path.relative_to(copy_of_finished.folder).parts
         ):
             path.touch()
     (copy_of_finished.folder / "Snakefile").touch()
+    file = copy_of_finished.folder / "workflow/kmebench/editors/pac/pac.py"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text + "\n", encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
     assert copy_of_finished.planned() == {}
 
 
@@ -75,18 +79,18 @@ def apart(planned):
     ("changed", "expected"),
     [
         # Full-C runs: 2 data sets in batches, one breadth first.
-        ("editors/full_c.py", {"edit_batch": 2, "edit_breadth_first": 1}),
+        ("editors/finetune/full_c.py", {"edit": 3}),
         # MEMIT and PMET in batches, PRUNE consecutively.
-        ("editors/memit.py", {"edit_batch": 4, "edit_consecutive": 2}),
+        ("editors/locate/memit.py", {"edit": 6}),
         # ROME optimises its own targets.
-        ("editors/targets.py", {"optimise_targets": 4, "edit_batch": 4, "edit_consecutive": 4}),
+        ("editors/locate/targets.py", {"optimise_targets": 4, "edit": 8}),
         (
             "editors/locate/covariance/texts.py",
-            {"measure_covariance": 1, "edit_batch": 4, "edit_consecutive": 4},
+            {"covariance": 1, "edit": 8},
         ),
         # PAC: two more consecutive runs in the ablations.
-        ("editors/pac.py", {"edit_batch": 2, "edit_consecutive": 4}),
-        ("editors/pac_released.py", {"edit_breadth_first": 1}),
+        ("editors/pac/pac.py", {"edit": 6}),
+        ("editors/pac/released.py", {"edit": 1}),
     ],
 )
 def test_changing_an_editor_runs_its_own_runs_and_what_reports_them(
@@ -99,12 +103,45 @@ def test_changing_an_editor_runs_its_own_runs_and_what_reports_them(
 
 
 @pytest.mark.parametrize(
+    "changed", ["errors.py", "names.py", "io/logs.py", "editors/cards.py", "editors/pac/cards.py"]
+)
+def test_what_decides_no_result_runs_nothing_again(changed, copy_of_finished):
+    edit(copy_of_finished, changed)
+    assert copy_of_finished.planned() == {}
+
+
+@pytest.mark.parametrize(
+    ("cards", "old", "new", "expected"),
+    [
+        ("pac", "] = 2\n    rescore_every", "] = 3\n    rescore_every", {"edit": 1}),
+        # Of PMET alone, which overrides MEMIT's.
+        (
+            "locate",
+            "clamp_factor: Clamp = 1.0",
+            "clamp_factor: Clamp = 2.0",
+            {"edit": 2, "optimise_targets": 2},
+        ),
+    ],
+)
+def test_a_changed_default_runs_its_own_editors_runs_again(
+    cards, old, new, expected, copy_of_finished
+):
+    file = copy_of_finished.folder / f"workflow/kmebench/editors/{cards}/cards.py"
+    text = file.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    made, reporting = apart(copy_of_finished.planned())
+    assert made == expected
+    assert {"score", "table", "index"} <= reporting
+
+
+@pytest.mark.parametrize(
     ("changed", "expected"),
     [
         ("reporting/tables.py", {"table", "costs", "findings", "index"}),
         ("reporting/figures.py", {"figure", "index"}),
         ("reporting/templates/page.html.j2", {"table", "costs", "findings", "index"}),
-        ("evaluation/metrics.py", {"score", "table", "findings", "figure", "index"}),
+        ("evaluation/protocols.py", {"score", "table", "findings", "figure", "index"}),
     ],
 )
 def test_changing_what_reports_runs_no_editor(changed, expected, copy_of_finished):
@@ -114,21 +151,13 @@ def test_changing_what_reports_runs_no_editor(changed, expected, copy_of_finishe
     assert expected <= reporting
 
 
-def test_a_change_taken_back_runs_nothing(copy_of_finished):
-    file = copy_of_finished.folder / "workflow/kmebench/editors/pac/pac.py"
-    text = file.read_text(encoding="utf-8")
-    file.write_text(text + "\n", encoding="utf-8")
-    file.write_text(text, encoding="utf-8")
-    assert copy_of_finished.planned() == {}
-
-
 @pytest.mark.parametrize(
     ("hparams", "expected"),
     [
         # The default runs, those of the ablations, and lambda=0.1, which was the default before.
-        ({"lambda": 0.2}, {"edit_batch": 2, "edit_consecutive": 5}),
+        ({"lambda": 0.2}, {"edit": 7}),
         # The default runs, the ablation of scores, and paths=15, which was the default before.
-        ({"paths": 7}, {"edit_batch": 2, "edit_consecutive": 4, "select_paths": 2}),
+        ({"paths": 7}, {"edit": 6, "select_paths": 2}),
     ],
 )
 def test_other_paths_or_lambda_reuse_the_gradient_cache(hparams, expected, copy_of_finished):
@@ -141,7 +170,7 @@ def test_longer_answers_trace_nothing_again(copy_of_finished):
     """How long answers may be concerns predictions, and what is left out of a data set."""
     overlay = copy_of_finished.overlay("longer", evaluation={"wild_max_tokens": 9})
     planned = copy_of_finished.planned(configs=("config/ci.yaml", overlay))
-    assert {"predict_original", "edit_batch"} <= planned.keys()
+    assert {"predict_original", "edit"} <= planned.keys()
     assert not {"cache_gradients", "select_paths", "optimise_targets"} & planned.keys()
 
 
@@ -149,7 +178,7 @@ def test_another_point_of_a_sweep_runs_that_point_alone(copy_of_finished):
     sweep = {"ablation-paths": {"sweep": {"paths": [5, 15, 20]}}}
     overlay = copy_of_finished.overlay("point", experiments=sweep)
     planned = copy_of_finished.planned(configs=("config/ci.yaml", overlay))
-    assert apart(planned)[0] == {"edit_consecutive": 1, "select_paths": 1}
+    assert apart(planned)[0] == {"edit": 1, "select_paths": 1}
 
 
 def test_tuning_takes_the_development_split(finished):
@@ -257,7 +286,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(copy_of_finished):
     copy_of_finished.run(target)
     log = (
         copy_of_finished.folder
-        / "logs/edit_consecutive/tiny-gptj.openfacts-zsre.pac.default.seed0.log"
+        / "logs/edit/tiny-gptj.openfacts-zsre.consecutive.pac.default.seed0.log"
     ).read_text()
     assert re.search(r"resumed after [1234] edits", log)
     assert {name: (folder / name).read_bytes() for name in names} == before
@@ -304,22 +333,23 @@ def test_bad_data_end_in_one_sentence_and_leave_nothing(copy_of_finished):
 
 
 TOY = """
-from dataclasses import dataclass
-
 import torch
 
 from kmebench.editors.base import Editor
+from kmebench.editors.cards import Card, hyperparameters
 from kmebench.errors import EditError
 from kmebench.edits.weights import Columns, WeightDelta
 
 
-@dataclass(frozen=True)
+@hyperparameters
 class ToyHparams:
     size: float = 1.0
 
 
+CARD = Card("toy", "toys:Toy", ToyHparams, "toys", "nobody")
+
+
 class Toy(Editor):
-    Hparams = ToyHparams
     calls = 0
 
     def edit(self, model, requests):
@@ -332,11 +362,11 @@ class Toy(Editor):
 """
 
 
-def test_an_editor_of_ones_own_needs_a_class_and_three_lines_of_config(finished, tmp_path):
+def test_an_editor_of_ones_own_needs_a_class_a_card_and_three_lines_of_config(finished, tmp_path):
     (tmp_path / "toys.py").write_text(TOY)
     overlay = finished.overlay(
         "toy",
-        methods={"toy": {"editor": "toys:Toy", "hparams": {"size": 0.5}}},
+        methods={"toy": {"editor": "toys:CARD", "hparams": {"size": 0.5}}},
         experiments={"table2": {"methods": ["toy"], "datasets": ["openfacts-zsre"]}},
         on_failed_edit="skip",
     )

@@ -45,7 +45,7 @@ def spell(value: Any) -> str:
     Raises:
         ValueError: it cannot be part of a file's name, or would not be read back.
     """
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):
         return _spell_one(value)
     items = [_spell_one(item) for item in value]
     return LIST.join(items) + (LIST if len(items) < 2 else "")

@@ -11,6 +11,8 @@ rule edit:
         run="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/run.json",
         # What the model carries at the end: nothing where every batch was rolled back.
         delta="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/delta.safetensors",
+        # Measurements of the models that it left: none in batches.
+        health="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/health.json",
     log:
         "<logs>/edit/{model}.{dataset}.{mode}.{method}.{variant}.seed{seed}.log",
     benchmark:

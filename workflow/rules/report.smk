@@ -6,6 +6,7 @@ rule score:
     input:
         predictions=reported.run_files("predictions.parquet"),
         timing=reported.run_files("timing.json"),
+        health=reported.health_files,
         original=reported.original_files,
         code=code("score"),
     output:
@@ -20,6 +21,7 @@ rule score:
         experiment=lambda w: w.experiment,
         runs=reported.runs,
         originals=reported.originals,
+        controls=grid.controls(config),
         statistics=config["statistics"],
     message:
         "Scoring {wildcards.experiment}"

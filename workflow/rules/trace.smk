@@ -37,6 +37,33 @@ rule predict_original:
         "../scripts/predict_original.py"
 
 
+rule neutral_text:
+    "Have the unedited model write neutral text, on which edited states are measured."
+    input:
+        model="<results>/models/{model}",
+        code=code("neutral_text"),
+    output:
+        text="<results>/original/{model}/neutral.safetensors",
+    log:
+        "<logs>/neutral_text/{model}.log",
+    conda:
+        "../../envs/edit.yaml"
+    threads: config["threads"]
+    resources:
+        gpu=inputs.gpus,
+        mem_mb=inputs.memory,
+        runtime=minutes,
+        models=1,
+    params:
+        load=inputs.load,
+        settings=config["health"],
+        batch_size=config["evaluation"]["batch_size"],
+    message:
+        "Neutral text of {wildcards.model}"
+    script:
+        "../scripts/neutral_text.py"
+
+
 rule cache_gradients:
     "Score every FFN segment for every request: one forward and one backward pass each."
     input:

@@ -7,8 +7,8 @@ from kmebench.io.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
 from kmebench.pipelines.run import run_cell
 
-#: What every run reads; its other inputs are files of cached stages.
-EVERY_RUN = ("model", "requests", "original", "code")
+#: What runs of every editor read; the other inputs are files of cached stages.
+EVERY_RUN = ("model", "requests", "original", "neutral", "code")
 
 with script_log(snakemake):
     torch.set_num_threads(snakemake.threads)
@@ -20,6 +20,7 @@ with script_log(snakemake):
         settings,
         assets={k: v for k, v in snakemake.input.items() if k not in EVERY_RUN},
         original=snakemake.input.original,
+        neutral=snakemake.input.get("neutral"),
         inputs=list(snakemake.input),
         output=dict(snakemake.output.items()),
     )

@@ -13,6 +13,8 @@ with script_log(snakemake):
         snakemake.params.originals,
         snakemake.input.original,
         snakemake.params.statistics,
+        snakemake.input.health,
+        snakemake.params.controls,
     )
     with atomic_path(snakemake.output.metrics) as path:
         metrics.to_parquet(path, index=False, write_page_checksum=True)

@@ -10,11 +10,12 @@ from safetensors import safe_open
 from tokenizers import processors
 
 from kmebench.editors.locate.covariance import stage
-from kmebench.editors.locate.covariance.keys import Sampled, beginning, sample
+from kmebench.editors.locate.covariance.keys import Sampled
 from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.locate.covariance.texts import TextSettings, text_batches
 from kmebench.errors import ConfigError, DataError, EditError, KMEBenchError
+from kmebench.models.sampling import beginning, sample
 from tests.conftest import FAMILIES, TEXTS
 
 LAYERS = (0, 2)

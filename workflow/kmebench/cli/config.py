@@ -41,6 +41,8 @@ def _values(
 ) -> Table:
     """One row for every value of such runs."""
     table = _table(f"{method} on {model}, {mode}", ["value", "is", "from", "key"], texts=4)
+    for column in table.columns:
+        column.overflow, column.no_wrap = "fold", False
     for row in provenance.values_of(config, files, model, method, mode):
         table.add_row(row.name, str(row.value), row.source, row.key)
     return table

@@ -9,11 +9,15 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kmebench import __version__
 from kmebench.cli import arguments
 from kmebench.data.records import SLOT
 from kmebench.io.logs import complaint
+
+#: The option of an edited model's folder.
+_OUT: dict[str, Any] = {"type": arguments.new_folder("--out"), "metavar": "FOLDER"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +44,35 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     config, model, fact = _config_options(), _model_options(), _fact_options()
-    out = {"type": arguments.new_folder("--out"), "metavar": "FOLDER"}
-
-    edit = commands.add_parser(
-        "edit", parents=[config, model, fact], help="change one fact and show before and after"
+    _add_edit(
+        commands.add_parser(
+            "edit", parents=[config, model, fact], help="change one fact and show before and after"
+        )
     )
+    _add_trace(
+        commands.add_parser(
+            "trace", parents=[config, model, fact], help="show where a fact's critical paths lie"
+        )
+    )
+    _add_apply(
+        commands.add_parser(
+            "apply", parents=[config, model], help="make an edited model from a saved delta"
+        )
+    )
+    _add_check(
+        commands.add_parser(
+            "check-config", parents=[config], help="check a config, and list what it asks for"
+        )
+    )
+    _add_plan(
+        commands.add_parser(
+            "plan", parents=[config], help="say what a config costs: jobs, hours, disk"
+        )
+    )
+    return parser
+
+
+def _add_edit(edit: argparse.ArgumentParser) -> None:
     edit.add_argument("--method", default="pac", help="a method of the config, or an editor")
     edit.add_argument(
         "--set",
@@ -76,12 +104,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write the weight delta",
     )
-    edit.add_argument("--out", **out, help="write the edited model, to a new folder")
+    edit.add_argument("--out", **_OUT, help="write the edited model, to a new folder")
     edit.set_defaults(run=_on_a_model("edit"))
 
-    trace = commands.add_parser(
-        "trace", parents=[config, model, fact], help="show where a fact's critical paths lie"
-    )
+
+def _add_trace(trace: argparse.ArgumentParser) -> None:
     count = arguments.count("--paths")
     trace.add_argument("--paths", type=count, default=15, help="paths per fact (default: 15)")
     trace.add_argument("--score", choices=["l2", "signed_sum"], default="l2")
@@ -89,16 +116,14 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--plot", type=plot, metavar="FILE", help="draw it (.png, .pdf, .svg)")
     trace.set_defaults(run=_on_a_model("trace"))
 
-    apply = commands.add_parser(
-        "apply", parents=[config, model], help="make an edited model from a saved delta"
-    )
+
+def _add_apply(apply: argparse.ArgumentParser) -> None:
     apply.add_argument("delta", type=arguments.existing_file("delta"), help="a delta.safetensors")
-    apply.add_argument("--out", **out, required=True, help="where to write it, a new folder")
+    apply.add_argument("--out", **_OUT, required=True, help="where to write it, a new folder")
     apply.set_defaults(run=_on_a_model("apply"))
 
-    check = commands.add_parser(
-        "check-config", parents=[config], help="check a config, and list what it asks for"
-    )
+
+def _add_check(check: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--explain",
         metavar="MODEL/METHOD/MODE",
@@ -106,9 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=_on_a_config("check_command"))
 
-    planned = commands.add_parser(
-        "plan", parents=[config], help="say what a config costs: jobs, hours, disk"
-    )
+
+def _add_plan(planned: argparse.ArgumentParser) -> None:
     planned.add_argument(
         "--measured",
         type=Path,
@@ -120,7 +144,6 @@ def _parser() -> argparse.ArgumentParser:
     devices = arguments.count("--devices")
     planned.add_argument("--devices", type=devices, nargs="+", default=[1, 8, 64], metavar="N")
     planned.set_defaults(run=_on_a_config("plan_command"))
-    return parser
 
 
 def _on_a_model(name: str) -> Callable[[argparse.Namespace], None]:

@@ -8,10 +8,15 @@ from kmebench.data.texts import clean, shown, word_places
 
 
 class Form(NamedTuple):
-    """How records of one form are read, and the keys they must have (``docs/data.md``)."""
+    """How records of one form are read, and the keys they must have (``docs/data.md``).
+
+    ``paper_dataset`` is the paper's data set that has this form, so that its claims about that one
+    are tested on records of this form; None: on none. OpenFacts come in both forms.
+    """
 
     read: Callable[[Mapping[str, Any], str], EditRequest]
     keys: tuple[str, ...]
+    paper_dataset: str | None = None
 
 
 def parse(raw: Any, schema: str, case_id: str) -> EditRequest:
@@ -198,8 +203,11 @@ SCHEMAS = {
             "locality_prompt",
             "locality_ground_truth",
         ),
+        "CounterFact",
     ),
-    "mend": Form(_from_mend, ("subject", "src", "alt", "answers", "rephrase", "loc", "loc_ans")),
+    "mend": Form(
+        _from_mend, ("subject", "src", "alt", "answers", "rephrase", "loc", "loc_ans"), "ZsRE"
+    ),
     "rome": Form(
         _from_rome,
         (
@@ -208,8 +216,16 @@ SCHEMAS = {
             "requested_rewrite.target_new.str",
             "requested_rewrite.target_true.str",
         ),
+        "CounterFact",
     ),
 }
+
+
+def paper_dataset(schema: str) -> str | None:
+    """Return which of the paper's data sets has a form; None: none."""
+    form = SCHEMAS.get(schema)
+    return form.paper_dataset if form else None
+
 
 #: What tells the forms of public edit sets apart, those that are not read first.
 _LOOKS: dict[str, Callable[[Mapping[str, Any]], bool]] = {

@@ -137,3 +137,7 @@ class Trained(Need):
     def path(self, model: str, dataset: str) -> str:
         """Return where the file lies below the results: a tuning run reads the same as a report."""
         return f"trained/{model}/{dataset.removesuffix(DEVELOPMENT)}/{self.name}.safetensors"
+
+
+#: The rules that make stages.
+RULES = tuple(need.rule for need in (Paths, Covariance, Targets, Trained))

@@ -8,7 +8,7 @@ time follow what was touched, not the size of the model.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 
 import torch
@@ -83,6 +83,11 @@ class Ledger:
         """Return all edits so far as one: master − original, and the overlays."""
         weights = {name: entry.total() for name, entry in self._entries.items()}
         return Edit(WeightDelta(weights), self.overlays)
+
+    @property
+    def touched(self) -> Set[str]:
+        """Names of the parameters that edits have touched."""
+        return self._entries.keys()
 
     def original(self, name: str) -> Tensor:
         """Return a parameter as it was before any edit; never the live weight itself."""

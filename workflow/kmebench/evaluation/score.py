@@ -1,6 +1,6 @@
 """All metrics of one experiment as one tidy table."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,15 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from kmebench.evaluation.metrics import (
-    PARTS,
-    PROTOCOLS,
-    SCORED,
+from kmebench.errors import KMEBenchError
+from kmebench.evaluation.protocols import HEALTH, PROTOCOLS, Metric, metrics_of
+from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS, check_columns
+from kmebench.evaluation.statistics import (
     as_edited,
     paired_difference,
     request_values,
     summarise,
 )
-from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS, check_columns
 from kmebench.io.checked_files import read_json, read_parquet, trusted
 
 #: Columns that name a run.
@@ -41,7 +40,7 @@ def read_predictions(path: str | Path, *, original: bool = False) -> pd.DataFram
 
 #: Moments that are scored, each with its protocols: free generation is made at the end alone.
 MOMENTS = {
-    "final": PROTOCOLS,
+    "final": tuple(PROTOCOLS),
     "write": ("token", "exact"),
     "checkpoint": ("token", "exact"),
 }
@@ -71,6 +70,37 @@ def score_run(frame: pd.DataFrame, statistics: Mapping[str, int]) -> pd.DataFram
     return pd.concat(parts, ignore_index=True)
 
 
+def score_states(path: str | Path) -> pd.DataFrame:
+    """Score the model states of a run, from its health.json; the last one is the final model.
+
+    Returns the columns of :func:`score_run`. The protocol is :data:`HEALTH`. A state is measured
+    once, so it has no interval; n is the number of neutral tokens.
+
+    Raises:
+        KMEBenchError: the file lacks a measurement.
+    """
+    states = read_json(path)
+    for metric, state in product(metrics_of("state"), states):
+        for column in set(metric.columns) - set(state):
+            raise KMEBenchError(
+                f"{path} has no {column!r}; it was made by another version: delete it and run the "
+                "workflow again."
+            )
+    rows = [
+        {
+            "metric": metric.name,
+            "value": metric.score(state),
+            "n": state["tokens"],
+            "moment": "final" if state is states[-1] else "checkpoint",
+            "edits_done": state["edits_done"],
+        }
+        for state in states
+        for metric in metrics_of("state")
+    ]
+    nan = float("nan")
+    return pd.DataFrame(rows).assign(low=nan, high=nan, protocol=HEALTH)
+
+
 def score_experiment(
     experiment: str,
     runs: Sequence[Mapping[str, Any]],
@@ -79,12 +109,15 @@ def score_experiment(
     originals: Sequence[Mapping[str, Any]],
     original_files: Sequence[str],
     statistics: Mapping[str, int],
+    health: Sequence[str] = (),
+    controls: Collection[str] = (),
 ) -> pd.DataFrame:
     """Score every run and every unedited model of an experiment.
 
-    Returns experiment, the columns of :data:`RUN`, protocol, moment, edits_done, metric, value,
-    low, high, n, the columns of :data:`SPENT` (NaN for the unedited model, whose method is
-    ``original``) and those of :func:`behind_best`.
+    ``health``: one health.json of every run, or none at all; ``controls``: methods that are no
+    rivals. Returns experiment, the columns of :data:`RUN`, protocol, moment, edits_done, metric,
+    value, low, high, n, the columns of :data:`SPENT` (NaN for the unedited model, whose method is
+    ``original``) and those of :func:`behind_best` (NaN for controls).
     """
     parts, finals = [], []
     mode = runs[0]["mode"]
@@ -94,12 +127,16 @@ def score_experiment(
         name = {**spec, "mode": mode, "method": "original", "variant": "default", "seed": 0}
         spent = dict.fromkeys(SPENT, float("nan"))
         parts.append(scored.assign(**name, **spent))
-    for spec, path, timing in zip(runs, predictions, timings, strict=True):
+    files = zip(runs, predictions, timings, health or [None] * len(runs), strict=True)
+    for spec, path, timing, states in files:
         record = read_json(timing)
         frame = read_predictions(path)
-        scored = score_run(frame, statistics)
-        parts.append(scored.assign(**spec, **{name: record[name] for name in SPENT}))
-        finals.append((spec, frame[frame["moment"] == "final"]))
+        named = {**spec, **{name: record[name] for name in SPENT}}
+        parts.append(score_run(frame, statistics).assign(**named))
+        if states:
+            parts.append(score_states(states).assign(**named))
+        if spec["method"] not in controls:
+            finals.append((spec, frame[frame["moment"] == "final"]))
     table = pd.concat(parts, ignore_index=True).assign(experiment=experiment)
     order = ["experiment", *RUN, "protocol", "moment", "edits_done", "metric"]
     order += ["value", "low", "high", "n", *SPENT]
@@ -123,27 +160,26 @@ def behind_best(
     rows = []
     for runs, protocol in product(cells.values(), PROTOCOLS):
         values = [request_values(frame, protocol) for _, frame in runs]
-        for metric in SCORED:
+        for metric in metrics_of("request", tabled=True):
             behind = _behind(values, metric, statistics)
             rows += [
-                (*(spec[k] for k in RUN), protocol, "final", metric, *numbers)
+                (*(spec[k] for k in RUN), protocol, "final", metric.name, *numbers)
                 for (spec, _), numbers in zip(runs, behind, strict=True)
             ]
     return pd.DataFrame(rows, columns=columns)
 
 
 def _behind(
-    values: Sequence[pd.DataFrame], metric: str, statistics: Mapping[str, int]
+    values: Sequence[pd.DataFrame], metric: Metric, statistics: Mapping[str, int]
 ) -> list[tuple[float, float, float]]:
     """Difference of the best to each, with its interval; NaN where nothing was predicted."""
-    parts = list(PARTS) if metric == "score" else [metric]
-    means = [float(v[parts].mean(axis=1).mean()) for v in values]
+    means = [metric.direction * float(v[metric.name].mean()) for v in values]
     if np.isnan(means).all():
         return [(float("nan"),) * 3] * len(values)
     best = int(np.nanargmax(means))
     return [
         (0.0, 0.0, 0.0)
         if index == best
-        else paired_difference(values[best], other, metric, **statistics)[:3]
+        else paired_difference(values[best], other, metric.name, **statistics)[:3]
         for index, other in enumerate(values)
     ]

@@ -31,21 +31,24 @@ class Outcome:
     changed (None for batches, which are rolled back). ``norms``: Frobenius
     norm of every touched parameter, for each call of the editor. ``failed``: case_ids and error of
     each call that was skipped; its requests are asked of the model without it.
-    ``evaluation_seconds``: what all predictions of the run took. ``micro_batch``: how many requests
-    the editor passes through the model at once since memory did not suffice for its own number.
+    ``health``: edits_done and the measurements of every model that was measured.
+    ``evaluation_seconds``: what all predictions and measurements of the run took. ``micro_batch``:
+    how many requests the editor passes through the model at once since memory did not suffice for
+    its own number.
     """
 
     predictions: pd.DataFrame = field(default_factory=pd.DataFrame)
     times: list[dict[str, Any]] = field(default_factory=list)
     norms: list[dict[str, float]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
+    health: list[dict[str, float]] = field(default_factory=list)
     evaluation_seconds: float = 0.0
     micro_batch: int | None = None
     edit: Edit | None = None
 
 
 #: What a checkpoint keeps of an outcome besides its predictions.
-_KEPT = ("times", "norms", "failed", "evaluation_seconds", "micro_batch")
+_KEPT = ("times", "norms", "failed", "health", "evaluation_seconds", "micro_batch")
 
 
 class Checkpoints:

@@ -4,7 +4,7 @@
 model, evaluated, and rolled back. **consecutive**: one request after another without
 rollback; predictions are made right after each edit ("write"), for all requests so far after
 1, 3, 10, 30, 100, ... edits ("checkpoint"), and for all requests on the final model
-("final").
+("final"). The health of the model is measured at "checkpoint" and "final".
 **breadth_first**: all requests at once, without rollback; the editor passes over them in
 mini-batches, several times, and the final model is evaluated.
 
@@ -15,7 +15,7 @@ or SIGUSR1, they finish the edit or epoch under way, save, and end.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -38,6 +38,9 @@ from kmebench.pipelines.preemption import noted_signals
 
 logger = logging.getLogger("kmebench")
 
+#: Measures the model as it is now (kmebench.evaluation.health).
+Measure = Callable[[EditableModel], Mapping[str, float]]
+
 
 @dataclass
 class Setup:
@@ -48,6 +51,7 @@ class Setup:
     settings: Settings
     checkpoints: Checkpoints
     skip_failed: bool = False
+    measure: Measure | None = None
 
 
 def run_batches(setup: Setup, requests: Sequence[EditRequest], batch_size: int) -> Outcome:
@@ -81,10 +85,12 @@ def run_consecutive(setup: Setup, requests: Sequence[EditRequest]) -> Outcome:
             if run.done in milestones(len(requests)):
                 with run.finished():
                     run.predict(requests[: run.done], 0, "checkpoint", run.done)
+                    run.measure(run.done)
             if run.done % setup.checkpoints.every == 0 or stopped_by():
                 run.save(stopped_by())
     with run.finished(noted=True):
         run.predict(requests, 0, "final", len(requests))
+        run.measure(len(requests))
         run.outcome.edit = setup.model.edits.total()
     return run.outcome_with_predictions()
 
@@ -100,6 +106,7 @@ def run_breadth_first(setup: Setup, requests: Sequence[EditRequest]) -> Outcome:
         run.edit(requests)
     with run.finished(noted=True):
         run.predict(requests, 0, "final", len(requests))
+        run.measure(len(requests))
         run.outcome.edit = setup.model.edits.total()
     return run.outcome_with_predictions()
 
@@ -212,6 +219,14 @@ class _Run:
         frame = predicted_frame(model, prompts, settings, decode=decode)
         self.outcome.evaluation_seconds += time.perf_counter() - started
         self.frames.append(frame.assign(moment=moment, edits_done=edits_done, batch=batch))
+
+    def measure(self, edits_done: int) -> None:
+        """Note the health of the model as it is now; its time is no edit's."""
+        if self.setup.measure:
+            started = time.perf_counter()
+            measured = self.setup.measure(self.setup.model)
+            self.outcome.health.append({"edits_done": edits_done, **measured})
+            self.outcome.evaluation_seconds += time.perf_counter() - started
 
     def save(self, stopped_by: str | None, done: int | None = None) -> None:
         """Write a checkpoint after ``done`` edits or epochs; see :meth:`Checkpoints.save`."""

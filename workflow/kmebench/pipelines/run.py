@@ -22,6 +22,7 @@ from kmebench.editors.cards import plain
 from kmebench.edits.edit import Edit
 from kmebench.edits.weights import WeightDelta
 from kmebench.evaluation.frames import beside_original, write_frame
+from kmebench.evaluation.health import NeutralText, health
 from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.prompts import askable
 from kmebench.evaluation.schema import PREDICTIONS
@@ -31,6 +32,7 @@ from kmebench.io.files import write_json
 from kmebench.models.editable import EditableModel, describe
 from kmebench.pipelines.checkpoints import Checkpoints, Outcome
 from kmebench.pipelines.pipelines import (
+    Measure,
     Setup,
     run_batches,
     run_breadth_first,
@@ -57,9 +59,11 @@ def run_cell(
     original: str,
     inputs: Sequence[str],
     output: Mapping[str, str],
+    neutral: str | None = None,
 ) -> None:
-    """Edit, predict and write ``output``: predictions, timing, run, delta.
+    """Edit, predict and write ``output``: predictions, timing, run, delta, health.
 
+    Health is measured on the text in the file ``neutral``, if there is one, and never in batches.
     ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, on_failed_edit,
     on_bad_record, evaluation. Requests that the model cannot be asked are left out.
     ``inputs`` names all that the outcome depends on, the model's folder and source files among
@@ -79,13 +83,15 @@ def run_cell(
     )
     evaluation = Settings(**settings["evaluation"])
     skip_failed = settings["on_failed_edit"] == "skip"
-    setup = Setup(model, editor, evaluation, checkpoints, skip_failed)
+    measure = measured_on(neutral, evaluation.batch_size) if neutral else None
+    setup = Setup(model, editor, evaluation, checkpoints, skip_failed, measure)
     outcome = _outcome(setup, requests, settings)
     frame = beside_original(outcome.predictions, read_parquet(original))
     write_json(output["timing"], timing(outcome, model, settings, load_seconds))
     write_json(output["run"], record(outcome, model, editor, requests, settings))
     # Batches are rolled back: at their end the model carries nothing.
     (outcome.edit or Edit.of(WeightDelta({}))).save(output["delta"])
+    write_json(output["health"], outcome.health)
     write_frame(frame, PREDICTIONS, output["predictions"])
     checkpoints.clear()
 
@@ -97,6 +103,12 @@ def _outcome(setup: Setup, requests: Sequence[EditRequest], settings: Mapping[st
     if settings["mode"] == "breadth_first":
         return run_breadth_first(setup, requests)
     return run_consecutive(setup, in_order(requests, settings["seed"]))
+
+
+def measured_on(neutral: str, batch_size: int) -> Measure:
+    """Return what measures a model's health on the text in a file."""
+    text = NeutralText.open(neutral)
+    return lambda model: health(model, text, batch_size)
 
 
 def in_order(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:

@@ -7,13 +7,12 @@ from typing import Any
 
 import yaml
 
+from kmebench.data.forms import paper_dataset
 from kmebench.editors.needs import Paths
 from kmebench.errors import DataError
 from kmebench.planning import grid
 from kmebench.planning.grid import Run
 
-#: Which of the paper's data sets a schema stands for; OpenFacts come in both.
-FORMS = {"mend": "ZsRE", "rome": "CounterFact", "easyedit": "CounterFact"}
 KINDS = ("best", "least", "difference", "above", "below", "faster", "slowest", "layers")
 
 
@@ -59,7 +58,7 @@ def cells_of(config: Mapping[str, Any], claim: Claim) -> list[tuple[str, str, di
     found = []
     for model, dataset in sorted({(run.model, run.dataset) for run in planned}):
         known = config["datasets"].get(dataset)  # a development split is no data set of the paper
-        if known is None or FORMS[known["schema"]] != claim.test["dataset"]:
+        if known is None or paper_dataset(known["schema"]) != claim.test["dataset"]:
             continue
         here = [run for run in planned if (run.model, run.dataset) == (model, dataset)]
         sides = _sides(config, claim.test, model, here)
@@ -88,7 +87,9 @@ def _sides(
         return _all({side: of_mode.get(key) for side, key in wanted.items()})
     default = {method: run for (method, variant), run in of_mode.items() if variant == grid.DEFAULT}
     if test["kind"] in ("best", "least", "slowest"):
-        return default if test["method"] in default and len(default) > 1 else {}
+        controls = grid.controls(config)
+        rivals = {method: run for method, run in default.items() if method not in controls}
+        return rivals if test["method"] in rivals and len(rivals) > 1 else {}
     methods = test["methods"] if "methods" in test else [test["a"], test["b"]]
     return _all({method: default.get(method) for method in methods})
 

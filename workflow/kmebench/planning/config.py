@@ -10,6 +10,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 from snakemake.utils import update_config, validate
 
+from kmebench.editors.needs import RULES, Trained
 from kmebench.errors import ConfigError
 from kmebench.names import near_name, nearest
 from kmebench.planning import grid
@@ -90,13 +91,30 @@ def check_config(config: dict[str, Any]) -> None:
     for name in config["comparisons"]:
         grid.pairs_of(config, name)
     check_hparams(config)
-    for run in grid.all_runs(config):
-        grid.needs_of(config, run)
+    _check_needs(config)
     for name, table in config["tables"].items():
         where = f"tables.{name}.experiment"
         grid.check_name(table["experiment"], config["experiments"], "experiments", where)
     for name, figure in config["figures"].items():
         _check_figure(config, f"figures.{name}", figure)
+
+
+def _check_needs(config: dict[str, Any]) -> None:
+    """Refuse a run that reads a stage which no rule makes, or which cannot be trained."""
+    for run in grid.all_runs(config):
+        for need in grid.needs_of(config, run):
+            reads = f"methods.{run.method}: its editor reads {need.asset!r}"
+            if need.rule not in RULES:
+                raise ConfigError(
+                    f"{reads}, made by a rule {need.rule!r}, which the workflow does not have; "
+                    f"{nearest(need.rule, RULES)}"
+                )
+            dataset = run.dataset.removesuffix(grid.DEVELOPMENT)
+            if isinstance(need, Trained) and not config["datasets"][dataset]["development"]:
+                raise ConfigError(
+                    f"{reads}, trained on the development split of {dataset!r}, which has none; "
+                    f"set datasets.{dataset}.development, to 100 say."
+                )
 
 
 def _run_on_own_models(config: dict[str, Any]) -> None:

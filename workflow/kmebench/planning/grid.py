@@ -242,6 +242,16 @@ def card_of_method(config: Mapping[str, Any], method: str) -> Card:
     return card_of(editor_of(config, method))
 
 
+def controls(config: Mapping[str, Any]) -> list[str]:
+    """Return the methods that are rows to compare with, never rivals."""
+    return [method for method in config["methods"] if card_of_method(config, method).control]
+
+
+def measures_health(config: Mapping[str, Any], mode: str) -> bool:
+    """Whether the runs of a pipeline measure the health of the models that they leave."""
+    return mode != "batch" and config["health"]["texts"] > 0
+
+
 def needs_of(config: Mapping[str, Any], run: Run) -> tuple[Need, ...]:
     """Return the files of cached stages that a run reads."""
     pipeline = Pipeline(run.mode, config["batch_size"])

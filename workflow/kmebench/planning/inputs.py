@@ -159,11 +159,13 @@ class Inputs:
         """Return what a run reads, and nothing that it does not."""
         run = _run_of(wildcards)
         module = grid.card_of_method(self.config, run.method).module
+        neutral = {"neutral": f"<results>/original/{run.model}/neutral.safetensors"}
         return {
             "model": f"<results>/models/{run.model}",
             "requests": f"<results>/data/{run.dataset}.jsonl",
             "original": f"<results>/original/{run.model}/{run.dataset}.parquet",
             "code": code("edit", module),
+            **(neutral if grid.measures_health(self.config, run.mode) else {}),
         } | {
             need.asset: f"<results>/{need.path(run.model, run.dataset)}"
             for need in grid.needs_of(self.config, run)

@@ -34,6 +34,12 @@ class Reported:
 
         return files
 
+    def health_files(self, wildcards: Any) -> list[str]:
+        """Return the measurements of every run of an experiment, if its pipeline makes any."""
+        mode = self.config["experiments"][wildcards.experiment]["mode"]
+        measured = grid.measures_health(self.config, mode)
+        return self.run_files("health.json")(wildcards) if measured else []
+
     def runs(self, wildcards: Any) -> list[dict[str, Any]]:
         """Return every run of an experiment."""
         return [asdict(run) for run in grid.runs_of(self.config, wildcards.experiment)]
@@ -125,6 +131,7 @@ class Reported:
             "title": shown["title"],
             "protocol": shown["protocol"],
             "mode": spec["mode"],
+            "controls": grid.controls(self.config),
         } | {
             section: {name: self.labels(section, name) for name in spec[section]}
             for section in ("models", "datasets", "methods")
@@ -168,6 +175,10 @@ class Reported:
         # The nodes of a data set are the same whichever run asks for them.
         if spec["kind"] == "nodes":
             runs = [(run, x) for run, x in runs if grid.needed(self.config, run, Paths)]
+        # No edit takes no time and has no norm.
+        if spec["kind"] in ("time", "norms"):
+            controls = grid.controls(self.config)
+            runs = [(run, x) for run, x in runs if run.method not in controls]
         return runs
 
     def figure_files(self, wildcards: Any) -> list[str]:

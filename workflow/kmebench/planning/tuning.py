@@ -14,6 +14,7 @@ import pandas as pd
 import yaml
 
 from kmebench.errors import ConfigError
+from kmebench.evaluation.protocols import METRICS
 from kmebench.values import DEVELOPMENT
 
 
@@ -43,7 +44,7 @@ def search_table(metrics: pd.DataFrame, candidates: Sequence[Mapping[str, Any]])
     values = {(c["model"], c["method"], c["variant"]): c["values"] for c in candidates}
     rows = [
         {"model": key[0], "method": key[1], "values": chosen}
-        | means.loc[key][["score", "efficacy", "generality", "locality"]].to_dict()
+        | means.loc[key][["score", *METRICS["score"].parts]].to_dict()
         | {"standard_error": errors[key], "steps": steps[key]}
         for key, chosen in values.items()
     ]
@@ -67,11 +68,11 @@ def tuned_config(table: pd.DataFrame, mode: str | None = None) -> str:
         close = rows[rows["score"] >= rows["score"].iloc[0] - rows["standard_error"].iloc[0]]
         taken = close["steps"].idxmin()  # the first, so the best, of equal ones
         for index, row in rows.iterrows():
+            parts = ", ".join(f"{name} {row[name]:.1f}" for name in METRICS["score"].parts)
             swept = ", ".join(f"{key}={value}" for key, value in row["values"].items())
             lines.append(
                 f"# {'>' if index == taken else ' '} {row['score']:5.1f} ± "
-                f"{row['standard_error']:.1f}  (efficacy {row['efficacy']:.1f}, generality "
-                f"{row['generality']:.1f}, locality {row['locality']:.1f})  "
+                f"{row['standard_error']:.1f}  ({parts})  "
                 f"{row['steps']:.1f} steps  {swept}"
             )
         values = dict(rows.loc[taken, "values"])

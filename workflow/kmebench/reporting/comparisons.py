@@ -5,8 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-from kmebench.evaluation.metrics import SCORED, paired_difference, request_values
+from kmebench.evaluation.protocols import metrics_of
 from kmebench.evaluation.score import read_predictions
+from kmebench.evaluation.statistics import paired_difference, request_values
 from kmebench.reporting.tables import markdown_table
 
 
@@ -29,15 +30,15 @@ def compare(
     rows = []
     for pair in pairs:
         a, b = values[pair["a"]], values[pair["b"]]
-        for metric in SCORED:
-            difference, low, high, n = paired_difference(a, b, metric, **statistics)
+        for metric in metrics_of("request", tabled=True):
+            difference, low, high, n = paired_difference(a, b, metric.name, **statistics)
             numbers = {
                 "difference": difference,
                 "low": low,
                 "high": high,
             }
-            percent = {key: 100 * value for key, value in numbers.items()}
-            rows.append({**pair, "metric": metric, **percent, "n": n})
+            percent = {key: metric.scale * value for key, value in numbers.items()}
+            rows.append({**pair, "metric": metric.name, **percent, "n": n})
     return pd.DataFrame(rows)
 
 
@@ -49,10 +50,11 @@ def comparison_markdown(table: pd.DataFrame, title: str, protocol: str) -> str:
         f"**{title}. Protocol {protocol}, {edits} edits; A − B in percentage points with 95% "
         "paired bootstrap intervals over edits, in bold where the interval leaves out zero.**"
     )
-    lines = [["Question", "Model", "Data set", *(m.capitalize() for m in SCORED)]]
+    shown = metrics_of("request", tabled=True)
+    lines = [["Question", "Model", "Data set", *(metric.label for metric in shown)]]
     keys = ["name", "question", "model", "dataset"]
     for (_, question, model, dataset), rows in table.groupby(keys, sort=False):
-        cells = [_cell(rows[rows["metric"] == metric].iloc[0]) for metric in SCORED]
+        cells = [_cell(rows[rows["metric"] == metric.name].iloc[0]) for metric in shown]
         lines.append([question, model, dataset, *cells])
     return f"{caption}\n\n{markdown_table(lines)}\n"
 

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from kmebench.evaluation.metrics import SCORED
+from kmebench.evaluation.protocols import HEALTH, METRICS, metrics_of
 from kmebench.evaluation.score import RUN
+from kmebench.evaluation.statistics import bootstrap
 from kmebench.io.checked_files import read_json, read_parquet, trusted
 
 Runs = Sequence[Mapping[str, Any]]
@@ -49,20 +50,26 @@ def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
 def swept(metrics: pd.DataFrame, runs: Runs, labels: Labels, protocol: str) -> pd.DataFrame:
     """Final metrics of every run of a sweep, in percent, with the value that it was given."""
     final = metrics[(metrics["moment"] == "final") & (metrics["protocol"] == protocol)]
-    joined = pd.DataFrame(list(runs)).merge(_percent(final), on=RUN, validate="1:m")
+    joined = pd.DataFrame(list(runs)).merge(_in_units(final), on=RUN, validate="1:m")
     columns = ["model", "dataset", "editor", "value", "metric", "mean", "low", "high"]
     listed = joined["value"].map(lambda x: ", ".join(map(str, x)) if isinstance(x, list) else x)
     return _labelled(joined.assign(value=listed), labels)[columns]
 
 
 def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFrame:
-    """Metrics of all requests so far after 1, 3, 10, ... and all consecutive edits, in percent."""
-    kept = metrics["moment"].isin(["checkpoint", "final"]) & metrics["metric"].isin(SCORED)
-    kept &= metrics["protocol"] == protocol
+    """Tabled metrics after 1, 3, 10, ... and all consecutive edits, in their units.
+
+    Those of requests are of all requests so far; those of states come behind them.
+    """
+    tabled = [*metrics_of("request", tabled=True), *metrics_of("state", tabled=True)]
+    kept = metrics["moment"].isin(["checkpoint", "final"])
+    kept &= metrics["metric"].isin([metric.name for metric in tabled])
+    kept &= metrics["protocol"].isin([protocol, HEALTH])
     edited = metrics[kept & (metrics["method"] != "original")]
     order = edited["method"].map({name: k for k, name in enumerate(labels["methods"])})
-    ordered = edited.assign(order=order).sort_values("order", kind="stable")
-    table = _labelled(_percent(ordered), labels)
+    state = edited["protocol"] == HEALTH
+    ordered = edited.assign(state=state, order=order).sort_values(["state", "order"], kind="stable")
+    table = _labelled(_in_units(ordered), labels)
     return table[["model", "dataset", "editor", "edits_done", "metric", "mean", "low", "high"]]
 
 
@@ -72,15 +79,15 @@ def against_paper(tables: Mapping[str, pd.DataFrame], labels: Labels) -> pd.Data
     for title, wide in tables.items():
         for row in wide[wide["editor"] != "original"].to_dict("records"):
             named = _named(row | {"method": row["editor"]}, labels) | {"table": title}
-            for metric in SCORED:
+            for metric in metrics_of("request", tabled=True):
                 numbers = {
-                    "mean": row[metric],
-                    "low": row[f"{metric}_low"],
-                    "high": row[f"{metric}_high"],
-                    "paper": row[f"{metric}_paper"],
+                    "mean": row[metric.name],
+                    "low": row[f"{metric.name}_low"],
+                    "high": row[f"{metric.name}_high"],
+                    "paper": row[f"{metric.name}_paper"],
                 }
                 if not np.isnan([numbers["mean"], numbers["paper"]]).any():
-                    rows.append(named | {"metric": metric.capitalize()} | numbers)
+                    rows.append(named | {"metric": metric.label} | numbers)
     columns = ["table", "model", "dataset", "editor", "metric", "mean", "low", "high", "paper"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -93,16 +100,14 @@ def importance(path: str | Path, *, resamples: int, seed: int) -> pd.DataFrame:
     """
     shares = _node_shares(path)
     flat = shares.reshape(len(shares), -1)
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), resamples)
-    low, high = np.percentile(weights @ flat / len(flat), [2.5, 97.5], axis=0)
+    mean, low, high = bootstrap(flat, resamples=resamples, seed=seed)
     layer, matrix, rank = (index.ravel() for index in np.indices(shares.shape[1:]))
     return pd.DataFrame(
         {
             "layer": layer,
             "matrix": np.array(["key", "value"])[matrix],
             "rank": rank + 1,
-            "importance": flat.mean(axis=0),
+            "importance": mean,
             "low": low,
             "high": high,
         }
@@ -147,11 +152,13 @@ def _labelled(table: pd.DataFrame, labels: Labels) -> pd.DataFrame:
         model=table["model"].map(labels["models"]),
         dataset=table["dataset"].map(labels["datasets"]),
         editor=table["method"].map(labels["methods"]),
-        metric=table["metric"].str.capitalize(),
+        metric=table["metric"].map(lambda name: METRICS[name].label),
     )
 
 
-def _percent(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Rename ``value`` to ``mean``; the value of a sweep has that name too."""
-    percent = 100 * metrics[["value", "low", "high"]].rename(columns={"value": "mean"})
-    return metrics.drop(columns=["value", "low", "high"]).join(percent)
+def _in_units(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Scale values to their units, and rename ``value``, which a sweep's value is called too."""
+    scale = metrics["metric"].map(lambda name: METRICS[name].scale)
+    shown = metrics[["value", "low", "high"]].mul(scale, axis=0)
+    columns = shown.rename(columns={"value": "mean"})
+    return metrics.drop(columns=["value", "low", "high"]).join(columns)

@@ -7,6 +7,7 @@ tables from files.
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
@@ -21,13 +22,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from kmebench.errors import KMEBenchError
+from kmebench.evaluation.protocols import METRICS, Metric, metrics_of
 from kmebench.io.files import atomic_path
 
 plt.style.use(Path(__file__).with_name("kmebench.mplstyle"))
 COLOURS: list[str] = plt.rcParams["axes.prop_cycle"].by_key()["color"]
 MARKERS = "osD^vPX*<>hp"
 DASHES = ("-", "--", ":", "-.")
-PERCENT = ("Efficacy", "Generality", "Locality", "Score")
 WIDTH, HEIGHT = 3.4, 2.5  # of one panel, inches
 
 
@@ -125,8 +126,9 @@ def sweep(table: pd.DataFrame, parameter: str) -> Figure:
     values = list(dict.fromkeys(table["value"]))
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     values = sorted(values) if numbers else values
+    labels = [metric.label for metric in metrics_of("request", tabled=True)]
     for axes, part in panels:
-        for index, metric in enumerate(PERCENT):
+        for index, metric in enumerate(labels):
             points = part[part["metric"] == metric].set_index("value").reindex(values)
             x = np.arange(len(values)) + 0.06 * (index - 1.5)
             _line(axes, x, points, index, metric, linestyle="-" if numbers else "none")
@@ -137,23 +139,36 @@ def sweep(table: pd.DataFrame, parameter: str) -> Figure:
 
 
 def along_edits(table: pd.DataFrame) -> Figure:
-    """All requests so far against the number of consecutive edits made.
+    """Metrics against the number of consecutive edits made, one row of panels for each.
 
-    Columns: model, dataset, editor, edits_done, metric, mean, low, high (percent).
+    Columns: model, dataset, editor, edits_done, metric, mean, low, high (in the metric's unit).
     """
     table = table.assign(cell=table["model"] + "\n" + table["dataset"])
     editors = list(dict.fromkeys(table["editor"]))
-    figure, panels = _panels(table, "metric", "cell", sharey=True)
+    by_label = {metric.label: metric for metric in METRICS.values()}
+    figure, panels = _panels(table, "metric", "cell", sharey="row")
     for axes, part in panels:
         for index, editor in enumerate(editors):
             points = part[part["editor"] == editor].sort_values("edits_done")
             _line(axes, points["edits_done"], points, index, editor)
-        axes.set(xscale="log", xlabel="Edits", ylabel="Percent", ylim=(-4, 104))
+        axes.set(xscale="log", xlabel="Edits")
+        _scale(axes, by_label[part["metric"].iloc[0]])
         done = sorted(part["edits_done"].unique())
         axes.set_xticks(done, [str(n) for n in done])
         axes.minorticks_off()
     _legend_below(figure, panels[0][0], 6)
     return figure
+
+
+def _scale(axes: Axes, metric: Metric) -> None:
+    """Name and scale the axis of a metric: percent from 0 to 100, ratios by logarithm."""
+    axes.set_ylabel(metric.unit.capitalize())
+    if metric.unit == "percent":
+        axes.set_ylim(-4, 104)
+    if metric.unit == "ratio":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def paper_scatter(table: pd.DataFrame) -> Figure:
@@ -280,7 +295,7 @@ def _panels(
     columns: str,
     *,
     sharex: bool = True,
-    sharey: bool = False,
+    sharey: bool | Literal["row"] = False,
     wide: float = 1.0,
 ) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """One panel per value of ``rows`` and ``columns``, titled; empty cells stay blank.

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kmebench.evaluation.metrics import PARTS, bootstrap, paired_difference, request_values
 from kmebench.evaluation.score import read_predictions
+from kmebench.evaluation.statistics import bootstrap, paired_difference, request_values
 from kmebench.io.checked_files import read_json
 from kmebench.planning.claims import Claim
 from kmebench.reporting.figure_tables import layer_shares
@@ -40,9 +40,7 @@ class Runs:
         if folder not in self._values:
             frame = read_predictions(self._results / folder / "predictions.parquet")
             self._values[folder] = request_values(frame[frame["moment"] == "final"], "token")
-        table = self._values[folder]
-        # Score is left to paired_difference; it is the mean of the parts, which every request has.
-        return table.assign(score=table[list(PARTS)].mean(axis=1))
+        return self._values[folder]
 
     def difference(self, a: str, b: str, metric: str) -> tuple[float, float, float, int]:
         """Mean of a − b in percentage points, its 95% paired interval, and n."""

@@ -5,9 +5,10 @@ from pathlib import Path
 import pandas as pd
 
 from kmebench.errors import DataError
+from kmebench.evaluation.protocols import METRICS, table_columns
 
-METRICS = ("efficacy", "locality", "generality", "score")
-COLUMNS = ["model", "editor", "dataset", *METRICS]
+REPORTED = tuple(metric.name for metric in table_columns("request") if metric.in_paper)
+COLUMNS = ["model", "editor", "dataset", *REPORTED]
 ORIGINAL = "Original Model"
 #: Two printed digits: a mean of three rounded numbers, rounded again.
 ROUNDING = 0.0101
@@ -25,7 +26,7 @@ def read_paper_table(path: str | Path) -> pd.DataFrame:
     twice = table[table.duplicated(COLUMNS[:3])]
     if len(twice):
         raise DataError(f"{path} holds {' / '.join(twice.iloc[0][:3])} twice.")
-    numbers = table[list(METRICS)].stack().dropna()
+    numbers = table[list(REPORTED)].stack().dropna()
     if not numbers.between(0, 100).all():
         raise DataError(f"{path} holds a percentage outside 0 to 100.")
     return table
@@ -36,7 +37,7 @@ def score_discrepancies(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns model, editor, dataset, score, mean.
     """
-    mean = table[["efficacy", "locality", "generality"]].mean(axis=1)  # skips NaN: two parts
+    mean = table[list(METRICS["score"].parts)].mean(axis=1)  # skips NaN: two parts
     off = (table["score"] - mean).abs() > ROUNDING
     found = table.loc[off, ["model", "editor", "dataset", "score"]]
     return found.assign(mean=mean[off].round(2)).reset_index(drop=True)

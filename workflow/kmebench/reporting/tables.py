@@ -1,13 +1,14 @@
 """Tables 1 and 2 in the paper's layout, with intervals and the paper's numbers beside ours."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from kmebench.errors import KMEBenchError
-from kmebench.reporting.paper import METRICS, ORIGINAL
+from kmebench.evaluation.protocols import HEALTH, Metric, table_columns
+from kmebench.reporting.paper import ORIGINAL
 
 MISSING = "–"
 DEFAULT = "default"
@@ -16,7 +17,10 @@ Labels = Mapping[str, Mapping[str, str | None]]  # name -> {label, paper_name}
 
 @dataclass(frozen=True)
 class Layout:
-    """What a table shows: one protocol, one pipeline; rows and columns in this order."""
+    """What a table shows: one protocol, one pipeline; rows and columns in this order.
+
+    ``controls``: methods that edit nothing, so none of them is ever the best.
+    """
 
     title: str
     protocol: str
@@ -24,6 +28,7 @@ class Layout:
     models: Labels
     datasets: Labels
     methods: Labels
+    controls: Collection[str] = ()
 
     @property
     def editors(self) -> Labels:
@@ -35,14 +40,16 @@ class Layout:
 def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout) -> pd.DataFrame:
     """Lay metrics out, one row per model, editor, variant, seed and data set, in percent.
 
-    Columns: for every metric of the paper its value, ``_low``, ``_high``, ``_paper`` and
+    Columns: for every tabled metric of requests its value, ``_low``, ``_high``, ``_paper`` and
     ``_difference`` (ours − paper), and ``_tied``: not the best, but not distinguishable from the
     best (the 95% paired interval of the difference holds zero); ``write_efficacy`` (consecutive:
-    right after each edit); n, seconds_per_edit, failed_edits, protocol, mode, variant, seed.
+    right after each edit); n, seconds_per_edit, failed_edits, protocol, mode, variant, seed; and
+    every tabled metric of the final model's state that any run has, in its own unit.
     Missing runs are rows of NaN. The paper's numbers stand beside the variant ``default`` only.
     """
-    chosen = metrics[(metrics["protocol"] == layout.protocol) & (metrics["mode"] == layout.mode)]
-    if chosen.empty:
+    of_mode = metrics[metrics["mode"] == layout.mode]
+    chosen = of_mode[of_mode["protocol"].isin([layout.protocol, HEALTH])]
+    if not (chosen["protocol"] == layout.protocol).any():
         raise KMEBenchError(
             f"There are no metrics of protocol {layout.protocol!r} in pipeline {layout.mode!r}."
         )
@@ -57,7 +64,9 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
                     published = _published(known, layout, model, editor, dataset)
                     name = {"model": model, "editor": editor, "variant": variant, "seed": seed}
                     rows.append(name | {"dataset": dataset} | _cells(cell, published))
-    return pd.DataFrame(rows).assign(protocol=layout.protocol, mode=layout.mode)
+    table = pd.DataFrame(rows).assign(protocol=layout.protocol, mode=layout.mode)
+    states = [metric.name for metric in table_columns("state")]
+    return table.drop(columns=[name for name in states if table[name].isna().all()])
 
 
 def _runs(of_editor: pd.DataFrame) -> list[tuple[tuple[str, int | None], pd.DataFrame]]:
@@ -72,20 +81,25 @@ def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]
     final = cell[cell["moment"] == "final"].set_index("metric")
     written = cell[cell["moment"] == "write"].set_index("metric")
     row: dict[str, Any] = {}
-    for metric in METRICS:
-        found = final.loc[metric] if metric in final.index else None
-        for name, column in (("", "value"), ("_low", "low"), ("_high", "high")):
-            row[metric + name] = float("nan") if found is None else 100 * found[column]
-        row[f"{metric}_tied"] = found is not None and bool(
+    for metric in table_columns("request"):
+        name = metric.name
+        found = final.loc[name] if name in final.index else None
+        for end, column in (("", "value"), ("_low", "low"), ("_high", "high")):
+            row[name + end] = float("nan") if found is None else metric.scale * found[column]
+        row[f"{name}_tied"] = found is not None and bool(
             found["behind_low"] <= 0 < found["behind_high"]
         )
-        row[f"{metric}_paper"] = published.get(metric, float("nan"))
-        row[f"{metric}_difference"] = row[metric] - row[f"{metric}_paper"]
+        row[f"{name}_paper"] = published.get(name, float("nan"))
+        row[f"{name}_difference"] = row[name] - row[f"{name}_paper"]
     has_write = "efficacy" in written.index
     row["write_efficacy"] = 100 * written.loc["efficacy", "value"] if has_write else float("nan")
-    row["n"] = int(final["n"].max()) if len(final) else 0
+    requests = final[final["protocol"] != HEALTH]
+    row["n"] = int(requests["n"].max()) if len(requests) else 0
     row["seconds_per_edit"] = final["seconds_per_edit"].max()
     row["failed_edits"] = final["failed_edits"].max()
+    for metric in table_columns("state"):
+        values = final["value"].reindex([metric.name])
+        row[metric.name] = metric.scale * values.item()
     return row
 
 
@@ -101,7 +115,7 @@ def _published(
     if paper is None or None in names:
         return {}
     found = paper[(paper[["model", "editor", "dataset"]] == names).all(axis=1)]
-    return {} if found.empty else found.iloc[0][list(METRICS)].to_dict()
+    return {} if found.empty else found.iloc[0].to_dict()
 
 
 def caption(table: pd.DataFrame, layout: Layout) -> str:
@@ -114,10 +128,12 @@ def caption(table: pd.DataFrame, layout: Layout) -> str:
     )
     if layout.mode == "consecutive":
         text += "; evaluated on the final model, Write: efficacy right after each edit"
-    if table[[f"{m}_tied" for m in METRICS]].any(axis=None):
+    if table[[f"{m.name}_tied" for m in table_columns("request")]].any(axis=None):
         text += "; bold: the best, ≈: not distinguishable from it (paired interval holds zero)"
-    if table[[f"{m}_paper" for m in METRICS]].notna().any(axis=None):
+    if table[[f"{m.name}_paper" for m in table_columns("request")]].notna().any(axis=None):
         text += "; in brackets the paper's number"
+    for metric in _states(table):
+        text += f"; {metric.label}: {metric.meaning} ({metric.unit})"
     return f"{text}.{_failures(table, layout)}"
 
 
@@ -136,12 +152,24 @@ def _number(value: float, digits: int = 1) -> str:
     return MISSING if pd.isna(value) else f"{value:.{digits}f}"
 
 
-def _best(table: pd.DataFrame, metric: str) -> pd.Series:
-    """Mark the best edited model of each model and data set."""
-    edited = table["editor"] != "original"
-    groups = table[edited].groupby(["model", "dataset"])[metric]
-    best = groups.transform("max").reindex(table.index)
-    return (table[metric] == best) & (groups.transform("count").reindex(table.index) > 1)
+def _states(table: pd.DataFrame) -> list[Metric]:
+    """List the metrics of model states that a table shows."""
+    return [metric for metric in table_columns("state") if metric.name in table]
+
+
+def _state_label(metric: Metric) -> str:
+    """Name a column whose best is not marked: a single measurement has no interval."""
+    return f"{metric.label} {'↑' if metric.higher_is_better else '↓'}"
+
+
+def _best(table: pd.DataFrame, metric: Metric, layout: Layout) -> pd.Series:
+    """Mark the best edited model of each model and data set; a control is no rival."""
+    edited = ~table["editor"].isin(["original", *layout.controls])
+    groups = (metric.direction * table.loc[edited, metric.name]).groupby(
+        [table["model"], table["dataset"]]
+    )
+    best = metric.direction * groups.transform("max").reindex(table.index)
+    return (table[metric.name] == best) & (groups.transform("count").reindex(table.index) > 1)
 
 
 def _editor_label(row: pd.Series, table: pd.DataFrame, layout: Layout) -> str:
@@ -157,16 +185,18 @@ def _editor_label(row: pd.Series, table: pd.DataFrame, layout: Layout) -> str:
 
 def to_markdown(table: pd.DataFrame, layout: Layout) -> str:
     """Render for people: one block per data set, aligned for a terminal too."""
-    marks = {metric: _best(table, metric) for metric in METRICS}
-    header = ["Model", "Editor", "Efficacy", "Locality", "Generality", "Score"]
-    header += ["Write"] * (layout.mode == "consecutive") + ["s/edit"]
+    marks = {metric: _best(table, metric, layout) for metric in table_columns("request")}
+    header = ["Model", "Editor", *(metric.label for metric in marks)]
+    header += ["Write"] * (layout.mode == "consecutive")
+    header += [*map(_state_label, _states(table)), "s/edit"]
     blocks = [f"**{caption(table, layout)}**"]
     for dataset, names in layout.datasets.items():
         lines = [header]
         for index, row in table[table["dataset"] == dataset].iterrows():
-            cells = [_markdown_cell(row, m, bool(marks[m][index])) for m in METRICS]
+            cells = [_markdown_cell(row, m.name, bool(best[index])) for m, best in marks.items()]
             if layout.mode == "consecutive":
                 cells.append(_number(row["write_efficacy"]))
+            cells += [_number(row[metric.name], metric.digits) for metric in _states(table)]
             cells.append(_number(row["seconds_per_edit"], 2))
             model = str(layout.models[row["model"]]["label"])
             lines.append([model, _editor_label(row, table, layout), *cells])
@@ -207,6 +237,9 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "≈": r"$\approx$",
+    "×": r"$\times$",
+    "↓": r"$\downarrow$",
+    "↑": r"$\uparrow$",
 }
 
 
@@ -217,11 +250,14 @@ def escape_latex(text: str) -> str:
 
 def to_latex(table: pd.DataFrame, layout: Layout) -> str:
     """Render in the paper's layout (booktabs): editors down, data sets and metrics across."""
-    marks = {metric: _best(table, metric) for metric in METRICS}
-    n_metrics, n_sets = len(METRICS), len(layout.datasets)
+    marks = {metric: _best(table, metric, layout) for metric in table_columns("request")}
+    states = _states(table)
+    n_metrics, n_sets = len(marks) + len(states), len(layout.datasets)
     labels = [escape_latex(str(d["label"])) for d in layout.datasets.values()]
     heads = " & ".join(rf"\multicolumn{{{n_metrics}}}{{c}}{{{label}}}" for label in labels)
-    names = " & ".join(metric.capitalize() for metric in METRICS)
+    names = " & ".join(
+        [*(metric.label for metric in marks), *(escape_latex(_state_label(m)) for m in states)]
+    )
     lines = [
         r"\begin{table*}",
         r"\centering\small",
@@ -237,11 +273,10 @@ def to_latex(table: pd.DataFrame, layout: Layout) -> str:
         for _, of_editor in of_model.groupby(
             ["editor", "variant", "seed"], sort=False, dropna=False
         ):
-            cells = [
-                _latex_cell(row, metric, bool(marks[metric][index]))
-                for index, row in of_editor.iterrows()
-                for metric in METRICS
-            ]
+            cells = []
+            for index, row in of_editor.iterrows():
+                cells += [_latex_cell(row, m.name, bool(best[index])) for m, best in marks.items()]
+                cells += [_latex_number(row[m.name], m.digits) for m in states]
             editor = escape_latex(_editor_label(of_editor.iloc[0], table, layout))
             lines.append(rf"{label} & {editor} & {' & '.join(cells)} \\")
             label = ""
@@ -249,9 +284,13 @@ def to_latex(table: pd.DataFrame, layout: Layout) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _latex_number(value: float, digits: int = 1) -> str:
+    return "--" if pd.isna(value) else rf"${_number(value, digits)}$"
+
+
 def _latex_cell(row: pd.Series, metric: str, best: bool) -> str:
     if pd.isna(row[metric]):
-        return "--"
+        return _latex_number(row[metric])
     value = _number(row[metric])
     value = rf"\mathbf{{{value}}}" if best else value
     value += r"^{\approx}" * bool(row[f"{metric}_tied"] and not best)

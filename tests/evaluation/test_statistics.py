@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from kmebench.errors import KMEBenchError
-from kmebench.evaluation.metrics import (
+from kmebench.evaluation.statistics import (
     as_edited,
     cohort_of,
     cohorts,

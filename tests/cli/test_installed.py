@@ -1,0 +1,53 @@
+"""What is installed by pip works outside the checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The library alone, installed from a copy: a build leaves files beside what it builds."""
+    folder = tmp_path_factory.mktemp("installed")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(name, folder / name)
+    shutil.copytree("workflow/kmebench", folder / "workflow/kmebench")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", folder / "site", folder], check=True)
+    return folder / "site"
+
+
+def kmebench(site, folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kmebench", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_config_is_checked_anywhere(site, tmp_path):
+    nothing = kmebench(site, tmp_path, "check-config")
+    assert nothing.stderr == "kmebench: There is no config config.yaml.\n"
+    shutil.copy2("config.yaml", tmp_path)
+    listed = kmebench(site, tmp_path, "check-config")
+    assert "distinct runs" in listed.stdout
+    refused = kmebench(site, tmp_path, "plan")
+    assert "run this in the folder of KME-Bench" in refused.stderr
+
+
+def test_what_the_library_reads_is_in_the_package(site):
+    source = Path("workflow/kmebench")
+    read = {
+        path.relative_to(source)
+        for path in source.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert read
+    assert all((site / "kmebench" / path).is_file() for path in read)

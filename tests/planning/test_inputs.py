@@ -1,0 +1,186 @@
+"""What rules read and are told, without Snakemake and without torch."""
+
+import copy
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from kmebench.editors import cards
+from kmebench.editors.locate.cards import MEMITHparams
+from kmebench.errors import ConfigError
+from kmebench.planning import inputs
+from kmebench.planning.config import check_config, read_checked_config
+from kmebench.planning.inputs import Inputs
+from kmebench.planning.notebooks import NOTEBOOKS, Notebooks
+from kmebench.planning.reported import Reported
+
+CONFIG = read_checked_config(Path("config.yaml"), [Path("config/ci.yaml")])
+
+
+@pytest.fixture
+def config():
+    return copy.deepcopy(CONFIG)
+
+
+def wildcards(**names):
+    return SimpleNamespace(**names)
+
+
+def run(method, mode="batch", **other):
+    names = {"model": "tiny-gptj", "dataset": "openfacts-zsre", "variant": "default", "seed": "0"}
+    return wildcards(method=method, mode=mode, **names | other)
+
+
+def asked(config, mirror=""):
+    return Inputs(config, "results", mirror)
+
+
+def stages(found):
+    """What is not read by every run."""
+    return {k: v for k, v in found.items() if k not in ("model", "requests", "original", "code")}
+
+
+def test_a_run_reads_its_own_stages_and_no_others(config):
+    found = asked(config).edit(run("memit"))
+    assert found["model"] == "<results>/models/tiny-gptj"
+    assert found["requests"] == "<results>/data/openfacts-zsre.jsonl"
+    assert found["original"] == "<results>/original/tiny-gptj/openfacts-zsre.parquet"
+    assert "workflow/kmebench/editors/locate/memit.py" in found["code"]
+    assert "workflow/kmebench/editors/locate/pmet.py" not in found["code"]
+    assert set(stages(found)) == {"covariance", "targets"}
+    assert found["covariance"] == "<results>/covariance/tiny-gptj.safetensors"
+    assert stages(asked(config).edit(run("memit", "consecutive"))).keys() == {"covariance"}
+    assert stages(asked(config).edit(run("full-c"))) == {}
+    paths = "<results>/trace/tiny-gptj/openfacts-zsre/paths/"
+    assert stages(asked(config).edit(run("pac", variant="paths=5"))) == {
+        "paths": f"{paths}l2+edit+disjoint+paths=5+negatives=1.safetensors"
+    }
+
+
+def test_what_files_are_called_is_what_their_rules_read_back(config):
+    rules = asked(config)
+    found = stages(rules.edit(run("pmet")))["targets"]
+    target = Path(found).stem.split("/")[-1]
+    assert re.fullmatch(inputs.TARGET, target)
+    told = rules.targets(wildcards(target=target))
+    assert (told["site"], told["layer"], told["steps"]) == ("attention-value", 2, 5)
+    selection = "l2+batch=100+kbest+paths=5+negatives=0"
+    assert re.fullmatch(inputs.SELECTION, selection)
+    assert rules.paths(wildcards(selection=selection)) == {
+        "score": "l2",
+        "group": 100,
+        "selection": "kbest",
+        "paths": 5,
+        "negatives": 0,
+    }
+
+
+def test_settings_of_a_run_are_complete(config):
+    settings = asked(config).settings(run("memit", variant="steps=3"))
+    assert settings["editor"] == "memit"
+    assert settings["hparams"]["steps"] == 3
+    assert settings["hparams"]["layers"] == [1, 2]
+    assert settings["hparams"]["moment_weight"] == 15_000.0  # nobody sets it
+    assert settings["load"] == {"dtype": "float32", "device": "auto"}
+
+
+def test_a_changed_default_is_a_changed_parameter_of_its_own_editor_alone(config, monkeypatch):
+    rules = asked(config)
+    before = {name: rules.settings(run(name)) for name in ("memit", "prune", "rome", "pac")}
+
+    @cards.hyperparameters
+    class Changed(MEMITHparams):
+        kl_factor: float = 0.5
+
+    changed = replace(cards.card_of("memit"), hparams=Changed)
+    monkeypatch.setitem(cards.registered(), "memit", changed)
+    after = {name: rules.settings(run(name)) for name in before}
+    assert [name for name in before if before[name] != after[name]] == ["memit"]
+
+
+def test_only_what_may_be_left_out_depends_on_how_long_answers_are(config):
+    assert asked(config).askable(run("pac")) == {"wild_max_tokens": 0, "on_bad_record": "error"}
+    config["datasets"]["openfacts-zsre"]["on_bad_record"] = "skip"
+    for dataset in ("openfacts-zsre", "openfacts-zsre.development"):
+        found = asked(config).askable(run("pac", dataset=dataset))
+        assert found == {"wild_max_tokens": 8, "on_bad_record": "skip"}
+
+
+def test_models_are_trained_or_fetched_and_ask_for_what_they_take(config):
+    rules = asked(config)
+    assert rules.trained_models == ["tiny-gptj"]
+    assert rules.fetched_models == ["smollm2-135m"]
+    config["device"] = "cuda"
+    config["models"]["tiny-gptj"]["device"] = "cpu"
+    assert rules.gpus(wildcards(model="smollm2-135m")) == 1
+    assert rules.gpus(wildcards(model="tiny-gptj")) == 0
+    parameters = config["models"]["smollm2-135m"]["shape"]["parameters"]
+    wanted = int(3000 + 2 * 4 * parameters / 1e6)
+    assert rules.memory(wildcards(model="smollm2-135m"), attempt=2) == 2 * wanted
+
+
+def test_a_users_data_file_is_known_by_its_content_unless_the_config_pins_it(config, tmp_path):
+    source = {"source": "file", "filenames": ["mine.json"]}
+    config["datasets"]["mine"] = {"source": source, "schema": "mend", "n": 1}
+    (tmp_path / "mine.json").write_text("[]")
+    rules = Inputs(config, str(tmp_path / "results"), str(tmp_path))
+    assert rules.users_data_file("mine") == tmp_path / "mine.json"
+    first = rules.data_content(wildcards(data="mine"))
+    (tmp_path / "mine.json").write_text("[1]")
+    assert first != rules.data_content(wildcards(data="mine"))
+    source["sha256"] = "0" * 64
+    assert rules.data_content(wildcards(data="mine")) is None
+
+
+def test_a_development_split_has_a_label_and_no_name_in_the_paper(config):
+    config["datasets"]["openfacts-zsre"]["paper_name"] = "ZsRE"
+    reported = Reported(config, "results")
+    split = reported.labels("datasets", "openfacts-zsre.development")
+    assert split == {"label": "OpenFacts (ZsRE form), development split", "paper_name": None}
+    assert reported.labels("datasets", "openfacts-zsre")["paper_name"] == "ZsRE"
+
+
+def test_figures_read_what_their_kind_shows(config):
+    reported = Reported(config, "results")
+
+    def files(name):
+        return reported.figure_files(wildcards(figure=name))
+
+    assert files("figure5-paths") == ["<results>/metrics/ablation-paths.parquet"]
+    assert all(path.endswith("/timing.json") for path in files("figure3-time"))
+    nodes = files("figure4-nodes")  # only one editor of table 2 reads paths, on two data sets
+    assert len(nodes) == 2
+    assert nodes[0].endswith("/nodes/l2+edit+disjoint+paths=15+negatives=1.parquet")
+    values = [r["value"] for r in reported.figure(wildcards(figure="figure5-paths"))["runs"]]
+    assert values == [5, 15]
+
+
+def test_every_notebook_is_told_something_and_reads_files(config):
+    notebooks = Notebooks(config, "elsewhere")
+    assert {f"{name}.ipynb" for name in NOTEBOOKS} == {
+        path.name for path in Path("notebooks").glob("*.ipynb")
+    }
+    for name in NOTEBOOKS:
+        assert notebooks.parameters(wildcards(notebook=name))["results"] == "elsewhere"
+        found = notebooks.inputs(wildcards(notebook=name))
+        assert found["files"]
+        assert f"notebooks/{name}.ipynb" in found["code"]
+
+
+def test_an_unknown_notebook_is_refused(config):
+    config["notebooks"] = ["03_paper_tabels"]
+    with pytest.raises(ConfigError, match="did you mean '03_paper_tables'"):
+        check_config(config)
+
+
+def test_planning_imports_no_torch():
+    program = (
+        "import sys; from kmebench.planning import inputs, reported, notebooks, cost, provenance; "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

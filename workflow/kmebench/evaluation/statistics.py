@@ -1,0 +1,179 @@
+"""Statistics of stored predictions: values of requests, summaries, intervals, differences.
+
+Values are means inside a request first, then over requests. All intervals are 95% percentile
+intervals of one bootstrap over requests. No model, no torch.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from kmebench.errors import KMEBenchError
+from kmebench.evaluation.protocols import METRICS, PROTOCOLS, Metric, metrics_of
+
+#: Numbers that are resampled at once.
+_BLOCK = 1 << 22
+
+
+def request_values(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """Score every request: columns case_id, position and every request metric (NaN: no prompt).
+
+    ``frame`` holds predictions of one moment; without ``before_ids`` (the unedited model)
+    there is no locality.
+
+    Raises:
+        KMEBenchError: rows of several moments would be mixed.
+    """
+    at_checkpoints = (frame["moment"] == "checkpoint").any()
+    if frame["moment"].nunique() > 1 or (at_checkpoints and frame["edits_done"].nunique() > 1):
+        raise KMEBenchError("Predictions of several moments cannot be scored together.")
+    judge = PROTOCOLS[protocol]
+    rows = frame[frame[judge.reads].notna()]
+    names = [metric for metric in metrics_of("request") if metric.kinds]
+    values = pd.concat(
+        [_values(rows, metric, protocol).rename(metric.name) for metric in names], axis=1
+    )
+    values = values.sort_index().rename_axis(["position", "case_id"])
+    for metric in _composites():
+        values[metric.name] = values[list(metric.parts)].agg(metric.aggregate, axis=1)
+    return values.reset_index()
+
+
+def _values(rows: pd.DataFrame, metric: Metric, protocol: str) -> pd.Series:
+    """One metric of every request that has prompts for it, by (position, case_id)."""
+    if not set(metric.columns) <= set(rows.columns):
+        rows = rows[:0]
+    asked = rows[rows["kind"].isin(metric.kinds)]
+    hits = [metric.score(row, PROTOCOLS[protocol]) for row in asked.to_dict("records")]
+    by_request = pd.Series(hits, asked.index, dtype=float).groupby(
+        [asked["position"], asked["case_id"]]
+    )
+    return by_request.agg(metric.aggregate)
+
+
+def _composites() -> list[Metric]:
+    return [metric for metric in metrics_of("request") if metric.parts]
+
+
+def as_edited(original: pd.DataFrame) -> pd.DataFrame:
+    """Give the unedited model's predictions the column names of a run, without "before"."""
+    return original.rename(
+        columns={
+            "ids": "after_ids",
+            "target_new_logprob": "target_new_logprob_after",
+            "target_true_logprob": "target_true_logprob_after",
+            "free_ids": "free_after_ids",
+            "wild": "wild_after",
+        }
+    )
+
+
+def summarise(values: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Mean of every metric over requests, with its bootstrap interval.
+
+    Returns metric, value, low, high, n (requests with a value). Requests are resampled
+    jointly, so the interval of Score knows that its three parts go together. Score is the mean of
+    its parts' means; only a part that compares with the unedited model may be missing.
+    """
+    measured = [m.name for m in metrics_of("request") if m.kinds and values[m.name].notna().any()]
+    composites = [m for m in _composites() if set(_required(m)) <= set(measured)]
+    if not measured:
+        return pd.DataFrame(columns=["metric", "value", "low", "high", "n"])
+
+    def means(samples: np.ndarray) -> np.ndarray:
+        found = _mean(samples)
+        whole = [_composed(found, m, measured) for m in composites]
+        return np.column_stack([found, *whole])
+
+    table = np.ascontiguousarray(values[measured], dtype=float)
+    value, low, high = bootstrap(table, means, resamples=resamples, seed=seed)
+    counts = [*(~np.isnan(table)).sum(axis=0), *[len(table)] * len(composites)]
+    names = [*measured, *(m.name for m in composites)]
+    columns = {"metric": names, "value": value, "low": low, "high": high, "n": counts}
+    return pd.DataFrame(columns)
+
+
+def _required(composite: Metric) -> list[str]:
+    """The parts that a composite cannot do without."""
+    return [part for part in composite.parts if not METRICS[part].columns]
+
+
+def _composed(means: np.ndarray, composite: Metric, names: Sequence[str]) -> np.ndarray:
+    """A composite of means [b, K] with those names; NaN where a required part is."""
+    table = pd.DataFrame(means, columns=list(names))
+    parts = table[[part for part in composite.parts if part in names]]
+    known = table[_required(composite)].notna().all(axis=1)
+    return parts.agg(composite.aggregate, axis=1).where(known).to_numpy()
+
+
+def _mean(samples: np.ndarray) -> np.ndarray:
+    """Mean over axis 1 without NaN; NaN where nothing is left."""
+    known = ~np.isnan(samples)
+    count = known.sum(axis=1)
+    total = np.where(known, samples, 0.0).sum(axis=1)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def bootstrap(
+    values: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray] = _mean,
+    *,
+    resamples: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a statistic of ``values`` [n, ...] with its 95% percentile bootstrap interval.
+
+    ``statistic`` maps samples [b, n, ...] to their values [b, ...]; by default the mean without
+    NaN. Samples without a value are left out of the interval.
+    """
+    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    blocks = np.array_split(picks, -(-resamples * values.size // _BLOCK))
+    draws = np.concatenate([statistic(values[block]) for block in blocks])
+    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
+    return statistic(values[None])[0], low, high
+
+
+def paired_difference(
+    a: pd.DataFrame, b: pd.DataFrame, metric: str, *, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float, float, int]:
+    """Return the mean of a − b over the same requests, its 95% interval, and their number.
+
+    ``a`` and ``b`` are results of :func:`request_values`.
+
+    Raises:
+        KMEBenchError: the two hold different requests.
+    """
+    joined = a.merge(b, on="case_id", suffixes=("_a", "_b"), validate="1:1")
+    if not len(a) == len(b) == len(joined):
+        raise KMEBenchError("Editors can be compared in pairs only on the same requests.")
+    difference = (joined[f"{metric}_a"] - joined[f"{metric}_b"]).dropna().to_numpy()
+    mean, low, high = bootstrap(difference, resamples=resamples, seed=seed)
+    return float(mean), float(low), float(high), len(difference)
+
+
+def cohorts(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """Efficacy and generality along consecutive edits, by cohort of edits.
+
+    Returns edits_done, cohort (number of the cohort's last edit: 1, 3, 10, 30, ...), efficacy,
+    generality, n; one row for every checkpoint and every cohort written by then.
+    """
+    rows = []
+    checkpoints = frame[frame["moment"].isin(["checkpoint", "final"])]
+    for done, at in checkpoints.groupby("edits_done"):
+        values = request_values(at, protocol)
+        values["cohort"] = [cohort_of(position + 1) for position in values["position"]]
+        for cohort, part in values.groupby("cohort"):
+            means = part[["efficacy", "generality"]].mean()
+            rows.append((done, cohort, means["efficacy"], means["generality"], len(part)))
+    return pd.DataFrame(rows, columns=["edits_done", "cohort", "efficacy", "generality", "n"])
+
+
+def cohort_of(edit: int) -> int:
+    """Return the smallest of 1, 3, 10, 30, 100, ... that is not below ``edit``."""
+    power = 1
+    while True:
+        for bound in (power, 3 * power):
+            if edit <= bound:
+                return bound
+        power *= 10
