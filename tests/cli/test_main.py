@@ -205,8 +205,8 @@ def test_what_cannot_be_traced_or_drawn_is_one_sentence(
         ("none.safetensors", "there is no such file"),
         ("docs", "names the folder docs"),
         ("a\nb", "delta names a b, and there is no such file"),
-        ("README.md", "README.md cannot be read as a weight delta"),
-        ("MODEL/model.safetensors", "is not a weight delta"),
+        ("README.md", "README.md cannot be read as an edit"),
+        ("MODEL/model.safetensors", "is not an edit of this program"),
     ],
 )
 def test_what_is_no_delta_is_one_sentence(delta, complaint, folder, tmp_path, capsys):
