@@ -108,15 +108,21 @@ def test_a_covariance_is_measured_on_the_unedited_model_once_and_cached(model, t
 
 
 def test_an_editor_that_is_built_once_remembers(model):
-    grace = kmebench.editor(model, "grace", layer=1, steps=2)
-    for country in ("France", "Peru"):
-        kmebench.edit(model, grace, [kmebench.fact(country, FACT.prompt, "Rome")])
+    lora, fresh = (kmebench.editor(model, "lora", steps=2, layers=[1]) for _ in range(2))
+    kmebench.edit(model, lora, [FACT])
+    assert lora.state_dict().keys() > fresh.state_dict().keys()
+    with pytest.raises(ConfigError, match="has its values already"):
+        kmebench.edit(model, lora, [FACT], steps=3)
+
+
+def test_a_codebook_travels_with_the_model_and_not_with_its_weights(model):
+    for country, target in (("France", "Rome"), ("Peru", "Oslo")):
+        fact = kmebench.fact(country, FACT.prompt, target)
+        kmebench.edit(model, "grace", [fact], layer=1, steps=2)
     assert model.edits.overlays["grace"].entries == 2
     with pytest.raises(ModelError, match="grace are no weights"):
         kmebench.save(model, "elsewhere")
     assert not Path("elsewhere").exists()
-    with pytest.raises(ConfigError, match="has its values already"):
-        kmebench.edit(model, grace, [FACT], steps=3)
 
 
 def test_an_edit_of_another_model_is_refused_before_anything_changes(model, make_model, requests):

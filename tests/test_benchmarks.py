@@ -15,7 +15,7 @@ import yaml
 from transformers import GPTJConfig, LlamaConfig
 
 from kmebench.editors.base import build_editor
-from kmebench.planning.grid import LOCATE_AND_EDIT
+from kmebench.editors.cards import card_of
 
 SMALL = {
     "llama": lambda: LlamaConfig(
@@ -71,7 +71,11 @@ def test_editors_prints_a_row_for_every_configured_method(family, benchmark, cap
         fields = vars(editor.hparams)
         few = {"steps": 2, "epochs": 1, "layer": 1, "clamp_factor": 1.0}
         hparams = {key: value for key, value in few.items() if key in fields}
-        hparams |= {"layers": [1]} if name in LOCATE_AND_EDIT and "layers" in fields else {}
+        hparams |= (
+            {"layers": [1]}
+            if card_of(editor.name).family == "locate" and "layers" in fields
+            else {}
+        )
         method["hparams"] = method.get("hparams", {}) | hparams
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     arguments = ("--architecture", family, "--sizes", "1", "2")

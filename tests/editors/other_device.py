@@ -4,20 +4,19 @@ What lies on ``card`` are the CPU's own tensors under another name, so all opera
 give there; but one that is handed tensors of both devices fails as on CUDA, except an index.
 """
 
-import importlib
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from kmebench.editors.registry import EDITORS, editor_target
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import GPTJConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.locate.base import LocateAndEdit
+from kmebench.editors.base import build_editor
+from kmebench.editors.cards import registered
 from kmebench.editors.locate.covariance.stage import Sums
 from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.covariance.texts import Sampled
@@ -117,10 +116,14 @@ REQUESTS = [
     EditRequest("b", "Italy", "What is the capital of {}?", "Paris", "Rome"),
 ]
 #: Editors by family; GPT-J has biases, which some of them move.
-ASKED = {"llama": tuple(EDITORS), "gptj": ("pac", "pac-released", "lora")}
+ASKED = {
+    "llama": tuple(n for n, card in registered().items() if not card.control),
+    "gptj": ("pac", "pac-released", "lora"),
+}
 HPARAMS = {
     "pac": {"trace_on": "current", "paths": 3, "steps": 2},
     "pac-released": {"epochs": 2, "paths": 3},
+    "grace": {"layer": 0, "steps": 2},
     "kn": {"prompts": 2, "steps": 2},
 }
 
@@ -149,14 +152,12 @@ def moments(model: EditableModel, path: Path) -> Path:
 
 
 def edit_twice(model: EditableModel, name: str, path: Path) -> None:
-    module, class_name = editor_target(name)
-    kind = getattr(importlib.import_module(module), class_name)
     hparams = HPARAMS.get(name, {"steps": 2})
-    if issubclass(kind, LocateAndEdit):
+    if registered()[name].family == "locate":
         hparams |= {"layer": 0} if "rome" in name else {"layers": (0,)}
     if name == "alphaedit":
         hparams |= {"threshold": 1.0}
-    editor = kind(kind.Hparams(**hparams), {"covariance": path})
+    editor = build_editor(name, hparams, {"covariance": path})
     for batch in (REQUESTS, REQUESTS[:1]):
         delta = editor.edit(model, batch)
         assert delta.is_finite()

@@ -1,18 +1,18 @@
 """Every editor that optimises the new answer writes it over a fact that a trained model knows."""
 
 import pytest
-from kmebench.editors.registry import EDITORS
 
 from kmebench.editors.base import build_editor
+from kmebench.editors.cards import registered
 from kmebench.evaluation.predict import Settings, predict
 from kmebench.evaluation.prompts import prompts_of
-from kmebench.planning.grid import LOCATE_AND_EDIT
 
 HPARAMS = {
     "pac": {"trace_on": "current", "learning_rate": 1e-3},
     "pac-released": {"learning_rate": 5e-3},
     "full-c": {"learning_rate": 1e-3, "norm_constraint": None},
     "lora": {},
+    "grace": {"layer": 1, "radius": 0.5},
 }
 
 
@@ -24,7 +24,12 @@ def answer(model, request):
 # KN moves a fixed step towards the new answer, reached or not: tests/editors/test_kn.py. Those that
 # write at the subject's last token cannot reach this model's answers, which are read from the
 # subject in its first layer already: tests/editors/test_locate_and_edit.py.
-@pytest.mark.parametrize("name", [n for n in EDITORS if n != "kn" and n not in LOCATE_AND_EDIT])
+def test_every_other_editor_is_of_a_family_that_this_model_does_not_suit():
+    suited = {n for n, c in registered().items() if c.family not in ("kn", "locate", "control")}
+    assert suited == set(HPARAMS)
+
+
+@pytest.mark.parametrize("name", HPARAMS)
 @pytest.mark.parametrize("together", [1, 3])
 def test_the_edited_model_says_the_new_answer_and_the_reverted_one_the_old(
     name, together, trained, capital_requests

@@ -8,7 +8,7 @@ import torch
 from transformers import GPTJConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
-from kmebench.editors import registry
+from kmebench.editors.cards import registered
 from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
 from kmebench.editors.pac.cache import GradientCache, cache_gradients, select_groups, write_paths
@@ -62,11 +62,13 @@ EDITORS = {
     "rect": BOTH_LAYERS,
     "kn": {"steps": 2, "prompts": 2},
     "lora": {"steps": 2},
+    "grace": {"layer": 1, "steps": 2},
+    "none": {},
 }
 
 
 def test_every_editor_is_among_them():
-    assert set(EDITORS) == set(registry.EDITORS)
+    assert set(EDITORS) == set(registered())
 
 
 @pytest.mark.integration

@@ -5,14 +5,12 @@ import torch
 
 from kmebench.editors.base import Editor
 from kmebench.edits.weights import WeightDelta
-from kmebench.pipelines.pipelines import Checkpoints
-from kmebench.pipelines.run import _session, in_order
+from kmebench.evaluation.predict import Settings
+from kmebench.pipelines.checkpoints import Checkpoints
+from kmebench.pipelines.pipelines import Setup
+from kmebench.pipelines.run import in_order, run_pipeline
 
-SETTINGS = {
-    "on_failed_edit": "error",
-    "batch_size": 10,
-    "evaluation": {"batch_size": 8, "wild_max_tokens": 2},
-}
+EVALUATION = Settings(batch_size=8, wild_max_tokens=2)
 
 
 class Listing(Editor):
@@ -30,8 +28,8 @@ class Listing(Editor):
 def asked(mode, seed, make_model, requests, folder):
     editor = Listing()
     checkpoints = Checkpoints(folder, 100, {})
-    settings = SETTINGS | {"mode": mode, "seed": seed}
-    _session(make_model("gptj", torch.float32), editor, requests, settings, checkpoints)
+    setup = Setup(make_model("gptj", torch.float32), editor, EVALUATION, checkpoints)
+    run_pipeline(setup, requests, {"mode": mode, "seed": seed, "batch_size": 10})
     return editor.asked
 
 

@@ -211,7 +211,15 @@ def test_a_bad_config_is_one_sentence_that_names_the_key(path, config):
 
 def test_every_config_of_the_repository_is_valid():
     real = "config/real.yaml"
-    on_real = ("tune", "tune-locate", "audit", "reference", "reference-editors", "single")
+    on_real = (
+        "tune",
+        "tune-grace",
+        "tune-locate",
+        "audit",
+        "reference",
+        "reference-editors",
+        "single",
+    )
     below = {f"{name}.yaml": real for name in on_real}
     below["ci-real.yaml"] = "config/ci.yaml"
     for path in Path("config").glob("*.yaml"):

@@ -118,7 +118,7 @@ def test_planning_scoring_and_reporting_import_no_torch():
 
 
 #: A form of data sets that is called like an editor.
-FORMS = {("data/forms.py", "rome"), ("planning/claims.py", "rome")}
+FORMS = {("data/forms.py", "rome")}
 
 
 def compared(tree):

@@ -85,12 +85,18 @@ def _decoded(content: bytes, name: str) -> str:
 def _json_values(text: str) -> list[Any]:
     """Parse one JSON value after another; numbers become texts, as they are written."""
     decoder = json.JSONDecoder(parse_int=str, parse_float=str)
-    values, place = [], _BLANKS.match(text).end()
+    values: list[Any] = []
+    place = _after_blanks(text, 0)
     while not values or place < len(text):
         value, place = decoder.raw_decode(text, place)
         values.append(value)
-        place = _BLANKS.match(text, place).end()
+        place = _after_blanks(text, place)
     return values
+
+
+def _after_blanks(text: str, place: int) -> int:
+    blanks = _BLANKS.match(text, place)
+    return blanks.end() if blanks else place
 
 
 def _ends_early(rest: str, error: json.JSONDecodeError) -> bool:

@@ -176,7 +176,7 @@ def counterfact_records(folder: str | Path, seed: int) -> list[dict[str, Any]]:
         DataError: see :func:`load_relations`.
     """
     draw = random.Random(seed)
-    records = []
+    records: list[dict[str, Any]] = []
     for relation, subject, true in _shuffled(load_relations(folder), draw):
         others = [fact for fact in relation.facts if fact[0] != subject]
         same = [fact for fact in others if fact[1] == true]
@@ -210,7 +210,7 @@ def zsre_records(folder: str | Path, seed: int) -> list[dict[str, Any]]:
     """
     draw = random.Random(seed)
     relations = load_relations(folder)
-    records = []
+    records: list[dict[str, Any]] = []
     for relation, subject, true in _shuffled(relations, draw):
         elsewhere = draw.choice([r for r in relations if r.id != relation.id])
         other, answer = draw.choice([f for f in elsewhere.facts if f[0] != subject])

@@ -86,11 +86,12 @@ def _select(records: Sequence[Indexed], selection: Selection) -> list[EditReques
                     f"The segment [{start}, {stop}] lies outside the {last + 1} records."
                 )
         return [r for index, r in records if any(index in segment for segment in wanted)]
-    if selection.n > len(records):
-        raise DataError(f"n is {selection.n}, but there are {len(records)} usable records.")
+    n = len(records) if selection.n is None else selection.n
+    if n > len(records):
+        raise DataError(f"n is {n}, but there are {len(records)} usable records.")
     if selection.seed is None:
-        return [request for _, request in records[: selection.n]]
-    picks = sorted(random.Random(selection.seed).sample(range(len(records)), selection.n))
+        return [request for _, request in records[:n]]
+    picks = sorted(random.Random(selection.seed).sample(range(len(records)), n))
     return [records[pick][1] for pick in picks]
 
 

@@ -70,7 +70,8 @@ class EditRequest:
 
     def asked_of(self, subject: str) -> str:
         """Return the prompt with any subject in its slot."""
-        return self.prompt[: self.slot] + subject + self.prompt[self.slot + len(SLOT) :]
+        slot = slot_of(self.prompt, self.slot)
+        return self.prompt[:slot] + subject + self.prompt[slot + len(SLOT) :]
 
     @property
     def filled_prompt(self) -> str:

@@ -1,9 +1,10 @@
 """Ending a long run in good order when its machine is taken away."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from kmebench.errors import KMEBenchError
 
@@ -37,6 +38,6 @@ def noted_signals() -> Iterator[Callable[[], str | None]]:
         _restore(usual)
 
 
-def _restore(handlers: dict[signal.Signals, object]) -> None:
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
-        signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.signal(number, handler)

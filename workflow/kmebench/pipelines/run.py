@@ -85,7 +85,7 @@ def run_cell(
     skip_failed = settings["on_failed_edit"] == "skip"
     measure = measured_on(neutral, evaluation.batch_size) if neutral else None
     setup = Setup(model, editor, evaluation, checkpoints, skip_failed, measure)
-    outcome = _outcome(setup, requests, settings)
+    outcome = run_pipeline(setup, requests, settings)
     frame = beside_original(outcome.predictions, read_parquet(original))
     write_json(output["timing"], timing(outcome, model, settings, load_seconds))
     write_json(output["run"], record(outcome, model, editor, requests, settings))
@@ -96,7 +96,9 @@ def run_cell(
     checkpoints.clear()
 
 
-def _outcome(setup: Setup, requests: Sequence[EditRequest], settings: Mapping[str, Any]) -> Outcome:
+def run_pipeline(
+    setup: Setup, requests: Sequence[EditRequest], settings: Mapping[str, Any]
+) -> Outcome:
     """Run the pipeline that the settings name."""
     if settings["mode"] == "batch":
         return run_batches(setup, requests, settings["batch_size"])

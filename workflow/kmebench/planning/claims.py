@@ -73,8 +73,8 @@ def _sides(
     """The runs of one cell by role; empty if one is missing."""
     if test["kind"] == "layers":
         traced = [run for run in runs if grid.needed(config, run, Paths)]
-        default = [r for r in traced if (r.method, r.variant) == (test["method"], grid.DEFAULT)]
-        return {test["method"]: default[0]} if default else {}
+        own = [r for r in traced if (r.method, r.variant) == (test["method"], grid.DEFAULT)]
+        return {test["method"]: own[0]} if own else {}
     of_mode = {(run.method, run.variant): run for run in runs if run.mode == test["mode"]}
     if test["kind"] == "difference":
         wanted = {}

@@ -1,14 +1,16 @@
 """Validation of the config before anything is planned."""
 
+import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError, best_match
-from snakemake.utils import update_config, validate
+from snakemake.utils import update_config
 
 from kmebench.editors.needs import RULES, Trained
 from kmebench.errors import ConfigError
@@ -54,6 +56,24 @@ def read_checked_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, 
     return config
 
 
+@cache
+def _schema() -> dict[str, Any]:
+    return yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+
+
+def _fill(validator: Any, properties: dict[str, Any], instance: Any, schema: Any) -> Iterator[Any]:
+    """JSON schema's ``properties``, but defaults are filled in (as jsonschema's FAQ shows)."""
+    for name, rules in properties.items():
+        if "default" in rules:
+            instance.setdefault(name, copy.deepcopy(rules["default"]))
+    yield from Draft202012Validator.VALIDATORS["properties"](
+        validator, properties, instance, schema
+    )
+
+
+_Filling = validators.extend(Draft202012Validator, {"properties": _fill})
+
+
 def check_config(config: dict[str, Any]) -> None:
     """Validate a config against its schema, fill in defaults, and check its names.
 
@@ -71,11 +91,10 @@ def check_config(config: dict[str, Any]) -> None:
     for old, new in _RENAMED.items():
         if old in config:
             raise ConfigError(f"{_wrong_at([])}: the key {old!r} is called {new!r} now; rename it.")
-    rules = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
-    error = best_match(Draft202012Validator(rules).iter_errors(config))
+    error = best_match(Draft202012Validator(_schema()).iter_errors(config))
     if error:
         raise ConfigError(_sentence(error))
-    validate(config, str(SCHEMA))  # fills in the defaults
+    _Filling(_schema()).validate(config)
     config["methods"] |= {name: {} for name, spec in config["methods"].items() if spec is None}
     for name, dataset in config["datasets"].items():
         for segment in dataset.get("segments", []):

@@ -57,15 +57,17 @@ def run_costs(config: Mapping[str, Any], measured: pd.DataFrame) -> pd.DataFrame
     rows = []
     for run in grid.all_runs(config):
         known, source, scale = (run.model, run.mode, run.method), "measured", 1.0
-        if known not in seconds.index and scales[run.model]:
-            reference, scale = scales[run.model]
+        if known not in seconds.index and (scaled := scales[run.model]):
+            reference, scale = scaled
             known, source = (reference, run.mode, run.method), "scaled"
         found = known in seconds.index
-        hours = seconds.loc[known] * scale * sizes[run.dataset] / 3600 if found else np.nan
+        hours = dict.fromkeys(("editing", "evaluation"), np.nan)
+        if found:
+            hours |= seconds.loc[known] * scale * sizes[run.dataset] / 3600
         rows.append(
             asdict(run)
             | {"edits": sizes[run.dataset], "source": source if found else "unknown"}
-            | {name: hours[name] if found else np.nan for name in ("editing", "evaluation")}
+            | hours
         )
     costs = pd.DataFrame(rows)
     return costs.assign(hours=costs[["editing", "evaluation"]].sum(axis=1, min_count=1))
