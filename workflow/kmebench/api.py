@@ -15,7 +15,7 @@ from kmebench.editors.base import Editor, Result, build_editor
 from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.store import Covariances, check_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
-from kmebench.editors.needs import Covariance, Need
+from kmebench.editors.needs import Covariance, Trained
 from kmebench.edits.edit import Edit
 from kmebench.errors import ConfigError, KMEBenchError, ModelError
 from kmebench.io import origins
@@ -184,9 +184,9 @@ def _folder(source: Source) -> Path:
     return folder
 
 
-def _file(model: Model, need: Need, covariance: str | Path | None) -> Path:
+def _file(model: Model, need: Covariance | Trained, covariance: str | Path | None) -> Path:
     """Return the file of what an editor needs; it is made if it is not there."""
-    if not isinstance(need, Covariance):
+    if isinstance(need, Trained):
         path = trained_path(model.source, need)
         make(path, model.source.configfiles)
         return path

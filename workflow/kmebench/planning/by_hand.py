@@ -137,7 +137,7 @@ class Method:
 
     editor: str
     hparams: Mapping[str, Any]
-    needs: tuple[Need, ...]
+    needs: tuple[Covariance | Trained, ...]
 
 
 def method_of(
@@ -161,16 +161,16 @@ def method_of(
     card = card_of(editor)
     card.values(settings, f"method {name!r}")
     values = card.values({**hparams, **settings, **card.single})
-    needs = card.needs(values, _PIPELINE)
-    for need in needs:
-        _check_need(source, name, need)
+    needs = tuple(_can_be_met(source, name, need) for need in card.needs(values, _PIPELINE))
     return Method(editor, plain(values), needs)
 
 
-def _check_need(source: Source, method: str, need: Need) -> None:
-    """Refuse a need of a data set's; what is trained once, the workflow trains."""
-    if isinstance(need, Covariance) or (isinstance(need, Trained) and source.kind is Kind.CONFIG):
-        return
+def _can_be_met(source: Source, method: str, need: Need) -> Covariance | Trained:
+    """Return a need, but refuse one of a data set; what is trained once, the workflow trains."""
+    if isinstance(need, Covariance):
+        return need
+    if isinstance(need, Trained) and source.kind is Kind.CONFIG:
+        return need
     mend = "take a model of the config" if isinstance(need, Trained) else "run an experiment"
     raise ConfigError(
         f"The method {method!r} needs the {need.asset} of a data set, which the workflow alone "
