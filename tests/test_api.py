@@ -1,9 +1,7 @@
 """The Python interface, as docs/python.md has it."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +106,7 @@ def test_a_covariance_is_measured_on_the_unedited_model_once_and_cached(model, t
 
 
 def test_an_editor_that_is_built_once_remembers(model):
-    lora, fresh = (kmebench.editor(model, "lora", steps=2, layers=[1]) for _ in range(2))
+    lora, fresh = (kmebench.editor(model, "lora", steps=2) for _ in range(2))
     kmebench.edit(model, lora, [FACT])
     assert lora.state_dict().keys() > fresh.state_dict().keys()
     with pytest.raises(ConfigError, match="has its values already"):
@@ -229,57 +227,3 @@ def test_the_package_names_its_interface_and_imports_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-#: What an installed package does, without this repository.
-INSTALLED = """
-import pathlib, sys
-import kmebench
-from kmebench.cli.main import main
-from kmebench.editors.cards import registered
-
-assert pathlib.Path(kmebench.__file__).is_relative_to(sys.argv[1]), kmebench.__file__
-assert {"grace", "memit", "pac"} <= set(registered())
-assert main(["check-config"]) == 0
-model = kmebench.load(sys.argv[2], device="cpu")
-fact = kmebench.fact("France", "The capital of {} is", "Rome")
-for method, values in {"full-c": {}, "grace": {"layer": 2}}.items():
-    kmebench.edit(model, method, [fact], **values)
-    print(kmebench.says(model, "The capital of France is", tokens=1))
-    model.revert()
-assert main(["plan"]) == 1
-"""
-
-
-@pytest.mark.slow
-def test_an_installed_package_works_without_the_repository(saved, tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    for name in ("pyproject.toml", "README.md", "LICENSE", "workflow/kmebench"):
-        copy(ROOT / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    built = ["wheel", str(source), "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    subprocess.run([*pip, *built], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
-    (tmp_path / "elsewhere").mkdir()
-    copy(ROOT / "config.yaml", tmp_path / "elsewhere/config.yaml")
-    done = subprocess.run(
-        [sys.executable, "-c", INSTALLED, target, saved],
-        cwd=tmp_path / "elsewhere",
-        env=os.environ | {"PYTHONPATH": str(target)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == ["Rome", "Rome"]
-    assert "There is no Snakefile here" in done.stderr
-
-
-def copy(source, target):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(source, target, ignore=ignored)
-    else:
-        shutil.copy(source, target)

@@ -129,8 +129,10 @@ def edit(
         method = editor(model, method, mode=mode, covariance=covariance, **hparams)
     elif hparams or covariance:
         raise ConfigError("An editor has its values already; give them where it is built.")
+    else:
+        covariance = method.assets.get(Covariance.asset)
     seed_everything(model.source.seed)
-    with users_own(covariance):
+    with users_own(covariance):  # perhaps the user's: never set aside
         return edit_facts(model, method, facts)
 
 
