@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
+from kmebench.editors.cards import Card, card_of
 from kmebench.editors.pac.zscore import abs_zscore
 from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.models.editable import EditableModel
@@ -64,3 +65,9 @@ class DenseReleased(Editor):
             weight.requires_grad_(False).copy_(start[name])
             weight.grad = None
         return delta
+
+
+_OURS = card_of("pac-released")
+CARD = Card(
+    "pac-released-dense", "dense_released:DenseReleased", _OURS.hparams, "pac", _OURS.citation
+)

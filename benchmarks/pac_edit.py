@@ -36,7 +36,7 @@ ROWS = {
     "PAC, learning rate 1e-3": ("pac", "pac", {"learning_rate": 1e-3}),
     "PAC, learning rate 2e-3": ("pac", "pac", {"learning_rate": 2e-3}),
     "PAC, released schedule": ("pac-released", "pac-released", {}),
-    "PAC, released schedule, dense": ("dense_released:DenseReleased", "pac-released", {}),
+    "PAC, released schedule, dense": ("dense_released:CARD", "pac-released", {}),
     "Full-C": ("full-c", "full-c", {}),
 }
 

@@ -92,7 +92,7 @@ def test_decoding_does_not_stop_inside_the_target(said, target, answer, trained,
                 rows = torch.cat([rows, torch.full((len(rows), 1), token)], dim=1)
         return rows[:, start:]
 
-    monkeypatch.setattr("kmebench.evaluation.predict._generate", says)
+    monkeypatch.setattr("kmebench.models.editable.EditableModel.generate", says)
     prompt = Prompt("x", 0, "edit", "The capital of France is", target, None, None)
     assert predict(trained, [prompt], Settings(), decode=True)["wild"] == [answer]
 

@@ -31,20 +31,24 @@ def test_scores_and_tables_depend_on_no_model_code():
         assert not any("models/" in f or "editors/" in f for f in files)
 
 
-def test_an_editor_of_ones_own_counts_with_what_it_imports_of_its_package(tmp_path, monkeypatch):
-    package = tmp_path / "own_package"
+@pytest.mark.parametrize("kind", ["package", "namespace"])
+def test_an_editor_of_ones_own_counts_with_what_it_imports_of_its_package(
+    kind, tmp_path, monkeypatch
+):
+    package = tmp_path / f"own_{kind}"
     package.mkdir()
     for name, text in {
         "__init__": "raise RuntimeError('imported')",
         "editor": "from kmebench.editors.kn.kn import KN\nfrom .helper import x\nimport json",
-        "helper": "import own_package.deeper",
+        "helper": f"import own_{kind}.deeper",
         "deeper": "import own_alone",
         "unused": "",
     }.items():
-        (package / f"{name}.py").write_text(text)
+        if (kind, name) != ("namespace", "__init__"):
+            (package / f"{name}.py").write_text(text)
     (tmp_path / "own_alone.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    added = set(closure("edit", "own_package.editor")) - set(closure("edit"))
+    added = set(closure("edit", f"own_{kind}.editor")) - set(closure("edit"))
     own = {str(package / f"{name}.py") for name in ("editor", "helper", "deeper")}
     assert own <= added
     assert f"{LIBRARY}/editors/kn/attribution.py" in added
@@ -62,3 +66,12 @@ def test_an_editor_that_is_no_python_is_one_sentence(tmp_path, monkeypatch):
 
 def test_paths_are_relative_to_the_checkout():
     assert not any(path.startswith("/") for path in closure("edit"))
+
+
+def test_what_decides_no_result_is_no_input():
+    files = closure("edit", "kmebench.editors.locate.memit")
+    left_out = ("errors.py", "names.py", "io/logs.py", "__init__.py", "editors/locate/cards.py")
+    assert not {f"{LIBRARY}/{name}" for name in left_out} & set(files)
+    assert not any("/planning/" in file for file in files)
+    family = {f"{LIBRARY}/editors/locate/{name}.py" for name in ("memit", "targets", "updates")}
+    assert family <= set(files)

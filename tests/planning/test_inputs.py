@@ -41,8 +41,9 @@ def asked(config, mirror=""):
 
 
 def stages(found):
-    """What is not read by every run."""
-    return {k: v for k, v in found.items() if k not in ("model", "requests", "original", "code")}
+    """What is not read whatever the editor is."""
+    every = ("model", "requests", "original", "neutral", "code")
+    return {name: path for name, path in found.items() if name not in every}
 
 
 def test_a_run_reads_its_own_stages_and_no_others(config):

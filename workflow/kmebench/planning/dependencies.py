@@ -119,14 +119,14 @@ def _module_file(name: str) -> Path | None:
     """Return the file of a module, found without importing it; None if there is none."""
     package, *rest = name.split(".")
     if package == PACKAGE:
-        stem = _LIBRARY.joinpath(package, *rest)
+        stems = [_LIBRARY.joinpath(package, *rest)]
+    elif (spec := find_spec(package)) is None:
+        return None
+    elif spec.submodule_search_locations:  # a package; several folders, if it has no __init__.py
+        stems = [Path(folder, *rest) for folder in spec.submodule_search_locations]
     else:
-        spec = find_spec(package)
-        if spec is None or not spec.origin:
-            return None
-        beside = spec.submodule_search_locations  # of a package, not of a single file
-        stem = Path(beside[0], *rest) if beside else Path(spec.origin).with_suffix("")
-    return _source_file(stem)
+        stems = [Path(spec.origin or package).with_suffix("")]
+    return next(filter(None, map(_source_file, stems)), None)
 
 
 def _source_file(stem: Path) -> Path | None:
