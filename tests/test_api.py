@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import kmebench
 from kmebench import api
 from kmebench.editors.locate.covariance.store import Covariances
+from kmebench.editors.locate.covariance.texts import TextSettings
 from kmebench.errors import ConfigError, KMEBenchError, ModelError
 from kmebench.models import sources
 from kmebench.models.sources import save_model
@@ -87,7 +89,10 @@ def test_an_edit_is_taken_back_and_applied_again_bit_by_bit(model, tmp_path):
     assert not differ(edited, bits(model))
 
 
-def test_a_covariance_is_measured_on_the_unedited_model_once_and_cached(model, tmp_path):
+def test_a_covariance_is_measured_on_the_unedited_model_once_and_cached(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(api, "TextSettings", partial(TextSettings, tokens=1024))
     kmebench.edit(model, "full-c", [FACT], steps=2)
     before = bits(model)
     values = {"layer": 1, "steps": 2}
@@ -99,6 +104,11 @@ def test_a_covariance_is_measured_on_the_unedited_model_once_and_cached(model, t
     measured = file.stat().st_mtime_ns
     kmebench.edit(model, "rome", [FACT], **values)
     assert file.stat().st_mtime_ns == measured
+    theirs = tmp_path / "theirs.safetensors"
+    theirs.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(KMEBenchError, match="is damaged"):
+        kmebench.edit(model, kmebench.editor(model, "rome", covariance=theirs, **values), [FACT])
+    assert theirs.is_file()
     file.unlink()
     model.revert()
     kmebench.editor(model, "rome", **values)
