@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kmebench.cli import inputs as fact_inputs
 from kmebench.cli import main as cli
+from kmebench.planning import by_hand
 from kmebench.planning.config import read_checked_config
 
 TEXTS = [
@@ -109,7 +110,7 @@ def nothing_runs(monkeypatch):
             **dict.fromkeys(["check_command", "plan_command"], lambda *_: None),
         )
 
-    monkeypatch.setattr(fact_inputs, "read_checked_config", read)
+    monkeypatch.setattr(by_hand, "read_checked_config", read)
     monkeypatch.setattr(cli, "importlib", types.SimpleNamespace(import_module=imported))
 
 

@@ -1,14 +1,9 @@
 """What the commands that run a model are asked for, before torch is imported."""
 
-from pathlib import Path
-
 import pytest
-from snakemake.utils import update_config
 
 from kmebench.cli import arguments
-from kmebench.cli import inputs as fact_inputs
-from kmebench.planning import grid
-from kmebench.planning.config import check_config, read_checked_config
+from kmebench.planning.workflow import reason
 
 
 @pytest.mark.parametrize(
@@ -44,18 +39,6 @@ def test_a_setting_is_read_as_yaml_and_as_a_folders_name(text, value):
     ],
 )
 def test_why_the_workflow_failed_is_found_in_what_it_wrote(log, why):
-    found = fact_inputs.reason(log)
+    found = reason(log)
     assert found.endswith(why)
     assert "Building" not in found
-
-
-def test_the_covariance_is_asked_for_by_an_overlay_of_the_edit():
-    config = read_checked_config(Path("config.yaml"))
-    hparams = {"layers": [3], "steps": 1}
-    asking = fact_inputs.asking_overlay("tiny-gptj", config, "memit", hparams)
-    update_config(config, asking)
-    check_config(config)
-    (run,) = grid.runs_of(config, "kmebench-edit")
-    assert run.model == "tiny-gptj"
-    assert grid.hparams_of(config, run).items() >= hparams.items()
-    assert 3 in grid.covariance_layers(config, "tiny-gptj")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kmebench.models.sources import save_model
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
@@ -51,3 +53,36 @@ def test_what_the_library_reads_is_in_the_package(site):
     }
     assert read
     assert all((site / "kmebench" / path).is_file() for path in read)
+
+
+EDITS = """
+import sys
+import kmebench
+from kmebench.editors.cards import registered
+
+assert {"grace", "memit", "pac"} <= set(registered())
+model = kmebench.load(sys.argv[1], device="cpu")
+fact = kmebench.fact("France", "The capital of {} is", "Rome")
+for method, values in {"full-c": {}, "grace": {"layer": 2}}.items():
+    kmebench.edit(model, method, [fact], **values)
+    print(kmebench.says(model, "The capital of France is", tokens=1))
+    model.revert()
+print(kmebench.__file__)
+"""
+
+
+@pytest.mark.integration
+def test_facts_are_edited_anywhere(site, trained, tmp_path):
+    save_model(trained.model, trained.tokenizer, tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-c", EDITS, "model"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *said, where = done.stdout.splitlines()
+    assert said == ["Rome", "Rome"]
+    assert Path(where).is_relative_to(site)

@@ -1,6 +1,5 @@
 """The command line on a model that knows its facts."""
 
-import argparse
 import json
 import os
 import re
@@ -13,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kmebench.cli import config as config_commands
-from kmebench.cli import inputs as fact_inputs
 from kmebench.cli.main import main
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.locate.covariance.store import write_covariance
@@ -22,6 +20,7 @@ from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.errors import ConfigError
 from kmebench.models.editable import EditableModel
 from kmebench.models.sources import save_model
+from kmebench.planning.by_hand import find_model, method_of
 from kmebench.planning.config import read_checked_config
 
 FACT = ["--subject", "France", "--prompt", "The capital of {} is", "--target", "Rome"]
@@ -80,14 +79,15 @@ def test_edit_equals_the_editor(folder, tmp_path, capital_requests):
         torch.testing.assert_close(saved[name], parameter.detach(), rtol=0, atol=1e-6)
 
 
-def test_one_fact_is_edited_with_the_values_of_consecutive_editing():
+def test_one_fact_is_edited_with_the_values_of_consecutive_editing_and_more_with_those_of_batches():
     config = read_checked_config(Path("config.yaml"))
     tuned = config["models"]["smollm2-135m"]["hparams"]["pac"]
     assert tuned["batch"]["learning_rate"] != tuned["learning_rate"]
-    arguments = argparse.Namespace(method="pac", model="smollm2-135m", set=[], covariance=None)
-    editor, hparams = fact_inputs.editor_of(arguments, config)
-    assert editor == "pac"
-    assert hparams["learning_rate"] == tuned["learning_rate"]
+    source = find_model("smollm2-135m")
+    for mode, values in (("consecutive", tuned), ("batch", tuned["batch"])):
+        method = method_of(source, "pac", {}, mode)
+        assert method.editor == "pac"
+        assert method.hparams["learning_rate"] == values["learning_rate"]
 
 
 def test_edit_reads_the_covariance_from_a_file(folder, tmp_path, capsys):
@@ -121,7 +121,7 @@ class Ending(Editor):
 
 
 def test_edit_ends_as_a_run_does(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("kmebench.cli.edit.build_editor", lambda *_: Ending(None, {}))
+    monkeypatch.setattr("kmebench.api.build_editor", lambda *_: Ending(None, {}))
     delta, out = tmp_path / "delta.safetensors", tmp_path / "edited"
     saved = ["--save-delta", str(delta), "--out", str(out)]
     assert main(["edit", "--model", str(folder), *FACT, *saved]) == 0
@@ -150,7 +150,6 @@ def test_trace_shows_every_layer_and_draws(folder, tmp_path, capsys):
         (["--model", "config", *FACT], "config holds no Hugging Face model"),
         (["--model", "MODEL", *FACT, "--method", "pca"], "did you mean 'pac'"),
         (["--model", "MODEL", *FACT, "--method", "PAC"], "did you mean 'pac'"),
-        (["--model", "MODEL", *FACT, "--method", "memit"], "file by --covariance"),
         (["--model", "MODEL", *FACT, "--set", "steps"], "not of the form NAME=VALUE"),
         (["--model", "MODEL", *FACT, "--set", "stepz=3"], "no hyper-parameter 'stepz'"),
         (["--model", "MODEL", *FACT, "--set", "steps=[1,2]"], "steps cannot be [1, 2]"),

@@ -14,7 +14,7 @@ from kmebench.evaluation.predict import Settings, _decode_free, predict
 from kmebench.evaluation.prompts import EDIT_ROOM, askable, prompts_of, too_long
 from kmebench.models.editable import EditableModel
 from kmebench.models.sampling import beginning, sample
-from kmebench.pipelines.one_fact import critical_shares, likeliest, next_token, says
+from kmebench.pipelines.one_fact import critical_shares, likeliest, says
 
 
 def with_template(model, template):
@@ -37,7 +37,7 @@ def answers(model, requests, path):
         "predictions": predict(
             model, prompts, Settings(batch_size=4, wild_max_tokens=8), decode=True
         ),
-        "likeliest": likeliest(model, next_token(model, prompt)),
+        "likeliest": likeliest(model, prompt),
         "says": says(model, prompt),
         "shares": critical_shares(model, requests[0], 3, "l2")[0].tolist(),
         "contexts": sample_contexts(model, ROME_LENGTHS, seed=0),

@@ -150,7 +150,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_a_hub_revision_without_safetensors_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "snapshot_download", lambda *_, **__: None)
+    monkeypatch.setattr(sources, "snapshot_download", lambda *_, local_dir, **__: str(local_dir))
     with pytest.raises(ModelError, match="holds no safetensors weights"):
         fetch_model({"source": "hub", "repo": "owner/name", "revision": "abc"}, tmp_path / "model")
 
@@ -161,6 +161,7 @@ def test_the_hub_is_asked_for_the_pinned_revision_and_no_pickle(tmp_path, monkey
     def download(repo, *, revision, local_dir, allow_patterns):
         asked.update(repo=repo, revision=revision, patterns=allow_patterns)
         (local_dir / "model.safetensors").write_bytes(b"")
+        return str(local_dir)
 
     monkeypatch.setattr(sources, "snapshot_download", download)
     fetch_model({"source": "hub", "repo": "owner/name", "revision": "abc"}, tmp_path / "model")

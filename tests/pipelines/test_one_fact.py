@@ -5,7 +5,7 @@ import torch
 
 from kmebench.editors.base import Editor
 from kmebench.edits.weights import Dense, WeightDelta
-from kmebench.pipelines.one_fact import critical_shares, edit_fact, likeliest, next_token, says
+from kmebench.pipelines.one_fact import critical_shares, edit_facts, likeliest, next_token, says
 
 
 def test_all_nodes_together_carry_all_impact(trained, capital_requests):
@@ -20,7 +20,7 @@ def test_the_likeliest_token_is_what_the_model_says(trained, capital_requests):
     prompt = capital_requests[0].filled_prompt
     probabilities = next_token(trained, prompt)
     assert float(probabilities.sum()) == pytest.approx(1.0, abs=1e-5)
-    (token, probability), *_ = likeliest(trained, probabilities, 2)
+    (token, probability), *_ = likeliest(trained, prompt, 2)
     assert probability == float(probabilities.max())
     assert token.strip() == says(trained, prompt, tokens=1) == "Paris"
 
@@ -42,7 +42,7 @@ class InTwo(Editor):
 def test_an_edit_of_one_fact_ends_as_a_run_does(trained, capital_requests):
     name = trained.ffn[0].value.weight_name
     before = trained.parameter(name).detach().clone()
-    result = edit_fact(trained, InTwo(None, {}), capital_requests[0])
+    result = edit_facts(trained, InTwo(None, {}), capital_requests[:1])
     torch.testing.assert_close(trained.parameter(name).detach(), before + 3)
     torch.testing.assert_close(result.edit.weights[name].values, torch.full_like(before, 3))
     trained.revert()

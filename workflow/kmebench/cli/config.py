@@ -12,11 +12,11 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from kmebench.cli.inputs import reason
 from kmebench.errors import ConfigError
 from kmebench.planning import cost as plan
 from kmebench.planning import grid, provenance
 from kmebench.planning.config import read_checked_config, read_files
+from kmebench.planning.workflow import check_workflow, reason
 
 CONFIG = Path("config.yaml")
 console = Console(markup=False, emoji=False)
@@ -50,8 +50,7 @@ def _values(
 
 def plan_command(arguments: argparse.Namespace) -> None:
     """Count, estimate, show."""
-    if not Path("Snakefile").is_file():
-        raise ConfigError("There is no Snakefile here; run this in the folder of KME-Bench.")
+    check_workflow()
     config = read_checked_config(CONFIG, arguments.configfile)
     measured = plan.measurements(arguments.measured)
     if measured.empty:

@@ -12,17 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kmebench.cli.inputs import FactInputs, Inputs, Model, make
+from kmebench import api
+from kmebench.api import likeliest, load_found, says
+from kmebench.cli.inputs import Inputs
 from kmebench.data.openfacts import load_relations
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import build_editor
-from kmebench.editors.locate.covariance.store import check_covariance
 from kmebench.edits.edit import Edit
 from kmebench.errors import ConfigError, ModelError
-from kmebench.io.checked_files import users_own
-from kmebench.models.editable import SPREAD, EditableModel, pick_device, seed_everything
-from kmebench.models.sources import save_model
-from kmebench.pipelines.one_fact import critical_shares, edit_fact, likeliest, next_token, says
+from kmebench.models.editable import EditableModel
+from kmebench.pipelines.one_fact import critical_shares
+from kmebench.planning.by_hand import Source
 
 OPENFACTS = Path("resources/openfacts")
 console = Console(markup=False, emoji=False)
@@ -31,29 +30,19 @@ console = Console(markup=False, emoji=False)
 # -- commands -------------------------------------------------------------------------------
 
 
-def edit_command(arguments: argparse.Namespace, inputs: FactInputs) -> None:
+def edit_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     """Edit, show what changed, save."""
-    with users_own(arguments.covariance):
-        _edit(arguments, inputs)
-
-
-def _edit(arguments: argparse.Namespace, inputs: FactInputs) -> None:
-    request = inputs.request
-    if arguments.covariance:
-        check_covariance(arguments.covariance)
-    editor = build_editor(inputs.editor, inputs.hparams, inputs.assets)
-    model = _load(inputs.model, arguments)
-    for path in inputs.assets.values():
-        make(path, arguments.configfile, inputs.asking)
+    request, model = inputs.request, load_found(inputs.source)
     neighbours = arguments.neighbour or _neighbours(request)
     prompts = [request.filled_prompt, *neighbours]
-    likely, said = _top(model, prompts[0]), [says(model, p) for p in prompts]
-    seed_everything(inputs.seed)
+    likely, said = likeliest(model, prompts[0]), [says(model, p) for p in prompts]
     start = time.perf_counter()
-    result = edit_fact(model, editor, request)
+    result = api.edit(
+        model, arguments.method, [request], covariance=arguments.covariance, **inputs.hparams
+    )
     seconds = time.perf_counter() - start
     console.print(f"{arguments.method}: {result.steps} steps, {seconds:.1f} s\n")
-    console.print(_next_tokens(prompts[0], likely, _top(model, prompts[0])))
+    console.print(_next_tokens(prompts[0], likely, likeliest(model, prompts[0])))
     console.print(_changes(prompts, said, [says(model, p) for p in prompts]))
     if not neighbours:
         console.print("OpenFacts knows no neighbours of this subject; name some by --neighbour.")
@@ -64,9 +53,9 @@ def _edit(arguments: argparse.Namespace, inputs: FactInputs) -> None:
         _save(model, arguments.out)
 
 
-def trace_command(arguments: argparse.Namespace, inputs: FactInputs) -> None:
+def trace_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     """Trace, select, show."""
-    request, model = inputs.request, _load(inputs.model, arguments)
+    request, model = inputs.request, load_found(inputs.source)
     if arguments.paths > model.ffn_width:
         raise ConfigError(
             f"--paths cannot be {arguments.paths}: disjoint paths take a segment each, and an FFN "
@@ -88,32 +77,19 @@ def trace_command(arguments: argparse.Namespace, inputs: FactInputs) -> None:
         console.print(f"plot: {arguments.plot}")
 
 
-def apply_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
+def apply_command(arguments: argparse.Namespace, source: Source) -> None:
     """Load, apply, save."""
     edit = Edit.load(arguments.delta)
-    if edit.overlays:
-        raise ModelError(
-            f"{arguments.delta} holds the overlays {', '.join(edit.overlays)}, which a folder of "
-            "weights cannot carry; apply it in Python (docs/python.md)."
-        )
-    model = _load(inputs.model, arguments)
+    api.check_weights_alone(edit)
+    model = load_found(source)
     try:
-        model.check(edit)
+        model.apply(edit)
     except ModelError as error:
         raise ModelError(f"{arguments.delta}: {error}") from error
-    model.apply(edit)
     _save(model, arguments.out)
 
 
 # -- inputs ---------------------------------------------------------------------------------
-
-
-def _load(model: Model, arguments: argparse.Namespace) -> EditableModel:
-    """Load the model; the workflow makes one of the config that is not there yet."""
-    if model.device not in SPREAD:
-        pick_device(model.device)  # fail before a model is made
-    make(model.folder, arguments.configfile)
-    return EditableModel.load(model.folder, dtype=model.dtype, device=model.device)
 
 
 def _neighbours(request: EditRequest, count: int = 5) -> list[str]:
@@ -129,10 +105,6 @@ def _neighbours(request: EditRequest, count: int = 5) -> list[str]:
 
 
 # -- outputs --------------------------------------------------------------------------------
-
-
-def _top(model: EditableModel, prompt: str) -> list[tuple[str, float]]:
-    return likeliest(model, next_token(model, prompt))
 
 
 def _next_tokens(
@@ -169,6 +141,6 @@ def _layers(request: EditRequest, shares: Tensor, index: Tensor, width: int = 14
 
 
 def _save(model: EditableModel, folder: Path) -> None:
-    """Write the model as a Hugging Face folder."""
-    save_model(model.model, model.tokenizer, folder)
+    """Write the model, say where."""
+    api.save(model, folder)
     console.print(f"model: {folder}")

@@ -87,7 +87,8 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
         "--covariance",
         type=arguments.existing_file("--covariance"),
         metavar="FILE",
-        help="covariance of the keys, for ROME, MEMIT and their family (default: the workflow's)",
+        help="covariance of the keys, for ROME, MEMIT and their family (default: the workflow's, "
+        "else measured once)",
     )
     edit.add_argument(
         "--neighbour",
@@ -171,16 +172,17 @@ def _model_options() -> argparse.ArgumentParser:
         "--model",
         type=arguments.model,
         required=True,
-        help="a model of the config, or a Hugging Face folder",
+        help="a model of the config, a Hugging Face folder, a .gguf file, or an id of the hub",
+    )
+    options.add_argument(
+        "--revision", help="of an id of the hub (default: the newest, which may change)"
     )
     options.add_argument(
         "--dtype",
-        type=arguments.dtype,
         help="float32, bfloat16, float16 or float64 (default: the config's)",
     )
     options.add_argument(
         "--device",
-        type=arguments.device,
         default="auto",
         help="auto, cpu, mps, cuda, cuda:1, balanced or sequential (default: auto)",
     )

@@ -92,8 +92,8 @@ class Codebook(Overlay):
         sizes = (self.keys.shape[1], self.values.shape[1])
         if weight is None or sorted(weight.shape) != sorted(sizes):
             raise ModelError(
-                f"it has a codebook beside {self.module!r} with keys and values of width {sizes}, "
-                "which this model lacks; name the model that it was made from."
+                f"The edit has a codebook beside {self.module!r} with keys and values of width "
+                f"{sizes}, which this model lacks; name the model that it was made from."
             )
 
     def tensors(self) -> dict[str, Tensor]:

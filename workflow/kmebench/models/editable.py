@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,7 @@ class EditableModel:
         self._ledger = Ledger(self._parameters)
 
     @classmethod
-    def load(
-        cls, folder: str | Path, *, dtype: str = "float32", device: str = "auto"
-    ) -> "EditableModel":
+    def load(cls, folder: str | Path, *, dtype: str = "float32", device: str = "auto") -> Self:
         """Load a Hugging Face folder of safetensors.
 
         ``dtype`` names a torch dtype; ``device`` is ``auto`` (cuda, else mps, else cpu), a torch
@@ -124,22 +122,24 @@ class EditableModel:
     # -- edits ------------------------------------------------------------------------
 
     def apply(self, edit: Edit | WeightDelta) -> None:
-        """Add an edit to the weights; its overlays act from now on."""
-        self._ledger.apply(edit)
-
-    def check(self, edit: Edit) -> None:
-        """Refuse an edit of another model.
+        """Add an edit to the weights; its overlays act from now on.
 
         Raises:
-            ModelError: it changes a parameter that is not there, or has another shape.
+            ModelError: it is of another model; nothing is changed then.
         """
+        edit = Edit.of(edit)
+        self._check(edit)
+        self._ledger.apply(edit)
+
+    def _check(self, edit: Edit) -> None:
+        """Refuse an edit of a parameter that is not there, or has another shape."""
         for name, part in edit.weights.items():
             parameter = self._parameters.get(name)
             if parameter is None:
-                raise ModelError(f"it changes {name!r}, which this model lacks.")
+                raise ModelError(f"The edit changes {name!r}, which this model lacks.")
             if not part.fits(parameter.shape):
                 raise ModelError(
-                    f"it changes {name!r}, which has another shape in this model "
+                    f"The edit changes {name!r}, which has another shape in this model "
                     f"({tuple(parameter.shape)}); name the model that it was made from."
                 )
         for overlay in edit.overlays.values():

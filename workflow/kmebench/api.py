@@ -1,0 +1,227 @@
+"""The Python interface: load a model, edit facts, look, save. See docs/python.md.
+
+All of it is there as ``kmebench.load`` and so on, and imports torch when it is first used.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.base import Editor, Result, build_editor
+from kmebench.editors.locate.covariance.stage import measure_covariance
+from kmebench.editors.locate.covariance.store import Covariances, check_covariance
+from kmebench.editors.locate.covariance.texts import TextSettings
+from kmebench.editors.needs import Covariance, Trained
+from kmebench.edits.edit import Edit
+from kmebench.errors import ConfigError, KMEBenchError, ModelError
+from kmebench.io import origins
+from kmebench.io.checked_files import users_own
+from kmebench.models.editable import SPREAD, EditableModel, pick_device, seed_everything
+from kmebench.models.sources import from_gguf, from_hub, save_model
+from kmebench.pipelines.one_fact import edit_facts, likeliest, next_token, says
+from kmebench.planning.by_hand import Kind, Source, fact, find_model, method_of, trained_path
+from kmebench.planning.workflow import console, make
+
+__all__ = [
+    "Edit",
+    "EditRequest",
+    "KMEBenchError",
+    "Model",
+    "Result",
+    "edit",
+    "editor",
+    "fact",
+    "likeliest",
+    "load",
+    "next_token",
+    "save",
+    "says",
+]
+
+
+class Model(EditableModel):
+    """A model that knows where it comes from; without a folder its covariance is to be given."""
+
+    source = Source("", Kind.FOLDER)
+    folder: Path | None = None
+
+
+def load(
+    name: str | Path,
+    configfiles: Sequence[str | Path] = (),
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+) -> Model:
+    """Load a model and ask torch for deterministic kernels.
+
+    ``name`` is a Hugging Face folder, a .gguf file (dequantised once, to the cache), a model of
+    the config (the workflow makes it) or an id of the hub. Without a ``revision`` the hub gives
+    what is newest, which may be another model tomorrow. ``configfiles`` are merged over
+    config.yaml. ``dtype`` is the config's, else float32; ``device`` as in
+    :meth:`EditableModel.load`.
+
+    Raises:
+        KMEBenchError: there is no such model, or it cannot be loaded; says why.
+    """
+    found = find_model(name, configfiles, revision=revision, dtype=dtype, device=device)
+    return load_found(found)
+
+
+def load_found(source: Source) -> Model:
+    """Load a model that :func:`find_model` has found; see :func:`load`."""
+    if source.device not in SPREAD:
+        pick_device(source.device)  # fail before a model is made
+    seed_everything(source.seed)
+    folder = _folder(source)
+    model = Model.load(folder, dtype=source.dtype, device=source.device)
+    model.source, model.folder = source, folder
+    return model
+
+
+def editor(
+    model: Model,
+    method: str,
+    /,
+    *,
+    mode: str = "consecutive",
+    covariance: str | Path | None = None,
+    **hparams: Any,
+) -> Editor:
+    """Build an editor for one model; see :func:`edit`.
+
+    ``mode`` names the pipeline whose values are taken from the config.
+    """
+    chosen = method_of(model.source, method, hparams, mode)
+    files = {need.asset: _file(model, need, covariance) for need in chosen.needs}
+    return build_editor(chosen.editor, chosen.hparams, files)
+
+
+def edit(
+    model: Model,
+    method: str | Editor,
+    facts: Sequence[EditRequest],
+    /,
+    *,
+    covariance: str | Path | None = None,
+    **hparams: Any,
+) -> Result:
+    """Edit one fact, or several together as one batch; the model keeps the edit.
+
+    ``method`` is a method of the config, an editor's name, ``package.module:CARD``, or an
+    :func:`editor`, which remembers its earlier edits. ``hparams`` are the editor's values under
+    their config names. One fact is edited with the config's values for consecutive editing,
+    several with those for batches. A covariance that an editor needs is read from the file
+    ``covariance``, else from the workflow's, else measured once and cached.
+
+    Raises:
+        KMEBenchError: there is no such method or value, or the edit cannot be made; says why.
+    """
+    if not facts:
+        raise ConfigError("There is no fact to edit; give one or more, as a list.")
+    if isinstance(method, str):
+        mode = "consecutive" if len(facts) == 1 else "batch"
+        method = editor(model, method, mode=mode, covariance=covariance, **hparams)
+    elif hparams or covariance:
+        raise ConfigError("An editor has its values already; give them where it is built.")
+    else:
+        covariance = method.assets.get(Covariance.asset)
+    seed_everything(model.source.seed)
+    with users_own(covariance):  # perhaps the user's: never set aside
+        return edit_facts(model, method, facts)
+
+
+def save(model: EditableModel, folder: str | Path) -> None:
+    """Write the edited model as a Hugging Face folder, which plain transformers loads.
+
+    Raises:
+        ModelError: there is such a folder, or the edits are not of weights alone.
+    """
+    if Path(folder).exists():
+        raise ModelError(f"{folder} exists already; name another folder, or delete it.")
+    check_weights_alone(model.edits.total())
+    save_model(model.model, model.tokenizer, Path(folder))
+
+
+def check_weights_alone(edit: Edit) -> None:
+    """Refuse an edit that a folder of weights cannot carry.
+
+    Raises:
+        ModelError: names its overlays.
+    """
+    if edit.overlays:
+        raise ModelError(
+            f"The overlays {', '.join(edit.overlays)} are no weights, so no folder of a model can "
+            "hold them; save the edit itself and apply it in Python (docs/python.md)."
+        )
+
+
+# -- files ----------------------------------------------------------------------------------
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kmebench"
+
+
+def _folder(source: Source) -> Path:
+    """Return the folder of a model; what is no folder yet becomes one, once."""
+    if source.kind is Kind.FOLDER:
+        return Path(source.name)
+    if source.kind is Kind.HUB:
+        return from_hub(source.name, source.revision)
+    if source.kind is Kind.CONFIG:
+        folder = source.results / "models" / source.name
+        make(folder, source.configfiles)
+        return folder
+    file = Path(source.name)
+    folder = _cache() / "models" / f"{file.stem}-{origins.digest(file)[:16]}"
+    if not folder.is_dir():
+        console.print(f"reading {file} (once)")
+        from_gguf(file, folder)
+    return folder
+
+
+def _file(model: Model, need: Covariance | Trained, covariance: str | Path | None) -> Path:
+    """Return the file of what an editor needs; it is made if it is not there."""
+    if isinstance(need, Trained):
+        path = trained_path(model.source, need)
+        make(path, model.source.configfiles)
+        return path
+    if covariance is None:
+        return _workflows_covariance(model, need) or _measured_covariance(model, need)
+    check_covariance(covariance)
+    return Path(covariance)
+
+
+def _workflows_covariance(model: Model, need: Covariance) -> Path | None:
+    """Return the workflow's file, if there is one and it holds the layers."""
+    if model.source.kind is not Kind.CONFIG:
+        return None
+    path = model.source.results / need.path(model.source.name, "")
+    held = Covariances.open(path).layers if path.is_file() else ()
+    return path if set(need.layers) <= set(held) else None
+
+
+def _measured_covariance(model: Model, need: Covariance) -> Path:
+    """Return the cached file of these layers of this model, measured if it is not there."""
+    if model.folder is None:
+        raise ConfigError(
+            "This editor needs a covariance, and the model was not loaded by kmebench.load; give "
+            "the file of one (covariance=...)."
+        )
+    settings = dict(model.source.config.get("covariance", {}))
+    force = settings.pop("force", False)
+    identity = [origins.digest(model.folder), model.source.dtype, need.layers, settings]
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = _cache() / "covariance" / f"{name}.safetensors"
+    if not path.is_file():
+        console.print(f"measuring the covariance of layers {list(need.layers)} (once)")
+        with model.edits.savepoint():
+            model.revert()
+            measure_covariance(path, model, need.layers, TextSettings(**settings), force=force)
+    return path

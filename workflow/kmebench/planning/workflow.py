@@ -1,0 +1,56 @@
+"""Snakemake as a command: make one file of the workflow, and tell why it failed."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from kmebench.errors import ConfigError, ModelError
+
+SNAKEFILE = Path("Snakefile")
+console = Console(markup=False, emoji=False)
+
+
+def check_workflow() -> None:
+    """Refuse a folder that the workflow cannot run in: an installed package is without it.
+
+    Raises:
+        ConfigError: there is no Snakefile.
+    """
+    if not SNAKEFILE.is_file():
+        raise ConfigError("There is no Snakefile here; run this in the folder of KME-Bench.")
+
+
+def make(path: Path, configfiles: Sequence[Path]) -> None:
+    """Let the workflow make what is not there yet, by config.yaml with ``configfiles`` over it.
+
+    Raises:
+        ConfigError: the workflow is not here.
+        ModelError: it cannot; says why.
+    """
+    if path.exists():
+        return
+    check_workflow()
+    console.print(f"making {path} (once)")
+    command = [sys.executable, "-m", "snakemake", "--cores", "2"]
+    command += ["--quiet", "progress", "rules", "host", "reason"]
+    command += ["--configfile", *map(str, configfiles)] if configfiles else []
+    command += ["--", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ModelError(f"{path} could not be made: {reason(done.stderr)}")
+
+
+def reason(log: str) -> str:
+    """Find why the workflow failed in what it wrote: a rule's sentence, or Snakemake's last error.
+
+    All that it wrote, if there is neither.
+    """
+    if told := re.findall(r"^[a-z_]+: .*", log, re.MULTILINE):
+        return str(told[-1])
+    errors = re.split(r"^\w+(?:Error|Exception)(?: in file .*)?:?\n", log, flags=re.MULTILINE)
+    lines = errors[-1].splitlines()
+    return " ".join(line for line in lines if not line.startswith(" "))
