@@ -35,6 +35,26 @@ def test_the_config_name_of_a_keyword_is_the_keyword():
     assert build_editor("pac", {"contrast": 0.3}, {}).hparams == editor.hparams
 
 
+def test_one_value_under_two_names_is_refused():
+    with pytest.raises(ConfigError, match="lambda is set twice, once as contrast"):
+        build_editor("pac", {"lambda": 0.3, "contrast": 0.2}, {})
+
+
+def test_a_validator_of_several_values_is_a_sentence():
+    @cards.hyperparameters
+    class Both:
+        a: int = 1
+        b: int = 2
+
+        def __post_init__(self):
+            if self.a > self.b:
+                raise ValueError("a is larger than b")
+
+    card = Card("both", "x:Y", Both, "own", "me")
+    with pytest.raises(ConfigError, match="'both' cannot take these values: a is larger than b"):
+        card.values({"a": 3})
+
+
 def test_a_misspelt_editor_names_the_nearest():
     with pytest.raises(ConfigError, match=r"no editor 'pca'.*did you mean 'pac'"):
         build_editor("pca", {}, {})

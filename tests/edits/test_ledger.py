@@ -145,3 +145,74 @@ def test_segments_are_never_written_through_a_transposed_view():
         ledger.revert()
         some_deltas()[1]["v"].dense((4, 6))
     assert mode.written > 10
+
+
+def state_of(live, ledger):
+    """Bits of the weights, and of masters and originals: all that a ledger knows."""
+    masters = {name: ledger.master(name) for name in live}
+    originals = {name: ledger.original(name) for name in live}
+    bits = {name: p.detach().clone() for name, p in live.items()}
+    return [bits, masters, originals, {k: t.clone() for k, t in ledger.state().items()}]
+
+
+def assert_same(before, after):
+    for one, other in zip(before, after, strict=True):
+        assert set(one) == set(other)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("carried", range(5))
+def test_a_savepoint_puts_everything_back_bit_by_bit(dtype, carried):
+    """With 0 to 4 of the deltas applied before; the block applies all, and reverts in between."""
+    live = parameters(dtype)
+    ledger = Ledger(live)
+    for delta in some_deltas()[:carried]:
+        ledger.apply(delta)
+    before = state_of(live, ledger)
+    with ledger.savepoint():
+        for delta in some_deltas():
+            ledger.apply(delta)
+    assert_same(before, state_of(live, ledger))
+    with ledger.savepoint():
+        ledger.revert()
+        ledger.apply(some_deltas()[2])
+    assert_same(before, state_of(live, ledger))
+    # And what comes later is what would have come without.
+    other = parameters(dtype)
+    straight = Ledger(other)
+    for delta in some_deltas():
+        straight.apply(delta)
+    for delta in some_deltas()[carried:]:
+        ledger.apply(delta)
+    assert_same(state_of(other, straight), state_of(live, ledger))
+    ledger.revert()
+    assert all(torch.equal(live[name], p) for name, p in parameters(dtype).items())
+
+
+def test_savepoints_nest_and_hold_when_the_block_fails():
+    live = parameters()
+    ledger = Ledger(live)
+    first, second, third, *_ = some_deltas()
+    ledger.apply(first)
+    outer = state_of(live, ledger)
+    with pytest.raises(KeyError), ledger.savepoint():  # noqa: PT012
+        ledger.apply(second)
+        inner = state_of(live, ledger)
+        with ledger.savepoint():
+            ledger.apply(third)
+            ledger.apply(first)
+        assert_same(inner, state_of(live, ledger))
+        ledger.apply(third)
+        raise KeyError
+    assert_same(outer, state_of(live, ledger))
+
+
+def test_a_savepoint_copies_what_is_touched_and_no_more():
+    live = {name: nn.Parameter(torch.zeros(64, 64), requires_grad=False) for name in "abcd"}
+    ledger = Ledger(live)
+    for name in live:
+        ledger.apply(WeightDelta({name: Dense(torch.ones(64, 64))}))
+    with ledger.savepoint():
+        ledger.apply(WeightDelta({"a": Dense(torch.ones(64, 64))}))
+        assert set(ledger._before) == {"a"}

@@ -124,3 +124,10 @@ def test_every_layout_is_of_a_family_that_transformers_knows():
 
     assert set(LAYOUTS) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert {small_config(f, 50).model_type for f in FAMILIES} <= set(LAYOUTS)
+
+
+def test_a_model_whose_layers_differ_is_refused():
+    config = Qwen2Config(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
+    with pytest.raises(ModelError, match=r"differ .full_attention, sliding_attention."):
+        layout_of(config)
+    assert layout_of(Qwen2Config(num_hidden_layers=2))

@@ -105,32 +105,37 @@ class Card:
             ConfigError: the editor has no such value, or it cannot be that; begins with ``where``.
         """
         begin = f"{where}: " if where else ""
-        names = self.names
-        for name in settings:
-            if name not in names and name not in _field_names(self.hparams):
+        given: dict[str, Any] = {}
+        for key, value in settings.items():
+            name = self.names.get(key)
+            if name is None:
+                known = list(dict.fromkeys(self.names.values()))
                 raise ConfigError(
-                    f"{begin}the editor {self.name!r} has no hyper-parameter {name!r}; "
-                    f"{nearest(name, names)}"
+                    f"{begin}the editor {self.name!r} has no hyper-parameter {key!r}; "
+                    f"{nearest(key, known)}"
                 )
+            if name in given:
+                raise ConfigError(f"{begin}{name} is set twice, once as {key}; take one out.")
+            given[name] = value
         try:
-            return TypeAdapter(self.hparams).validate_python(dict(settings))
+            return TypeAdapter(self.hparams).validate_python(given)
         except ValidationError as error:
             first = error.errors()[0]
-            name = str(first["loc"][0])
             reason = first["msg"].removeprefix("Value error, ")
-            raise ConfigError(
-                f"{begin}{name} cannot be {settings[name]!r} in the editor {self.name!r}: {reason}."
-            ) from error
+            what = f"the editor {self.name!r} cannot take these values"
+            if first["loc"]:
+                name = str(first["loc"][0])
+                what = f"{name} cannot be {given[name]!r} in the editor {self.name!r}"
+            raise ConfigError(f"{begin}{what}: {reason}.") from error
 
     @property
-    def names(self) -> list[str]:
-        """The config names of its hyper-parameters."""
-        return list(plain(self.hparams()))
-
-
-def _field_names(hparams: type) -> set[str]:
-    """Names in Python, which differ from those of the config where a keyword would be one."""
-    return {each.name for each in dataclasses.fields(hparams)}
+    def names(self) -> dict[str, str]:
+        """Config names by themselves, and by the name in Python where a keyword is one."""
+        fields = [each.name for each in dataclasses.fields(self.hparams)]
+        configured = list(plain(self.hparams()))
+        return dict(zip(configured, configured, strict=True)) | dict(
+            zip(fields, configured, strict=True)
+        )
 
 
 def plain(hparams: Any) -> dict[str, Any]:

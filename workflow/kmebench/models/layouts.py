@@ -65,12 +65,18 @@ def layout_of(config: PretrainedConfig) -> Layout:
     """Return the layout of a loaded configuration.
 
     Raises:
-        ModelError: the family has no layout.
+        ModelError: the family has no layout, or the layers are of different kinds.
     """
     if config.model_type not in LAYOUTS:
         raise ModelError(
             f"No layout for model type {config.model_type!r} (known: {', '.join(LAYOUTS)}); "
             "add one to kmebench/models/layouts.py."
+        )
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    if len(kinds) > 1:
+        raise ModelError(
+            f"The layers of this model differ ({', '.join(kinds)}), and every layer would be run "
+            "as the first one is, which is wrong for some; choose a model whose layers are alike."
         )
     return LAYOUTS[config.model_type]
 

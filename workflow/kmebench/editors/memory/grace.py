@@ -178,7 +178,7 @@ class GRACE(Editor):
         for _ in range(self.hparams.steps):
             trial = replace(book, values=book.values.index_copy(0, index, values))
             with torch.enable_grad(), model.edits.savepoint():
-                model.apply(Edit(overlays={self.name: trial}))
+                model.edits.apply(Edit(overlays={self.name: trial}))
                 with model.passage(Passage(batch.prompt_last - first, batch.rows)):
                     hidden = replay.run(replay.states)
                 losses = row_losses(model.head(hidden[batch.rows, columns]), batch.labels, batch)
