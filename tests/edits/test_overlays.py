@@ -113,7 +113,7 @@ def test_a_later_overlay_replaces_an_earlier_one_of_its_name():
 def test_an_overlay_of_an_unknown_kind_is_a_sentence(tmp_path, monkeypatch):
     Edit(overlays={"a": Asking()}).save(tmp_path / "e.safetensors")
     monkeypatch.delitem(overlays._CLASSES, "test-asking")
-    with pytest.raises(KMEBenchError, match=r"No installed package knows .* 'test-asking'; install"):
+    with pytest.raises(KMEBenchError, match=r"No installed package knows .* 'test-asking'"):
         Edit.load(tmp_path / "e.safetensors")
 
 
