@@ -107,5 +107,5 @@ class Codebook(Overlay):
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Rebuild a codebook; see :meth:`Overlay.from_tensors`."""
         module, replacement, labels = json.loads(bytes(tensors["facts"].tolist()))
-        parts = (tensors[name] for name in ("keys", "values", "radii"))
-        return cls(module, replacement, *parts, tuple(map(tuple, labels)))
+        keys, values, radii = (tensors[name] for name in ("keys", "values", "radii"))
+        return cls(module, replacement, keys, values, radii, tuple(map(tuple, labels)))
