@@ -3,11 +3,11 @@
 PYTHONPATH=workflow python benchmarks/gpu.py FOLDER [--budget 400]
 
 Besides torch, transformers and pandas it needs pydantic, rich and, for LoRA alone, peft and
-accelerate, all in small wheels; no model, data or network. Llama-3 8B, Llama-2 7B and GPT-J 6B have random weights
-in bfloat16, a vocabulary of full size and requests of OpenFacts. As random weights learn a fact at
-once or never, all steps are fixed: tolerance 0, or a learning rate too small to learn (ROME's
-family). Second moments are of few tokens, with a small number added to their eigenvalues so that
-they can be inverted all the same.
+accelerate, all in small wheels; no model, data or network. Llama-3 8B, Llama-2 7B and GPT-J 6B
+have random weights in bfloat16, a vocabulary of full size and requests of OpenFacts. As random
+weights learn a fact at once or never, all steps are fixed: tolerance 0, or a learning rate too
+small to learn (ROME's family). Second moments are of few tokens, with a small number added to
+their eigenvalues so that they can be inverted all the same.
 
 Parts run in the order of their worth. Each is printed when it ends; its file in FOLDER is written
 anew with every figure, so a killed run keeps what is done. A part is left out, and says so, when
