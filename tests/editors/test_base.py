@@ -43,6 +43,8 @@ def test_the_config_name_of_a_keyword_is_the_keyword():
 def test_one_value_under_two_names_is_refused():
     with pytest.raises(ConfigError, match="lambda is set twice, once as contrast"):
         build_editor("pac", {"lambda": 0.3, "contrast": 0.2}, {})
+    with pytest.raises(ConfigError, match="lambda is set twice, once as contrast"):
+        build_editor("pac", {"contrast": 0.2, "lambda": 0.3}, {})
 
 
 def test_a_validator_of_several_values_is_a_sentence():

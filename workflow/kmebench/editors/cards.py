@@ -139,7 +139,8 @@ class Card:
                     f"{nearest(key, known)}"
                 )
             if name in given:
-                raise ConfigError(f"{begin}{name} is set twice, once as {key}; take one out.")
+                alias = next(k for k in settings if self.names.get(k) == name != k)
+                raise ConfigError(f"{begin}{name} is set twice, once as {alias}; take one out.")
             given[name] = value
         try:
             return TypeAdapter(self.hparams).validate_python(given)
