@@ -2,8 +2,8 @@
 
 PYTHONPATH=workflow python benchmarks/gpu.py FOLDER [--budget 400]
 
-Besides torch, transformers and pandas it needs rich and, for LoRA alone, peft and accelerate, all
-of pure Python; no model, data or network. Llama-3 8B, Llama-2 7B and GPT-J 6B have random weights
+Besides torch, transformers and pandas it needs pydantic, rich and, for LoRA alone, peft and
+accelerate, all in small wheels; no model, data or network. Llama-3 8B, Llama-2 7B and GPT-J 6B have random weights
 in bfloat16, a vocabulary of full size and requests of OpenFacts. As random weights learn a fact at
 once or never, all steps are fixed: tolerance 0, or a learning rate too small to learn (ROME's
 family). Second moments are of few tokens, with a small number added to their eigenvalues so that

@@ -106,9 +106,9 @@ def test_targets_are_the_same_in_all_ways(family, benchmark, capsys):
 
 # -- gpu.py ---------------------------------------------------------------------------
 
-#: What a machine for models has, with small wheels of pure Python (the docstring of gpu.py).
+#: What a machine for models has, with small wheels (the docstring of gpu.py).
 PLAIN = {"torch", "transformers", "pandas", "numpy", "safetensors", "huggingface_hub", "rich"}
-PLAIN |= {"pygments", "peft", "accelerate"}
+PLAIN |= {"pygments", "peft", "accelerate", "pydantic"}
 ALONE = """
 import sys
 for name in {lacking!r}:

@@ -41,12 +41,12 @@ class Replacing(Overlay):
 
 @dataclass(frozen=True)
 class Asking(Overlay):
-    """Rewrites alone."""
+    """Rewrites alone; whatever it says of targets, those of the question are scored."""
 
     kind = "test-asking"
 
     def rewrite(self, texts):
-        return [t._replace(prompt=t.prompt.replace("France", "Italy")) for t in texts]
+        return [Text(t.prompt.replace("France", "Italy")) for t in texts]
 
     def tensors(self):
         return {"nothing": torch.zeros(1)}

@@ -43,6 +43,7 @@ def test_times_are_seconds_per_request_of_every_call(tmp_path):
 
 def test_norms_of_one_layer_are_added_as_squares(tmp_path):
     norms = [{"model.layers.3.up.weight": 3.0, "model.layers.3.down.weight": 4.0}, {}]
+    norms[1]["lm_head.weight"] = 5.0  # in no layer
     file = write(tmp_path / "run.json", {"delta_norms": norms})
     table = figure_tables.norms([file], [RUN], LABELS)
     assert table[["layer", "norm"]].to_numpy().tolist() == [[3, 5.0]]

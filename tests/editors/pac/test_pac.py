@@ -156,6 +156,20 @@ def test_cached_paths_give_the_same_edit_as_live_tracing(scope, make_model, requ
     assert editor.stopwatch.seconds["trace"] > 0
 
 
+def test_no_more_requests_are_traced_at_once_than_are_to_be(make_model, requests, monkeypatch):
+    traced = []
+
+    def counted(model, some):
+        traced.append(len(some))
+        return trace(model, some)
+
+    monkeypatch.setattr(pac, "trace", counted)
+    editor = build_editor("pac", HPARAMS | {"trace_on": "current", "steps": 1}, {})
+    editor(make_model("llama"), requests[:3], micro_batch=2)
+    assert sum(traced) == 3
+    assert max(traced) <= 2
+
+
 def test_a_diverging_edit_names_the_request(make_model, requests):
     model = make_model("llama")
     editor = build_editor("pac", HPARAMS | {"trace_on": "current", "learning_rate": 1e300}, {})

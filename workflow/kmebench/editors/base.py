@@ -62,6 +62,8 @@ class Editor(ABC):
 
     #: As the card has it; begins the editor's messages.
     name = ""
+    #: An instance of the card's class of them, which subclasses name here.
+    hparams: Any
 
     def __init__(self, hparams: Any, assets: Assets) -> None:
         self.hparams, self.assets = hparams, assets
@@ -97,7 +99,8 @@ class Editor(ABC):
 
     def _begin(self, micro_batch: int | None) -> None:
         self.stopwatch, self.steps = Stopwatch(), 0
-        self.micro_batch: int = micro_batch or getattr(self.hparams, "micro_batch", 1)
+        own: int = getattr(self.hparams, "micro_batch", 1)
+        self.micro_batch = micro_batch or own
 
     @abstractmethod
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> Edit | WeightDelta:

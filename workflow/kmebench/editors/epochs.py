@@ -1,13 +1,12 @@
 """Editors that pass over all requests several times, and can go on after any pass."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kmebench.editors.base import Editor
+from kmebench.editors.base import Assets, Editor
 
 
 class EpochEditor(Editor):
@@ -19,7 +18,7 @@ class EpochEditor(Editor):
 
     after_epoch: Callable[[int], None] | None = None
 
-    def __init__(self, hparams: Any, assets: Mapping[str, Path]) -> None:
+    def __init__(self, hparams: Any, assets: Assets) -> None:
         super().__init__(hparams, assets)
         self._saved: dict[str, Tensor] = {}
 

@@ -59,9 +59,9 @@ class Edit:
     def save(self, path: str | Path) -> None:
         """Write the edit as one safetensors file."""
         tensors = self.weights.tensors() | overlay_tensors(self.overlays)
-        metadata = {"format": _WITH_OVERLAYS if self.overlays else _WEIGHTS}
-        if self.overlays:
-            metadata["kinds"] = json.dumps(overlay_kinds(self.overlays), sort_keys=True)
+        # One entry: safetensors writes several in an order that changes from file to file.
+        kinds = json.dumps(overlay_kinds(self.overlays), sort_keys=True)
+        metadata = {_WITH_OVERLAYS: kinds} if self.overlays else {"format": _WEIGHTS}
         kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         with atomic_path(path) as temporary:
             save_file(kept, temporary, metadata=metadata)
@@ -76,11 +76,11 @@ class Edit:
         try:
             with safe_open(str(path), framework="pt") as stream:
                 metadata = stream.metadata() or {}
-                if metadata.get("format") not in (_WEIGHTS, _WITH_OVERLAYS):
+                if metadata.get("format") != _WEIGHTS and _WITH_OVERLAYS not in metadata:
                     raise KMEBenchError(f"{path} is not an edit of this program.")
                 tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
             weights = {k: t for k, t in tensors.items() if not k.startswith(_OVERLAY)}
-            kinds = json.loads(metadata["kinds"]) if metadata["format"] == _WITH_OVERLAYS else {}
+            kinds = json.loads(metadata.get(_WITH_OVERLAYS, "{}"))
             return cls(WeightDelta.from_tensors(weights), overlays_from(tensors, kinds))
         except (SafetensorError, OSError) as error:
             raise KMEBenchError(f"{path} cannot be read as an edit: {error}.") from error

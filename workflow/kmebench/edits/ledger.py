@@ -112,36 +112,22 @@ class Ledger:
 
     def state(self) -> dict[str, Tensor]:
         """Return the masters of all that was touched; with the originals, the whole state."""
-        return {
-            f"{name}|{type(part).__name__}|{field}": tensor
-            for name, entry in self._entries.items()
-            for part in [entry.masters()]
-            for field, tensor in zip(("values", "index"), part.factors()[::-1], strict=False)
-        }
+        return WeightDelta({name: each.masters() for name, each in self._entries.items()}).tensors()
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Put a freshly loaded model into a state saved by :meth:`state`, bit by bit."""
-        for key, values in state.items():
-            name, kind, field = key.split("|")
-            if field == "index":
-                continue
-            if kind == "Dense":
-                part: Part = Dense(values)
-            else:
-                part = {"Rows": Rows, "Columns": Columns}[kind](
-                    state[f"{name}|{kind}|index"], values
-                )
+        for name, part in WeightDelta.from_tensors(state).items():
             self._entry(name, part).set(part)
 
     def _entry(self, name: str, part: Part) -> "_Segments | _Whole":
         self._remember(name)
         entry = self._entries.get(name)
-        sparse = isinstance(part, Rows | Columns)
         if entry is None:
+            sparse = type(part) if isinstance(part, Rows | Columns) else None
             parameter = self._parameters[name]
-            entry = _Segments(parameter, type(part)) if sparse else _Whole(parameter)
-        elif isinstance(entry, _Segments) and not (sparse and entry.kind is type(part)):
+            entry = _Segments(parameter, sparse) if sparse else _Whole(parameter)
+        elif isinstance(entry, _Segments) and entry.kind is not type(part):
             entry = entry.widened()
         self._entries[name] = entry
         return entry
@@ -219,13 +205,15 @@ class _Segments:
             self.index = torch.cat([self.index, new])
         return self.slot[index]
 
-    def add(self, part: Rows | Columns) -> None:
+    def add(self, part: Part) -> None:
+        assert isinstance(part, self.kind)  # see Ledger._entry
         index = part.index.to(self.slot.device)
         slots = self._slots(index)
         self.master[slots] += part.values.to(self.master)
         self._write(index, self.master[slots])
 
-    def set(self, part: Rows | Columns) -> None:
+    def set(self, part: Part) -> None:
+        assert isinstance(part, self.kind)
         index = part.index.to(self.slot.device)
         slots = self._slots(index)
         self.master[slots] = part.values.to(self.master)

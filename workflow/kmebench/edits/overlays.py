@@ -62,7 +62,10 @@ class Overlay(ABC):
         _CLASSES[cls.kind] = cls
 
     def rewrite(self, texts: Sequence[Text]) -> Sequence[Text]:
-        """Return what is asked instead of ``texts``; the same objects where nothing changes."""
+        """Return what is asked instead of ``texts``; the same objects where nothing changes.
+
+        Targets are scored as they were asked for, behind the new prompts.
+        """
         return texts
 
     def hooks(self, passage: Passage) -> Mapping[str, Hook]:

@@ -6,8 +6,8 @@ float32 or better whatever the model's dtype. Files are safetensors.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class _Segments:
     axis: ClassVar[int]
 
     @classmethod
-    def summed(cls, index: Tensor, values: Tensor) -> "_Segments":
+    def summed(cls, index: Tensor, values: Tensor) -> Self:
         """Build from an index in any order, adding up the values of equal entries."""
         distinct, inverse = index.unique(return_inverse=True)
         total = values.new_zeros(len(distinct), *values.shape[1:])
@@ -128,8 +128,7 @@ class Dense:
 Part = Rows | Columns | LowRank | Dense
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (Rows, Columns, LowRank, Dense)}
-_FACTORS = {"Rows": ("index", "values"), "Columns": ("index", "values")}
-_FACTORS |= {"LowRank": ("u", "v"), "Dense": ("values",)}
+_FACTORS = {name: tuple(field.name for field in fields(kind)) for name, kind in _KINDS.items()}
 
 
 class WeightDelta(Mapping[str, Part]):
@@ -187,22 +186,26 @@ class WeightDelta(Mapping[str, Part]):
 
 
 def _add(a: Part, b: Part) -> Part:
-    if type(a) is type(b):
-        if isinstance(a, Dense):
-            return Dense(a.values + b.values)
-        if isinstance(a, LowRank):
-            return LowRank(torch.cat([a.u, b.u], dim=1), torch.cat([a.v, b.v]))
-        return type(a).summed(torch.cat([a.index, b.index]), torch.cat([a.values, b.values]))
+    match a, b:
+        case Dense(x), Dense(y):
+            return Dense(x + y)
+        case LowRank(u, v), LowRank(more_u, more_v):
+            return LowRank(torch.cat([u, more_u], dim=1), torch.cat([v, more_v]))
+        case Rows(i, x), Rows(j, y):
+            return Rows.summed(torch.cat([i, j]), torch.cat([x, y]))
+        case Columns(i, x), Columns(j, y):
+            return Columns.summed(torch.cat([i, j]), torch.cat([x, y]))
     shape = _shape(a, b)
     return Dense(a.dense(shape) + b.dense(shape))
 
 
 def _shape(a: Part, b: Part) -> torch.Size:
     """Shape of the parameter that two parts of different kinds touch."""
-    for part in (a, b):
-        if isinstance(part, Dense):
-            return part.values.shape
-        if isinstance(part, LowRank):
-            return torch.Size((part.u.shape[0], part.v.shape[1]))
-    rows, columns = (a, b) if isinstance(a, Rows) else (b, a)
-    return torch.Size((columns.values.shape[1], rows.values.shape[1]))
+    match a, b:
+        case (Dense(values), _) | (_, Dense(values)):
+            return values.shape
+        case (LowRank(u, v), _) | (_, LowRank(u, v)):
+            return torch.Size((u.shape[0], v.shape[1]))
+        case (Rows(_, rows), Columns(_, columns)) | (Columns(_, columns), Rows(_, rows)):
+            return torch.Size((columns.shape[1], rows.shape[1]))
+    raise TypeError(f"two parts of one kind: {type(a).__name__}")

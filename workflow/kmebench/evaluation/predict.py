@@ -84,7 +84,10 @@ def _teacher_forced(
     model: EditableModel, pairs: Sequence[Pair], batch_size: int
 ) -> dict[Pair, tuple[list[int], list[int], float]]:
     """Return target ids, argmax ids and mean log-probability of the target, for every pair."""
-    encoded = model.encode(model.rewritten([Text(*pair) for pair in pairs]))
+    asked = model.rewritten([Text(*pair) for pair in pairs])
+    # An overlay may put other words before a target, never another target.
+    prompts = zip(asked, pairs, strict=True)
+    encoded = model.encode([(text.prompt, target) for text, (_, target) in prompts])
     found = {}
     for chunk in length_sorted_chunks([len(e.ids) for e in encoded], batch_size):
         batch = model.collate([encoded[i] for i in chunk])

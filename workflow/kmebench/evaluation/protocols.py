@@ -94,6 +94,10 @@ PROTOCOLS = {
 HEALTH = "health"
 
 
+def _has_no_score(*_: Any) -> float:
+    raise TypeError("a metric that aggregates others has no score of its own")
+
+
 @dataclass(frozen=True)
 class Metric:
     """One measure, and all that the rest of the project knows about it.
@@ -107,7 +111,7 @@ class Metric:
     name: str  # in files
     label: str  # in tables and figures
     meaning: str
-    score: Callable[..., float] | None = None
+    score: Callable[..., float] = _has_no_score
     kinds: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     aggregate: str = "mean"

@@ -127,7 +127,8 @@ def score_experiment(
         name = {**spec, "mode": mode, "method": "original", "variant": "default", "seed": 0}
         spent = dict.fromkeys(SPENT, float("nan"))
         parts.append(scored.assign(**name, **spent))
-    files = zip(runs, predictions, timings, health or [None] * len(runs), strict=True)
+    measured: Sequence[str | None] = health or [None] * len(runs)
+    files = zip(runs, predictions, timings, measured, strict=True)
     for spec, path, timing, states in files:
         record = read_json(timing)
         frame = read_predictions(path)

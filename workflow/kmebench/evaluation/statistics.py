@@ -118,6 +118,7 @@ def _mean(samples: np.ndarray) -> np.ndarray:
 def bootstrap(
     values: np.ndarray,
     statistic: Callable[[np.ndarray], np.ndarray] = _mean,
+    /,
     *,
     resamples: int,
     seed: int,

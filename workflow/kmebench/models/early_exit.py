@@ -1,7 +1,7 @@
 """Forward passes that go no further than they must."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -27,7 +27,7 @@ def call_of(model: EditableModel, module: nn.Module, **inputs: Any) -> Call:
     """Run the model on ``inputs`` until ``module`` would begin; return its arguments."""
     seen: list[Call] = []
 
-    def stop(_module, args, kwargs):
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         seen.append(Call(args[0], args[1:], kwargs))
         leave()
 
@@ -41,7 +41,9 @@ def input_and_output(
     """Run the model on ``inputs`` until ``module`` has run; return its input and output states."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def stop(_module, args, kwargs, output):
+    def stop(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> NoReturn:
         states = args[0] if args else kwargs["hidden_states"]
         seen.append((states, first(output)))
         leave()

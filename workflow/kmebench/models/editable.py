@@ -30,6 +30,7 @@ from kmebench.errors import ModelError
 from kmebench.models.encoding import (
     Batch,
     Encoded,
+    EncodedSubject,
     Pair,
     SubjectText,
     collate,
@@ -179,7 +180,7 @@ class EditableModel:
             self._check_length(prompt, len(ids) + room, what)
         return encoded
 
-    def encode_subjects(self, texts: Sequence[SubjectText]) -> list[Encoded]:
+    def encode_subjects(self, texts: Sequence[SubjectText]) -> list[EncodedSubject]:
         """Encode filled prompts and find the last token of their subjects.
 
         Raises:

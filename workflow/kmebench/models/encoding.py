@@ -39,19 +39,22 @@ class SubjectText(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of ``prompt + " " + target``; the last ``n_target`` of them are the target.
-
-    ``subject_last`` is the index of the last token of the subject, where it was asked for.
-    """
+    """Token ids of ``prompt + " " + target``; the last ``n_target`` of them are the target."""
 
     ids: tuple[int, ...]
     n_target: int
-    subject_last: int | None = None
 
     @property
     def target_ids(self) -> tuple[int, ...]:
         """Token ids of the target, with its leading blank."""
         return self.ids[len(self.ids) - self.n_target :]
+
+
+@dataclass(frozen=True)
+class EncodedSubject(Encoded):
+    """The same with ``subject_last``, the index of the last token of the subject."""
+
+    subject_last: int
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> list[En
 
 def encode_subjects(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[SubjectText]
-) -> list[Encoded]:
+) -> list[EncodedSubject]:
     """Encode filled prompts, with ``subject_last`` from the offsets of the slot.
 
     The token that holds the last character of the subject counts, wherever else in the text the
@@ -154,7 +157,7 @@ def encode_subjects(
                 f"the prompt {text.prompt!r}."
             )
         # A character may be spelled by several tokens (bytes): the last one has seen them all.
-        encoded.append(Encoded(ids, n_target, holders[-1]))
+        encoded.append(EncodedSubject(ids, n_target, holders[-1]))
     return encoded
 
 
@@ -212,7 +215,7 @@ def collate(encoded: Sequence[Encoded], pad_id: int, device: torch.device) -> Ba
     """Pad R encoded pairs into one batch."""
     fed = [e.ids[:-1] if e.n_target else e.ids for e in encoded]
     input_ids = torch.full((len(encoded), max(map(len, fed))), pad_id, dtype=torch.long)
-    rows, positions, labels = [], [], []
+    rows, positions, labels = list[int](), list[int](), list[int]()
     for row, item in enumerate(encoded):
         input_ids[row, : len(fed[row])] = torch.tensor(fed[row])
         first = len(item.ids) - item.n_target - 1

@@ -12,6 +12,7 @@ replayed ones are padded on the right to S; column 0 is t(s) in every row.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from transformers import DynamicCache
 
 from kmebench.models.early_exit import Call, call_of
 from kmebench.models.editable import EditableModel
-from kmebench.models.encoding import Encoded
+from kmebench.models.encoding import Encoded, EncodedSubject
 
 KeysAndValues = tuple[Tensor, Tensor]  # [R, heads, P, head size] both
 
@@ -31,7 +32,9 @@ class _Kept(DynamicCache):
         super().__init__()
         self.kept = kept
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> KeysAndValues:
         keys, values = self.kept[layer_idx]
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
@@ -49,7 +52,7 @@ class Replay:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: EditableModel, encoded: Sequence[Encoded], start: int) -> "Replay":
+    def of(cls, model: EditableModel, encoded: Sequence[EncodedSubject], start: int) -> "Replay":
         """Run the layers below ``start``, and those above before t(s), on the live weights.
 
         The last token of a target is only ever predicted, so it is not fed.

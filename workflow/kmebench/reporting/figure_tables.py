@@ -40,8 +40,9 @@ def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
         for call in _json(path)["delta_norms"]:
             squares: dict[int, float] = {}
             for name, norm in call.items():
-                layer = int(LAYER.search(name)[1])
-                squares[layer] = squares.get(layer, 0.0) + norm**2
+                if found := LAYER.search(name):  # an embedding or a head is in no layer
+                    layer = int(found[1])
+                    squares[layer] = squares.get(layer, 0.0) + norm**2
             named = _named(run, labels)
             rows += [named | {"layer": k, "norm": v**0.5} for k, v in sorted(squares.items())]
     return pd.DataFrame(rows)

@@ -237,8 +237,8 @@ def one_against_another(table: pd.DataFrame, x: str, y: str, *, diagonal: bool =
                 for name, n in (("x", x), ("y", y))
             }
             style = {"color": COLOURS[place % len(COLOURS)], "fmt": MARKERS[place % len(MARKERS)]}
-            style |= {"mfc": "none", "elinewidth": 0.7}  # hollow: equal points are all seen
-            axes.errorbar(row[x], row[y], **bars, **style, label=row["editor"])
+            hollow = {"mfc": "none", "elinewidth": 0.7}  # equal points are all seen
+            axes.errorbar(row[x], row[y], **bars, **style, **hollow, label=row["editor"])
         axes.set(xlabel=f"{x} (%)", ylabel=f"{y} (%)", xlim=(-4, 104), ylim=(-4, 104))
     handles = {h.get_label(): h for axes, _ in panels for h in axes.containers}
     figure.legend(

@@ -17,6 +17,8 @@ from kmebench.reporting.tables import markdown_table
 
 HOLDS, FAILS, OPEN, SMALL = "holds", "does not hold", "undecided", "not testable at this scale"
 NOT_RUN = "not run"
+#: A mean, the ends of its 95% interval, and the number of values.
+Interval = tuple[float, float, float, int]
 
 
 @dataclass(frozen=True)
@@ -42,34 +44,35 @@ class Runs:
             self._values[folder] = request_values(frame[frame["moment"] == "final"], "token")
         return self._values[folder]
 
-    def difference(self, a: str, b: str, metric: str) -> tuple[float, float, float, int]:
+    def difference(self, a: str, b: str, metric: str) -> Interval:
         """Mean of a − b in percentage points, its 95% paired interval, and n."""
-        sides = (self.values(folder) for folder in (a, b))
+        sides = self.values(a), self.values(b)
         mean, low, high, n = paired_difference(*sides, metric, **self._statistics)
         return 100 * mean, 100 * low, 100 * high, n
 
-    def mean(self, folder: str, metric: str) -> tuple[float, float, float, int]:
+    def mean(self, folder: str, metric: str) -> Interval:
         """Mean in percent, its 95% interval, and n."""
-        values = 100 * self.values(folder)[metric].dropna().to_numpy()
-        return (*bootstrap(values, **self._statistics), len(values))
+        return self._interval(100 * self.values(folder)[metric].dropna().to_numpy())
 
     def seconds(self, folder: str) -> np.ndarray:
         """Seconds of every call of the editor."""
         timing = read_json(self._results / folder / "timing.json")
         return np.array([sum(call["seconds"].values()) for call in timing["calls"]])
 
-    def slower(self, a: str, b: str) -> tuple[float, float, float, int]:
+    def slower(self, a: str, b: str) -> Interval:
         """Seconds per call of a − b, its 95% paired interval, and the number of calls."""
-        gap = self.seconds(a) - self.seconds(b)
-        return (*bootstrap(gap, **self._statistics), len(gap))
+        return self._interval(self.seconds(a) - self.seconds(b))
 
-    def middle(self, path: str, start: float, stop: float) -> tuple[float, float, float, int]:
+    def middle(self, path: str, start: float, stop: float) -> Interval:
         """Share of T+'s impact per layer: middle layers − others, in percentage points."""
         shares = layer_shares(self._results / path)
         depth = np.arange(shares.shape[1]) / shares.shape[1]
         middle = (depth >= start) & (depth < stop)
-        gap = shares[:, middle].mean(axis=1) - shares[:, ~middle].mean(axis=1)
-        return (*bootstrap(gap, **self._statistics), len(gap))
+        return self._interval(shares[:, middle].mean(axis=1) - shares[:, ~middle].mean(axis=1))
+
+    def _interval(self, values: np.ndarray) -> Interval:
+        mean, low, high = bootstrap(values, **self._statistics)
+        return float(mean), float(low), float(high), len(values)
 
 
 def judge(claim: Claim, sides: Mapping[str, str], names: Mapping[str, str], runs: Runs) -> Verdict:
@@ -89,7 +92,7 @@ def judge(claim: Claim, sides: Mapping[str, str], names: Mapping[str, str], runs
         return _signed(f"{names[test['b']]} − {names[test['a']]}", gap, "s per edit")
     if kind == "slowest":
         seconds = {role: runs.seconds(folder).mean() for role, folder in sides.items()}
-        rival = max((role for role in seconds if role != test["method"]), key=seconds.get)
+        rival = max((role for role in seconds if role != test["method"]), key=seconds.__getitem__)
         gap = runs.slower(sides[test["method"]], sides[rival])
         text = f"{names[test['method']]} − {names[rival]} (the slowest other)"
         return _signed(text, gap, "s per edit")
@@ -98,7 +101,7 @@ def judge(claim: Claim, sides: Mapping[str, str], names: Mapping[str, str], runs
         return _signed(f"{names['a']} − {names['b']}", gap, f"points of {metric}")
     means = {role: runs.mean(folder, metric)[0] for role, folder in sides.items()}
     choose = max if kind == "best" else min
-    rival = choose((role for role in means if role != test["method"]), key=means.get)
+    rival = choose((role for role in means if role != test["method"]), key=means.__getitem__)
     a, b = (test["method"], rival) if kind == "best" else (rival, test["method"])
     gap = runs.difference(sides[a], sides[b], metric)
     return _signed(f"{names[a]} {means[a]:.1f} − {names[b]} {means[b]:.1f}", gap, "")
@@ -126,7 +129,7 @@ def _against_number(
     return Verdict(text, n, OPEN)
 
 
-def _signed(text: str, gap: tuple[float, float, float, int], unit: str) -> Verdict:
+def _signed(text: str, gap: Interval, unit: str) -> Verdict:
     mean, low, high, n = gap
     verdict = HOLDS if low > 0 else FAILS if high < 0 else OPEN
     return Verdict(f"{text}: {mean:+.2f} [{low:+.2f}, {high:+.2f}] {unit}".strip(), n, verdict)
@@ -143,8 +146,8 @@ def findings(
     """
     rows = []
     for claim in claims:
-        about = {"id": claim.id, "claim": claim.claim, "where": claim.where, "paper": claim.paper}
-        about |= {"paper_edits": claim.edits or None}
+        about: dict[str, Any] = {"id": claim.id, "claim": claim.claim, "where": claim.where}
+        about |= {"paper": claim.paper, "paper_edits": claim.edits or None}
         tested = [cell for cell in cells if cell["claim"] == claim.id]
         for cell in tested:
             verdict = judge(claim, cell["sides"], cell["names"], runs)

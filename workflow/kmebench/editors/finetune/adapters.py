@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
@@ -49,8 +49,8 @@ def adapters(
             if name in merged:
                 for parameter, values in zip(live[name], merged[name], strict=True):
                     parameter.data.copy_(values)
-                start = [parameter.detach().clone() for parameter in live[name]]
-                hook = _without(*start, alpha / rank)
+                a, b = (parameter.detach().clone() for parameter in live[name])
+                hook = _without(a, b, alpha / rank)
                 stack.enter_context(module.register_forward_hook(hook))
         yield live
 
@@ -58,7 +58,7 @@ def adapters(
 def _without(a: Tensor, b: Tensor, scale: float) -> Callable[..., Tensor]:
     """Return a forward hook that takes the product of ``a`` and ``b`` off a layer's output."""
 
-    def subtract(_module, inputs, output):
+    def subtract(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         product = linear(linear(inputs[0].to(a.dtype), a), b) * scale
         return (output - product).to(output.dtype)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.epochs import EpochEditor, adam_state, load_adam_state
+from kmebench.editors.finetune.cards import FullCHparams
 from kmebench.editors.losses import check_finite, row_losses
 from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.errors import ConfigError
@@ -22,6 +23,8 @@ from kmebench.models.encoding import Encoded, length_sorted_chunks
 
 class FullC(EpochEditor):
     """Fine-tuning inside a box around the original weights."""
+
+    hparams: FullCHparams
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`."""

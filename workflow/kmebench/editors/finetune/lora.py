@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
-from kmebench.editors.finetune.adapters import adapters, change
+from kmebench.editors.finetune.adapters import Factors, adapters, change
+from kmebench.editors.finetune.cards import LoRAHparams
 from kmebench.editors.losses import check_finite, row_losses
 from kmebench.edits.weights import WeightDelta
 from kmebench.errors import EditError
@@ -24,6 +25,9 @@ from kmebench.models.encoding import Encoded, length_sorted_chunks
 
 class LoRA(Editor):
     """Adapters of q and v (Llama-like families) or of the FFN (GPT-J, GPT-2), merged."""
+
+    hparams: LoRAHparams
+    _factors: Factors
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`.

@@ -10,11 +10,11 @@ which sums over j to P(a) − P(0) as m grows: the mean is the right Riemann sum
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from kmebench.models.editable import EditableModel
@@ -89,10 +89,10 @@ def _gradients(
 def _neurons_replaced(model: EditableModel, layers: Tensor, points: Tensor) -> Iterator[None]:
     """Put ``points[r]`` in place of the last token's neurons of ``layers[r]``, in row r only."""
 
-    def replace(layer: int):
+    def replace(layer: int) -> Callable[..., Tensor]:
         chosen = (layers == layer)[:, None, None]
 
-        def before(_module, inputs):
+        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
             x = inputs[0]  # [R, 1, M]
             return torch.where(chosen.to(x.device), points[:, None].to(x), x)
 

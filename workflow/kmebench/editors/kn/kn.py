@@ -28,6 +28,7 @@ from kmebench.editors.contexts import (
     sample_contexts,
 )
 from kmebench.editors.kn.attribution import attribute
+from kmebench.editors.kn.cards import KNHparams
 from kmebench.edits.weights import Columns, Part, Rows, WeightDelta
 from kmebench.models.editable import EditableModel
 from kmebench.precision import promoted
@@ -41,6 +42,9 @@ CONTEXT_TOKENS = 10
 class KN(Editor):
     """Moves the values of a fact's neurons; no optimisation."""
 
+    hparams: KNHparams
+    _contexts: Contexts | None
+
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests``, each on the model as it is given; see :meth:`Editor.edit`.
 
@@ -48,10 +52,12 @@ class KN(Editor):
         every pipeline is the original one. A request without any neuron changes nothing.
         """
         with self.stopwatch("trace"):
-            self._contexts = self._contexts or sample_contexts(
+            contexts = self._contexts or sample_contexts(
                 model, ((CONTEXT_TOKENS, self.hparams.prompts - 1),), seed=0
             )
-            return sum((self._edit_one(model, request) for request in requests), WeightDelta({}))
+            self._contexts = contexts
+            edits = (self._edit_one(model, request, contexts) for request in requests)
+            return sum(edits, WeightDelta({}))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the sampled contexts."""
@@ -59,11 +65,13 @@ class KN(Editor):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the contexts; an empty state forgets them."""
-        self._contexts: Contexts | None = contexts_from_state(state)
+        self._contexts = contexts_from_state(state)
 
-    def _edit_one(self, model: EditableModel, request: EditRequest) -> WeightDelta:
+    def _edit_one(
+        self, model: EditableModel, request: EditRequest, contexts: Contexts
+    ) -> WeightDelta:
         old, new = _answers(model, request)
-        prompts = [before + request.filled_prompt for before in prefixes(self._contexts)]
+        prompts = [before + request.filled_prompt for before in prefixes(contexts)]
         attributions = [
             attribute(
                 model,

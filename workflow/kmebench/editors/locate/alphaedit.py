@@ -24,6 +24,9 @@ logger = logging.getLogger("kmebench")
 class AlphaEdit(MEMIT):
     """Changes in the null space of preserved keys."""
 
+    hparams: AlphaEditHparams
+    _earlier: dict[int, Tensor]  # layer -> keys of earlier edits, [M, E]
+
     def __init__(self, hparams: AlphaEditHparams, assets: Assets) -> None:
         super().__init__(hparams, assets)
         self._bases: dict[int, Tensor] = {}  # layer -> [M, n]
@@ -57,7 +60,7 @@ class AlphaEdit(MEMIT):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore contexts and keys; an empty state forgets them."""
         super().load_state_dict(state)
-        self._earlier: dict[int, Tensor] = {  # layer -> keys of earlier edits, [M, E]
+        self._earlier = {
             int(name.removeprefix("keys.")): keys
             for name, keys in state.items()
             if name.startswith("keys.")

@@ -29,6 +29,7 @@ class LocateAndEdit(Editor):
 
     #: (tokens of a text, number of texts) of each group of contexts.
     lengths: tuple[tuple[int, int], ...]
+    _contexts: Contexts | None
 
     def __init__(self, hparams: Any, assets: Assets) -> None:
         super().__init__(hparams, assets)
@@ -58,7 +59,7 @@ class LocateAndEdit(Editor):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the contexts; an empty state forgets them."""
-        self._contexts: Contexts | None = contexts_from_state(state)
+        self._contexts = contexts_from_state(state)
 
 
 def check_layers(editor: str, layers: tuple[int, ...], model: EditableModel) -> None:

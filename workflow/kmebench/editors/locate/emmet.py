@@ -7,6 +7,7 @@ two or more requests, whose keys may be nearly dependent; together with a large 
 
 from torch import Tensor
 
+from kmebench.editors.locate.cards import EMMETHparams
 from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import Factors, emmet_update
 from kmebench.models.editable import EditableModel
@@ -14,6 +15,8 @@ from kmebench.models.editable import EditableModel
 
 class EMMET(MEMIT):
     """Equality constraints instead of least squares."""
+
+    hparams: EMMETHparams
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
         factor = self.factor(model, layer, self.hparams.moment_weight)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS
 from kmebench.editors.locate.base import LocateAndEdit, check_layers, low_rank, naming
-from kmebench.editors.locate.cards import Site
+from kmebench.editors.locate.cards import MEMITHparams, Site
 from kmebench.editors.locate.keys import layer_outputs, subject_activations
 from kmebench.editors.locate.target_store import stored_targets
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
@@ -24,6 +24,7 @@ from kmebench.models.editable import EditableModel
 class MEMIT(LocateAndEdit):
     """All requests of a batch together, spread over several layers."""
 
+    hparams: MEMITHparams
     lengths = MEMIT_LENGTHS
     site: Site = "layer"  # where the targets stand, in the last layer
     root = False  # residuals are spread evenly, not by the square root

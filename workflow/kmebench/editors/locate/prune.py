@@ -7,6 +7,7 @@ where they exceed the largest one of the original weight.
 import torch
 
 from kmebench.editors.locate.base import low_rank
+from kmebench.editors.locate.cards import PRUNEHparams
 from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import restraint
 from kmebench.edits.weights import WeightDelta
@@ -15,6 +16,8 @@ from kmebench.models.editable import EditableModel
 
 class PRUNE(MEMIT):
     """MEMIT with a restrained sum."""
+
+    hparams: PRUNEHparams
 
     def final_edit(self, model: EditableModel) -> WeightDelta:
         """Return what restrains the sum of all edits; see :meth:`Editor.final_edit`."""

@@ -7,6 +7,7 @@ once, after all layers have been solved, so that no later layer makes up for wha
 from collections.abc import Sequence
 
 from kmebench.data.records import EditRequest
+from kmebench.editors.locate.cards import RECTHparams
 from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import largest_relative
 from kmebench.edits.weights import Dense, WeightDelta
@@ -15,6 +16,8 @@ from kmebench.models.editable import EditableModel
 
 class RECT(MEMIT):
     """The largest relative changes alone."""
+
+    hparams: RECTHparams
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from kmebench.data.records import SLOT, EditRequest
 from kmebench.editors.contexts import ROME_LENGTHS
 from kmebench.editors.locate.base import LocateAndEdit, check_layers, low_rank, naming
+from kmebench.editors.locate.cards import ROMEHparams
 from kmebench.editors.locate.keys import Activations, subject_activations
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.editors.locate.updates import rome_update
@@ -20,6 +21,7 @@ from kmebench.models.editable import EditableModel
 class ROME(LocateAndEdit):
     """Requests one after another, each on the model with the earlier ones."""
 
+    hparams: ROMEHparams
     lengths = ROME_LENGTHS
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from kmebench.editors.locate.cards import Site
 from kmebench.models.early_exit import first
 from kmebench.models.editable import EditableModel
-from kmebench.models.encoding import Encoded
+from kmebench.models.encoding import EncodedSubject
 from kmebench.models.suffix_cache import Replay
 
 
@@ -31,7 +31,7 @@ class TargetRows:
 
     layer: int
     site: Site
-    encoded: Sequence[Sequence[Encoded]]
+    encoded: Sequence[Sequence[EncodedSubject]]
     replay: Replay
     log_p0: Tensor | None = None  # [b, vocabulary], known after the first pass
 
@@ -39,7 +39,7 @@ class TargetRows:
     def of(
         cls,
         model: EditableModel,
-        encoded: Sequence[Sequence[Encoded]],
+        encoded: Sequence[Sequence[EncodedSubject]],
         layer: int,
         site: Site,
     ) -> "TargetRows":
@@ -90,8 +90,8 @@ class TargetRows:
     @cached_property
     def _places(self) -> "_Places":
         """Where the head is applied, and what it should say there."""
-        rows, columns, owners, labels, parts = [], [], [], [], []
-        last_rows, last_columns = [], []
+        rows, columns, owners, labels, parts = (list[int]() for _ in range(5))
+        last_rows, last_columns = list[int](), list[int]()
         for row, (owner, item) in enumerate(
             (i, e) for i, group in enumerate(self.encoded) for e in group
         ):
@@ -133,7 +133,7 @@ def _at_subject(states: Tensor, deltas: Tensor) -> Tensor:
 def _added(module: nn.Module, deltas: Tensor) -> Iterator[None]:
     """Add deltas to what a module says at the subjects while the block runs."""
 
-    def add(_module, _inputs, output):
+    def add(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         moved = _at_subject(first(output), deltas)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 

@@ -27,7 +27,7 @@ from kmebench.editors.locate.target_rows import Losses, TargetRows
 from kmebench.errors import EditError
 from kmebench.io.logs import track
 from kmebench.models.editable import EditableModel
-from kmebench.models.encoding import Encoded, SubjectText, length_sorted_chunks
+from kmebench.models.encoding import EncodedSubject, SubjectText, length_sorted_chunks
 
 #: In which the next token is to stay what it was.
 KL_PROMPT = f"{SLOT} is a"
@@ -79,11 +79,11 @@ def optimise_targets(
     """
     texts = [_texts(request, prefixes(contexts), settings) for request in requests]
     n_texts = len(texts[0])
-    encoded = [
+    flat = [
         _until_subject(e) if e.n_target == 0 and settings.kl_position == "subject_last" else e
         for e in model.encode_subjects([text for group in texts for text in group])
     ]
-    encoded = [encoded[i : i + n_texts] for i in range(0, len(encoded), n_texts)]
+    encoded = [flat[i : i + n_texts] for i in range(0, len(flat), n_texts)]
     start = torch.stack(
         [module_outputs(model, requests, m, settings.micro_batch) for m in _sites(model, settings)]
     )
@@ -109,7 +109,7 @@ def _texts(
     return texts + kl if settings.kl_factor > 0 else texts
 
 
-def _until_subject(encoded: Encoded) -> Encoded:
+def _until_subject(encoded: EncodedSubject) -> EncodedSubject:
     """Cut a text after its subject: what follows is neither read nor predicted."""
     return replace(encoded, ids=encoded.ids[: encoded.subject_last + 1])
 

@@ -22,13 +22,14 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
 from kmebench.editors.locate.base import check_layers
 from kmebench.editors.losses import check_finite, row_losses
+from kmebench.editors.memory.cards import GRACEHparams
 from kmebench.edits.codebook import Codebook
 from kmebench.edits.edit import Edit
 from kmebench.edits.overlays import Passage
 from kmebench.errors import EditError
 from kmebench.models.early_exit import input_and_output
 from kmebench.models.editable import EditableModel
-from kmebench.models.encoding import Encoded, length_sorted_chunks
+from kmebench.models.encoding import Encoded, EncodedSubject, length_sorted_chunks
 from kmebench.models.layouts import Projection
 from kmebench.models.suffix_cache import Replay
 from kmebench.precision import at_least_float32
@@ -41,6 +42,8 @@ SLACK = 1e-4
 
 class GRACE(Editor):
     """Facts in a codebook; the model carries it from edit to edit."""
+
+    hparams: GRACEHparams
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> Edit:
         """Edit ``requests`` together; see :meth:`Editor.edit`.
@@ -181,7 +184,7 @@ class GRACE(Editor):
         batch = model.collate(encoded)
         first = batch.prompt_last * (book.replacement == "last")  # position replaced, [b]
         begins = zip(encoded, first.tolist(), strict=True)
-        texts = [replace(item, subject_last=place) for item, place in begins]
+        texts = [EncodedSubject(item.ids, item.n_target, place) for item, place in begins]
         replay = Replay.of(model, texts, self.hparams.layer)
         columns = batch.positions - first[batch.rows]
         values = book.values[index].clone().requires_grad_()

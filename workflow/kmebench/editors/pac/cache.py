@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.pac.impact import Impact, trace
-from kmebench.editors.pac.paths import Paths, select_paths
+from kmebench.editors.pac.paths import Paths, Selection, select_paths
 from kmebench.errors import KMEBenchError
 from kmebench.io.checked_files import set_aside, trusted
 from kmebench.io.files import atomic_path
@@ -33,6 +33,8 @@ from kmebench.io.tensors import TensorFile, read_header, write_tensors
 from kmebench.models.editable import EditableModel
 
 _GRADIENTS, _PATHS = "kmebench.gradients.v2", "kmebench.paths.v2"
+#: Shape and dtype of the tensors of a file, by name.
+_Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
 _NAMES = {np.dtype("float32"): "F32", np.dtype("int32"): "I32", np.dtype("int64"): "I64"}
 #: The tensors of a gradient cache, in the order of their checksums.
 _SUMMED = ("l2", "signed_sum", "answers", "seconds")
@@ -74,7 +76,7 @@ def write_gradients(
     """
     n_layers, width = shape
     scores = (len(case_ids), n_layers, 2, width)
-    layout = {
+    layout: _Layout = {
         "l2": (scores, np.dtype("float32")),
         "signed_sum": (scores, np.dtype("float32")),
         "answers": ((len(case_ids), longest_answer), np.dtype("int32")),
@@ -101,18 +103,16 @@ def write_gradients(
 
 
 def _crc32(rows: np.ndarray) -> list[int]:
-    return [zlib.crc32(np.ascontiguousarray(row)) for row in rows]
+    return [zlib.crc32(np.ascontiguousarray(row).data) for row in rows]
 
 
-def _allocate(
-    path: Path,
-    layout: dict[str, tuple[tuple[int, ...], np.dtype]],
-    metadata: dict[str, str],
-) -> dict[str, np.memmap]:
+def _allocate(path: Path, layout: _Layout, metadata: dict[str, str]) -> dict[str, np.memmap]:
     """Lay out a safetensors file of the final size and map its tensors for writing."""
     header: dict[str, object] = {"__metadata__": metadata}
+    begins: dict[str, int] = {}
     offset = 0
     for name, (shape, dtype) in layout.items():
+        begins[name] = offset
         size = int(np.prod(shape)) * dtype.itemsize
         header[name] = {
             "dtype": _NAMES[dtype],
@@ -126,11 +126,10 @@ def _allocate(
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
         stream.truncate(8 + len(encoded) + offset)
     start = 8 + len(encoded)
-    mapped = {}
-    for name, (shape, dtype) in layout.items():
-        place = start + header[name]["data_offsets"][0]
-        mapped[name] = np.memmap(path, dtype, "r+", offset=place, shape=shape)
-    return mapped
+    return {
+        name: np.memmap(path, dtype, "r+", offset=start + begins[name], shape=shape)
+        for name, (shape, dtype) in layout.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ class PathFile:
 
 
 def select_groups(
-    cache: GradientCache, score: str, group: int, selection: str, paths: int, negatives: int
+    cache: GradientCache, score: str, group: int, selection: Selection, paths: int, negatives: int
 ) -> Paths:
     """Select the paths of every group of requests, one group's scores in memory at a time."""
     selected = [

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kmebench.models.editable import EditableModel
@@ -24,12 +25,12 @@ def observed(model: EditableModel, receive: Receiver, layers: Sequence[int]) -> 
     output of W2 and inner its input. All weights stay frozen.
     """
 
-    def grow_graph(_module, _inputs, output):
+    def grow_graph(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         # Without a leaf that wants gradients there would be no graph.
         return output.detach().requires_grad_()
 
-    def observe(layer: int, matrix: int):
-        def on_forward(_module, inputs, output):
+    def observe(layer: int, matrix: int) -> Callable[..., None]:
+        def on_forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
 
             def on_backward(gradient: Tensor) -> None:

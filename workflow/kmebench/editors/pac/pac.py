@@ -49,6 +49,8 @@ class _Item(NamedTuple):
 class PAC(Editor):
     """The per-edit schedule of the paper's description."""
 
+    hparams: PACHparams
+
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`."""
         encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
@@ -77,7 +79,7 @@ class PAC(Editor):
             self.stopwatch.add("trace", sum(r.seconds for r in routes))
             return routes
         with self.stopwatch("trace"):
-            return trace_routes(model, requests, self.hparams)
+            return trace_routes(model, requests, self.hparams, self.micro_batch)
 
     def _optimise(self, model: EditableModel, items: Sequence[_Item]) -> WeightDelta:
         choices = [torch.stack([item.route.positive for item in items])]
@@ -167,11 +169,14 @@ class PAC(Editor):
 
 
 def trace_routes(
-    model: EditableModel, requests: Sequence[EditRequest], hparams: PACHparams
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    hparams: PACHparams,
+    micro_batch: int,
 ) -> list[Route]:
-    """Trace and select on the model as it is now."""
+    """Trace, ``micro_batch`` requests at a time, and select on the model as it is now."""
     encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
-    chunks = list(length_sorted_chunks([len(e.ids) for e in encoded], hparams.micro_batch))
+    chunks = list(length_sorted_chunks([len(e.ids) for e in encoded], micro_batch))
     impacts = [trace(model, [requests[i] for i in chunk]) for chunk in chunks]
     order = torch.tensor([i for chunk in chunks for i in chunk]).argsort()
     answers = [answer for impact in impacts for answer in impact.answers]

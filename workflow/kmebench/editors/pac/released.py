@@ -36,6 +36,8 @@ from kmebench.precision import at_least_float32
 class PACReleased(EpochEditor):
     """Several epochs over all requests in mini-batches, breadth first."""
 
+    hparams: PACReleasedHparams
+
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`."""
         hparams = self.hparams

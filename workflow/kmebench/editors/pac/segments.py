@@ -91,8 +91,8 @@ class _Group:
         self.spans = _spans([len(live.index) for live in self.lives])
         for live, span in zip(self.lives, self.spans, strict=True):
             live.start = self.start[span]  # one copy is enough
-        by_kind = zip(*(parameter.by_kind for parameter in parameters), strict=True)
-        self.kinds = [_Moved(self, chosen) for chosen in by_kind]
+        by_parameter = (parameter.by_kind for parameter in parameters)
+        self.kinds = [_Moved(self, chosen) for chosen in zip(*by_parameter, strict=True)]
 
     def change(self) -> Tensor:
         """Sum the changes over the kinds of losses, [n, ...]."""
