@@ -1,14 +1,19 @@
 """Cards, and editors built from them."""
 
 import re
+import sys
+from importlib.metadata import EntryPoint
 
 import pytest
+import torch
 import yaml
 
 from kmebench.editors import cards
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.cards import Card, card_of, plain, registered
-from kmebench.errors import ConfigError
+from kmebench.editors.needs import Pipeline
+from kmebench.edits.weights import Dense, WeightDelta
+from kmebench.errors import ConfigError, EditError
 
 
 @pytest.mark.parametrize("name", registered())
@@ -38,6 +43,8 @@ def test_the_config_name_of_a_keyword_is_the_keyword():
 def test_one_value_under_two_names_is_refused():
     with pytest.raises(ConfigError, match="lambda is set twice, once as contrast"):
         build_editor("pac", {"lambda": 0.3, "contrast": 0.2}, {})
+    with pytest.raises(ConfigError, match="lambda is set twice, once as contrast"):
+        build_editor("pac", {"contrast": 0.2, "lambda": 0.3}, {})
 
 
 def test_a_validator_of_several_values_is_a_sentence():
@@ -112,15 +119,122 @@ def test_an_import_path_that_does_not_exist_is_refused(name):
         build_editor(name, {}, {})
 
 
-def test_two_editors_of_one_name_are_refused(monkeypatch):
-    class Point:
-        value = "kmebench.editors.pac.cards:PAC"
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Install a package with one card, under the name ``theirs``."""
 
-    twice = Card("pac", "x:Y", card_of("pac").hparams, "own", "me")
-    monkeypatch.setattr(cards, "entry_points", lambda group: [Point])
-    monkeypatch.setattr(cards, "_card", lambda target: twice)
-    registered.cache_clear()
-    with pytest.raises(ConfigError, match="Two installed editors are called 'pac'"):
-        registered()
+    def install(code: str) -> None:
+        (tmp_path / "theirs.py").write_text(
+            "from kmebench.editors.base import Editor\n"
+            "from kmebench.editors.cards import Card, hyperparameters\n"
+            "@hyperparameters\nclass H:\n    size: int = 1\n"
+            "@hyperparameters\nclass NoDefault:\n    size: int\n"
+            "def card(needs=lambda h, p: (), name='theirs', of='theirs:Theirs', hparams=H):\n"
+            "    return Card(name, of, hparams, 'own', 'me', needs)\n" + code
+        )
+        point = EntryPoint("theirs", "theirs:CARD", cards.ENTRY_POINTS)
+        monkeypatch.setattr(cards, "entry_points", lambda group: [point])
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+    cards._found.cache_clear()
+    yield install
     monkeypatch.undo()
-    registered.cache_clear()
+    cards._found.cache_clear()
+
+
+def test_two_editors_of_one_name_are_refused_where_one_is_asked_for(install):
+    install("CARD = card(name='pac')\n")
+    assert card_of("full-c").name == "full-c"
+    assert "pac" not in registered()
+    with pytest.raises(ConfigError, match="Two installed editors are called 'pac'"):
+        card_of("pac")
+
+
+@pytest.mark.parametrize(
+    ("code", "complaint"),
+    [
+        ("def (", "'theirs:CARD' cannot be imported: SyntaxError"),
+        ("raise RuntimeError('no\\nGPU')", "cannot be imported: RuntimeError: no GPU"),
+        ("CARD = 3", "theirs:CARD is no card but a int"),
+        ("CARD = card(name='theirs', hparams=object)", "hyper-parameters of .* cannot be used"),
+        ("CARD = card(hparams=NoDefault)", "hyper-parameters of .* cannot be used"),
+        ("CARD = card(name=None)", "calls its editor None"),
+    ],
+)
+def test_a_card_that_cannot_be_used_is_told_only_to_who_asks_for_it(install, code, complaint):
+    install(code)
+    assert card_of("pac").name == "pac"
+    assert "theirs" not in registered()
+    with pytest.raises(ConfigError, match=complaint) as raised:
+        card_of("theirs")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("needs", "complaint"),
+    [
+        ("lambda h, p: 1 / 0", "cannot say what .*ZeroDivisionError"),
+        ("lambda h: ()", "cannot say what .*TypeError"),
+        ("lambda h, p: None", "cannot say what"),
+        ("lambda h, p: ['paths']", "needs 'paths', which is no"),
+    ],
+)
+def test_needs_that_are_none_are_a_sentence(install, needs, complaint):
+    install(f"CARD = card({needs})")
+    card = card_of("theirs")
+    with pytest.raises(ConfigError, match=complaint):
+        card.needs_of(card.values({}), Pipeline("batch", 3))
+
+
+@pytest.mark.parametrize(
+    ("code", "complaint"),
+    [
+        ("def Theirs(hparams, assets): return 3\n", "is no class derived from"),
+        ("class Theirs(Editor): pass\n", "has no method edit"),
+        (
+            "class Theirs(Editor):\n"
+            "    def __init__(self): pass\n"
+            "    def edit(self, model, requests): pass\n",
+            r"is not built from \(hparams, assets\)",
+        ),
+    ],
+)
+def test_a_class_that_is_no_editor_is_a_sentence(install, code, complaint):
+    install(f"{code}CARD = card()")
+    with pytest.raises(ConfigError, match=f"'theirs' cannot be built: theirs:Theirs {complaint}"):
+        build_editor("theirs", {}, {})
+
+
+class Counting(Editor):
+    """Remembers how often it was called, and returns what it is told."""
+
+    returns = None
+
+    def edit(self, model, requests):
+        self.calls = self.calls + 1
+        return self.returns
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state.get("calls", torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("returned", "complaint"),
+    [
+        (None, "A NoneType is no edit"),
+        (WeightDelta({"w": Dense(torch.tensor([[float("nan")]]))}), "'a' .batch of 3. holds NaN"),
+    ],
+)
+def test_a_failed_edit_leaves_the_editor_as_it_was(requests, returned, complaint):
+    editor = Counting(None, {})
+    editor.returns = returned
+    with pytest.raises(EditError, match=complaint):
+        editor(None, requests)
+    assert editor.calls == 0
+    editor.returns = WeightDelta({})
+    editor(None, requests)
+    assert editor.calls == 1

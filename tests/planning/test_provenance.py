@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from kmebench.errors import ConfigError
-from kmebench.planning import provenance
+from kmebench.planning import grid, provenance
+from kmebench.planning.by_hand import Kind, Source, method_of
 from kmebench.planning.config import read_checked_config, read_files
 
 BASE = Path("config.yaml")
@@ -39,6 +40,24 @@ def test_a_value_comes_from_the_last_file_at_the_most_special_place(tmp_path):
     consecutive = explained([one, two], "smollm2-135m/pac/consecutive")
     assert consecutive["steps"] == (7, str(one), "methods.pac.hparams.steps")
     assert consecutive["learning_rate"][1] == "config/tuned/tune-pac.yaml"
+
+
+def test_a_value_may_have_its_name_in_python_at_any_place(tmp_path):
+    """``lambda`` is ``contrast`` in Python; the more special place decides, not the name."""
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "methods: {pac: {hparams: {lambda: 0.2}}}\n"
+        "models: {tiny-gptj: {hparams: {pac: {batch: {contrast: 0.3}}}}}\n"
+    )
+    batch = explained([overlay], "tiny-gptj/pac/batch")["lambda"]
+    assert batch == (0.3, str(overlay), "models.tiny-gptj.hparams.pac.batch.contrast")
+    assert explained([overlay], "tiny-gptj/pac/consecutive")["lambda"][0] == 0.2
+    config = read_checked_config(BASE, [overlay])
+    assert grid.variant_name(config, "tiny-gptj", "pac", "batch", {"contrast": 0.3}) == "default"
+    run = grid.Run("tiny-gptj", "openfacts-zsre", "batch", "pac", "contrast=0.4", 0)
+    assert grid.values_of(config, run).contrast == 0.4
+    source = Source("tiny-gptj", Kind.CONFIG, config)
+    assert method_of(source, "pac", {"contrast": 0.5}, "batch").hparams["lambda"] == 0.5
 
 
 def test_the_device_of_a_model_goes_before_the_general_one(tmp_path):

@@ -122,8 +122,12 @@ def edit(
     Raises:
         KMEBenchError: there is no such method or value, or the edit cannot be made; says why.
     """
+    if not isinstance(facts, Sequence) or not all(isinstance(f, EditRequest) for f in facts):
+        raise ConfigError("Give the facts as a list of what kmebench.fact returns.")
     if not facts:
         raise ConfigError("There is no fact to edit; give one or more, as a list.")
+    if not isinstance(method, str | Editor):
+        raise ConfigError(f"A method is a name, or an editor that is built; not {method!r}.")
     if isinstance(method, str):
         mode = "consecutive" if len(facts) == 1 else "batch"
         method = editor(model, method, mode=mode, covariance=covariance, **hparams)

@@ -6,13 +6,15 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import build_editor
 from kmebench.editors.memory.grace import GAP, SLACK
 from kmebench.edits.edit import Edit
-from kmebench.errors import ConfigError, ModelError
+from kmebench.errors import ConfigError, EditError, KMEBenchError, ModelError
 from kmebench.evaluation.predict import Settings
 from kmebench.pipelines.checkpoints import Checkpoints
 from kmebench.pipelines.pipelines import Setup, run_batches, run_consecutive
@@ -359,3 +361,56 @@ def test_a_fact_is_learnt_and_neighbours_stay(trained, capital_requests):
         assert said.tolist() == list(item.target_ids)
     finally:
         trained.revert()
+
+
+@pytest.mark.parametrize("other", [{"layer": 0}, {"projection": "key"}, {"replacement": "all"}])
+def test_a_codebook_of_other_values_is_not_added_to(other, make_model, requests):
+    model = make_model("llama")
+    book = edited(model, grace(), requests[:1])
+    with pytest.raises(EditError, match=r"carries a codebook beside .* ask for another one"):
+        grace(**other)(model, requests[1:])
+    assert model.edits.overlays["grace"] is book
+
+
+def test_a_fact_outside_its_own_ball_is_a_sentence(make_model, requests, monkeypatch):
+    """Rounding may move a query between two batches; a ball of no radius holds nothing then."""
+    model, editor = make_model("llama"), grace(radius=0)
+    asked = editor._asked
+    monkeypatch.setattr(editor, "_asked", lambda *a: [x + 1e-9 for x in asked(*a)])
+    with pytest.raises(EditError, match=r"request .a. outside the ball of its own .* raise"):
+        editor(model, requests)
+
+
+@pytest.mark.parametrize("replacement", ["prompt", "all"])
+def test_two_codebooks_beside_one_layer_decide_apart(replacement, make_model, requests):
+    """The second is of another fact: what it decides must not open or close the first."""
+    model = make_model("gptj")
+    editor = grace(replacement=replacement)
+    book = edited(model, editor, requests)
+    ids = model.encode_prompts([r.filled_prompt for r in requests])
+    alone = model.generate(ids, 4)
+    shut = replace(book, keys=book.keys[:1] + 1e3, values=book.values[:1], radii=book.radii[:1])
+    model.apply(Edit(overlays={"theirs": replace(shut, labels=book.labels[:1])}))
+    assert torch.equal(model.generate(ids, 4), alone)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"values": torch.zeros(0, 2)},
+        {"radii": torch.zeros(1)},
+        {"keys": torch.zeros(3)},
+        {"facts": torch.frombuffer(bytearray(b"[1, 2, 3]"), dtype=torch.uint8)},
+        {"facts": torch.tensor([1.5])},
+    ],
+)
+def test_a_damaged_codebook_is_a_sentence(broken, make_model, requests, tmp_path):
+    edit = grace(steps=1)(make_model("llama"), requests).edit
+    path = tmp_path / "edit.safetensors"
+    edit.save(path)
+    with safe_open(path, "pt") as stream:
+        metadata = stream.metadata()
+    own = {f"overlay|grace|{name}": tensor for name, tensor in broken.items()}
+    save_file(load_file(path) | own, path, metadata)
+    with pytest.raises(KMEBenchError, match="is a damaged edit"):
+        Edit.load(path)

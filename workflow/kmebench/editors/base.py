@@ -1,5 +1,6 @@
 """What an editor is, and how one is built from the config."""
 
+import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.cards import card_of
+from kmebench.editors.cards import Card, card_of
 from kmebench.edits.edit import Edit
 from kmebench.edits.weights import WeightDelta
+from kmebench.errors import ConfigError, EditError
 from kmebench.models.editable import EditableModel
 
 #: Files of cached stages, by the name of what they hold (:attr:`Need.asset`).
@@ -74,15 +76,25 @@ class Editor(ABC):
         requests: Sequence[EditRequest],
         micro_batch: int | None = None,
     ) -> Result:
-        """Edit ``requests`` together; leaves the model as it was.
+        """Edit ``requests`` together; leaves the model as it was, and by an error the editor too.
 
         ``micro_batch`` goes before the hyper-parameter of that name.
 
         Raises:
-            EditError: a request cannot be edited; names editor and case_id.
+            EditError: a request cannot be edited, or its edit is not finite; names the case_id.
         """
         self._begin(micro_batch)
-        edit = Edit.of(self.edit(model, requests))
+        memory = self.state_dict()
+        try:
+            edit = Edit.of(self.edit(model, requests))
+            if not edit.is_finite():
+                raise EditError(
+                    f"The edit of {named(requests)} holds NaN or infinite values; lower the "
+                    "learning rate."
+                )
+        except Exception:
+            self.load_state_dict(memory)
+            raise
         return Result(edit, self.steps, self.stopwatch.seconds)
 
     def _begin(self, micro_batch: int | None) -> None:
@@ -112,14 +124,41 @@ class Editor(ABC):
         """Restore :meth:`state_dict`; an empty state forgets everything (for most, nothing)."""
 
 
+def named(requests: Sequence[EditRequest]) -> str:
+    """Say which requests are edited together: the first, and how many."""
+    return f"request {requests[0].case_id!r} (batch of {len(requests)})"
+
+
 def build_editor(name: str, hparams: Mapping[str, Any], assets: Mapping[str, str | Path]) -> Editor:
     """Build an editor from its config name, its hyper-parameters and its cached stages.
 
     Raises:
-        ConfigError: no such editor, a hyper-parameter it does not have, or a wrong value of one.
+        ConfigError: no such editor, a hyper-parameter it does not have, or a wrong value of one;
+            or its class is none of an editor.
     """
     card = card_of(name)
     values = card.values(hparams)
-    editor: Editor = card.load()(values, {key: Path(path) for key, path in assets.items()})
+    files = {key: Path(path) for key, path in assets.items()}
+    editor: Editor = _class_of(card, values, files)(values, files)
     editor.name = card.name
     return editor
+
+
+def _class_of(card: Card, *arguments: Any) -> type[Editor]:
+    """Return an editor's class; refuse what cannot be called with ``arguments``, or cannot edit."""
+    found = card.load()
+    wrong = ""
+    if not (isinstance(found, type) and issubclass(found, Editor)):
+        wrong = "is no class derived from kmebench.editors.base.Editor"
+    elif inspect.isabstract(found):
+        wrong = "has no method edit(model, requests)"
+    else:
+        try:
+            inspect.signature(found).bind(*arguments)
+        except TypeError:
+            wrong = "is not built from (hparams, assets)"
+    if wrong:
+        raise ConfigError(
+            f"The editor {card.name!r} cannot be built: {card.implementation} {wrong}."
+        )
+    return found

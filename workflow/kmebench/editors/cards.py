@@ -9,7 +9,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import entry_points
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ import pydantic
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from kmebench.editors.needs import Need, Pipeline
-from kmebench.errors import ConfigError
+from kmebench.errors import ConfigError, KMEBenchError
 from kmebench.names import nearest
 
 #: Installed packages name their cards under this entry point group.
@@ -35,6 +35,7 @@ _MODULES = tuple(
         "pac",
     )
 )
+_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 #: Makes a class of hyper-parameters: frozen; every field with a type, a default and a sentence.
@@ -85,6 +86,29 @@ class Card:
     single: Mapping[str, Any] = field(default_factory=dict)
     control: bool = False
 
+    def needs_of(self, values: Any, pipeline: Pipeline) -> tuple[Need, ...]:
+        """Return which cached stages a run reads.
+
+        Raises:
+            ConfigError: the card cannot tell (a package's may be wrong).
+        """
+        try:
+            needs = tuple(self.needs(values, pipeline))
+        except KMEBenchError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"The card of the editor {self.name!r} cannot say what the editor needs "
+                f"({_told(error)}); mend its function needs(hparams, pipeline)."
+            ) from error
+        for need in needs:
+            if not isinstance(need, Need):
+                raise ConfigError(
+                    f"The card of the editor {self.name!r} needs {need!r}, which is no "
+                    "kmebench.editors.needs.Need; mend its function needs."
+                )
+        return needs
+
     @property
     def module(self) -> str:
         """The module of the implementation."""
@@ -115,7 +139,8 @@ class Card:
                     f"{nearest(key, known)}"
                 )
             if name in given:
-                raise ConfigError(f"{begin}{name} is set twice, once as {key}; take one out.")
+                alias = next(k for k in settings if self.names.get(k) == name != k)
+                raise ConfigError(f"{begin}{name} is set twice, once as {alias}; take one out.")
             given[name] = value
         try:
             return TypeAdapter(self.hparams).validate_python(given)
@@ -128,7 +153,11 @@ class Card:
                 what = f"{name} cannot be {given[name]!r} in the editor {self.name!r}"
             raise ConfigError(f"{begin}{what}: {reason}.") from error
 
-    @property
+    def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings under their config names, so that a later one goes before an earlier."""
+        return {self.names.get(key, key): value for key, value in settings.items()}
+
+    @cached_property
     def names(self) -> dict[str, str]:
         """Config names by themselves, and by the name in Python where a keyword is one."""
         fields = [each.name for each in dataclasses.fields(self.hparams)]
@@ -148,31 +177,38 @@ def plain(hparams: Any) -> dict[str, Any]:
     return plain
 
 
-@cache
 def registered() -> dict[str, Card]:
-    """Return the cards of this library and of installed packages, by name.
+    """Return the cards of this library and of installed packages, by name, that can be used."""
+    return {name: card for name, card in _found().items() if isinstance(card, Card)}
 
-    Raises:
-        ConfigError: an entry point names no card, or two cards have one name.
-    """
+
+@cache
+def _found() -> dict[str, Card | ConfigError]:
+    """Return all cards by name; what cannot be used is a complaint, told to who asks for it."""
     own = [card for module in _MODULES for card in importlib.import_module(module).CARDS]
-    cards: dict[str, Card] = {}
-    brought = [_card(point.value) for point in entry_points(group=ENTRY_POINTS)]
-    for card in [*own, *brought]:
-        if card.name in cards:
-            raise ConfigError(f"Two installed editors are called {card.name!r}; uninstall one.")
-        cards[card.name] = card
-    return cards
+    found: dict[str, Card | ConfigError] = {card.name: card for card in own}
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            card = _card(point.value)
+        except ConfigError as error:
+            found.setdefault(point.name, error)
+            continue
+        twice = ConfigError(f"Two installed editors are called {card.name!r}; uninstall one.")
+        found[card.name] = twice if card.name in found else card
+    return found
 
 
 def card_of(name: str) -> Card:
     """Return the card of an editor: a registered name, or ``package.module:CARD``.
 
     Raises:
-        ConfigError: there is no such editor; names the nearest one.
+        ConfigError: there is no such editor (names the nearest one), or it cannot be used.
     """
-    if name in registered():
-        return registered()[name]
+    found = _found().get(name)
+    if isinstance(found, ConfigError):
+        raise found
+    if found:
+        return found
     if not _TARGET.fullmatch(name):
         raise ConfigError(
             f"There is no editor {name!r} (one of your own is named 'package.module:CARD'); "
@@ -187,6 +223,18 @@ def _card(target: str) -> Card:
         raise ConfigError(
             f"{target} is no card but a {type(card).__name__}; name a kmebench.editors.cards.Card."
         )
+    if not (isinstance(card.name, str) and _NAME.fullmatch(card.name)):
+        raise ConfigError(
+            f"The card {target!r} calls its editor {card.name!r}; a name holds small letters, "
+            "digits, dots and dashes."
+        )
+    try:
+        plain(card.hparams())
+    except Exception as error:
+        raise ConfigError(
+            f"The hyper-parameters of the card {target!r} cannot be used ({_told(error)}); make "
+            "them a class of @hyperparameters whose fields all have defaults."
+        ) from error
     return card
 
 
@@ -194,5 +242,10 @@ def _imported(target: str, what: str) -> Any:
     module, _, name = target.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{what} cannot be imported: {error}") from error
+    except Exception as error:  # code of others may raise anything
+        raise ConfigError(f"{what} cannot be imported: {_told(error)}.") from error
+
+
+def _told(error: Exception) -> str:
+    """Return an error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

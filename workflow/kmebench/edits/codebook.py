@@ -64,10 +64,10 @@ class Codebook(Overlay):
         values = self.values.to(output)[entry[rows]]  # [O, out]
         replaced = output.clone()
         if self.replacement == "last":
-            replaced[rows, passage.prompt_last[rows].to(rows.device)] = values
+            replaced[rows, passage.prompt_last.to(rows)[rows]] = values
             return replaced
         columns = torch.arange(output.shape[1], device=output.device)
-        chosen = columns <= passage.prompt_last[rows].to(columns)[:, None]  # [O, T]
+        chosen = columns <= passage.prompt_last.to(rows)[rows][:, None]  # [O, T]
         if self.replacement == "all":
             chosen = torch.ones_like(chosen)
         replaced[rows] = torch.where(chosen[..., None], values[:, None], output[rows])
@@ -76,13 +76,13 @@ class Codebook(Overlay):
     def _decision(self, passage: Passage, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return which rows' gates are open and their entries, [R] both; a prefill's is kept."""
         if passage.phase == "decode":
-            opened, entry = passage.decisions[self.module]
+            opened, entry = passage.decisions[id(self)]
             return opened, entry
         rows = torch.arange(len(inputs), device=inputs.device)
         queries = inputs[rows, passage.prompt_last.to(rows)].detach()
         distance, entry = self.nearest(queries)
         opened = distance <= self.radii.to(distance)[entry]
-        passage.decisions[self.module] = opened, entry
+        passage.decisions[id(self)] = opened, entry
         return opened, entry
 
     def check(self, model: "EditableModel") -> None:
@@ -108,4 +108,7 @@ class Codebook(Overlay):
         """Rebuild a codebook; see :meth:`Overlay.from_tensors`."""
         module, replacement, labels = json.loads(bytes(tensors["facts"].tolist()))
         keys, values, radii = (tensors[name] for name in ("keys", "values", "radii"))
+        dimensions = (keys.dim(), values.dim(), radii.dim())
+        if dimensions != (2, 2, 1) or not len(keys) == len(values) == len(radii) == len(labels):
+            raise ValueError("a codebook has one key, value, radius and answer per entry")
         return cls(module, replacement, keys, values, radii, tuple(map(tuple, labels)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kmebench.edits.overlays import Overlay, overlay_class
 from kmebench.edits.weights import WeightDelta
-from kmebench.errors import KMEBenchError
+from kmebench.errors import EditError, KMEBenchError
 from kmebench.io.files import atomic_path
 
 #: Formats of files: weights alone, as version 0.1 wrote them, and with overlays.
@@ -29,8 +29,19 @@ class Edit:
 
     @classmethod
     def of(cls, edit: Union["Edit", WeightDelta]) -> "Edit":
-        """Return an edit; a weight delta is one without overlays."""
-        return edit if isinstance(edit, Edit) else cls(edit)
+        """Return an edit; a weight delta is one without overlays.
+
+        Raises:
+            EditError: it is neither.
+        """
+        if isinstance(edit, Edit):
+            return edit
+        if isinstance(edit, WeightDelta):
+            return cls(edit)
+        raise EditError(
+            f"A {type(edit).__name__} is no edit: give an Edit or a WeightDelta (Edit.load reads "
+            "a file)."
+        )
 
     def __add__(self, other: "Edit") -> "Edit":
         """Return both edits as one, ``other`` being the later."""
@@ -73,10 +84,10 @@ class Edit:
             return cls(WeightDelta.from_tensors(weights), overlays_from(tensors, kinds))
         except (SafetensorError, OSError) as error:
             raise KMEBenchError(f"{path} cannot be read as an edit: {error}.") from error
-        except (KeyError, ValueError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise KMEBenchError(
-                f"{path} is a damaged edit: a tensor is missing, or has another name; save it "
-                "again."
+                f"{path} is a damaged edit: a tensor is missing, or has another name or form; "
+                "save it again."
             ) from error
 
 

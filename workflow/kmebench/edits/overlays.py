@@ -40,7 +40,7 @@ class Passage:
     rows: Tensor | None = None  # [A], the row of each logit; None: one logit per row
     phase: Literal["scored", "prefill", "decode"] = "scored"
     started: bool = False
-    decisions: dict[str, Any] = field(default_factory=dict)
+    decisions: dict[int, Any] = field(default_factory=dict)  # by id() of the overlay
 
 
 #: Input [R, T, in] and output [R, T, out] of a module -> its output. Rows whose gate is closed
@@ -93,6 +93,7 @@ class Overlay(ABC):
 
         Raises:
             KeyError: a tensor is missing.
+            ValueError: tensors do not belong together.
         """
         raise NotImplementedError
 

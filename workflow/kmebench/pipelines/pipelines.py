@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor, Result, Stopwatch
+from kmebench.editors.base import Editor, Result, Stopwatch, named
 from kmebench.editors.epochs import EpochEditor
 from kmebench.edits.edit import Edit
 from kmebench.errors import EditError, ModelError
@@ -138,14 +138,12 @@ class _Run:
     def edit(self, batch: Sequence[EditRequest]) -> None:
         """Edit and apply; a failed edit changes neither model nor editor."""
         model, editor, outcome = self.setup.model, self.setup.editor, self.outcome
-        memory = editor.state_dict()
         try:
             result = self._checked(batch)
         except EditError as error:
             if not self.setup.skip_failed:
                 raise
             logger.warning("skipped: %s", error)
-            editor.load_state_dict(memory)
             outcome.failed.append({"case_ids": [r.case_id for r in batch], "error": str(error)})
             result = Result(Edit(), editor.steps, editor.stopwatch.seconds)
         applying = Stopwatch()
@@ -158,11 +156,9 @@ class _Run:
     def _checked(self, batch: Sequence[EditRequest]) -> Result:
         """Call the editor; every failure of an edit names its requests."""
         model, editor = self.setup.model, self.setup.editor
-        who = f"request {batch[0].case_id!r} (batch of {len(batch)})"
-        memory, random = editor.state_dict(), torch.get_rng_state()
+        who, random = named(batch), torch.get_rng_state()
 
         def edit(micro_batch: int) -> Result:
-            editor.load_state_dict(memory)
             torch.set_rng_state(random)
             if micro_batch != whole:  # for the rest of the run, whose record will say so
                 self.outcome.micro_batch = micro_batch
@@ -171,16 +167,11 @@ class _Run:
         whole = self.outcome.micro_batch or editor.micro_batch
         try:
             mend = "lower micro_batch or batch_size, or choose a smaller dtype"
-            result = halved_if_needed(edit, whole, f"editing {who}", mend)
+            return halved_if_needed(edit, whole, f"editing {who}", mend)
         except NoMemoryError as error:
             raise EditError(str(error)) from error
         except ModelError as error:  # a text that the model cannot be given
             raise EditError(f"Cannot edit {who}: {error}") from error
-        if not result.edit.is_finite():
-            raise EditError(
-                f"The edit of {who} holds NaN or infinite values; lower the learning rate."
-            )
-        return result
 
     @contextmanager
     def finished(self, *, noted: bool = False) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,8 @@ def find_model(
     if revision and kind is not Kind.HUB:
         raise ConfigError(f"{name} is {kind}: only a repository of the hub has a revision.")
     own = config["models"][name].get("dtype") if kind is Kind.CONFIG else None
-    dtype = _one_of("dtype", grid.BYTES, dtype or own or "float32")
+    dtype = _one_of("dtype", grid.BYTES, str(dtype or own or "float32"))
+    device = str(device)  # a torch.device too
     if not re.fullmatch(r"cuda:[0-9]+", device):
         _one_of("device", DEVICES, device)
     return Source(name, kind, config, files, revision, dtype, device)
@@ -96,6 +97,8 @@ def _kind(name: str, models: Iterable[str]) -> Kind:
         return Kind.GGUF
     if (path / "config.json").is_file():
         return Kind.FOLDER
+    if path.is_file():
+        raise ModelError(f"{name} is a file: name its folder, or a .gguf file.")
     if path.is_dir():
         raise ModelError(f"{name} holds no Hugging Face model: it has no config.json.")
     if name in models:
@@ -125,10 +128,10 @@ def fact(subject: str, prompt: str, target: str) -> EditRequest:
         ConfigError: no editor could use it; says why.
     """
     try:
-        request = EditRequest(subject, subject, prompt, target)
+        request = EditRequest("fact", subject, prompt, target)
     except ValueError as error:
         raise ConfigError(f"This fact cannot be edited: {error}.") from error
-    return request
+    return replace(request, case_id=subject)
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def method_of(
     Raises:
         ConfigError: there is no such method or value, or it needs what nobody can make.
     """
+    grid.check_name(mode, grid.MODES, "the pipelines", "mode")
     methods, hparams, editor = source.config.get("methods", {}), {}, name
     if name in methods:
         # Of a model that the config does not know, the method's own.
@@ -160,8 +164,8 @@ def method_of(
         raise ConfigError(f"There is no method {name!r}; {nearest(name, known)}")
     card = card_of(editor)
     card.values(settings, f"method {name!r}")
-    values = card.values({**hparams, **settings, **card.single})
-    needs = tuple(_can_be_met(source, name, need) for need in card.needs(values, _PIPELINE))
+    values = card.values({**hparams, **card.configured(settings), **card.single})
+    needs = tuple(_can_be_met(source, name, need) for need in card.needs_of(values, _PIPELINE))
     return Method(editor, plain(values), needs)
 
 

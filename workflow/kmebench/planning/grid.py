@@ -167,9 +167,8 @@ def variant_name(
     card, base = card_of_method(config, method), base_hparams(config, model, method, mode)
     own = card.values(base)
     spell_all(values)  # says in the config's words what no folder can be called
-    return spell_all({k: v for k, v in values.items() if card.values(base | {k: v}) != own}) or (
-        DEFAULT
-    )
+    other = {k: v for k, v in values.items() if card.values(base | card.configured({k: v})) != own}
+    return spell_all(other) or DEFAULT
 
 
 def base_hparams(config: Mapping[str, Any], model: str, method: str, mode: str) -> dict[str, Any]:
@@ -183,18 +182,20 @@ def base_hparams(config: Mapping[str, Any], model: str, method: str, mode: str) 
 def hparams_sections(
     config: Mapping[str, Any], model: str, method: str, mode: str
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Yield where a config sets hyper-parameters, and which; later places go before earlier ones.
+    """Yield where a config sets hyper-parameters, and which, under their config names.
+
+    Later places go before earlier ones.
 
     Method < method in this mode < model < model in this mode.
     """
-    own = config["models"].get(model, {}).get("hparams", {})
+    own, card = config["models"].get(model, {}).get("hparams", {}), card_of_method(config, method)
     for place, section in (
         (("methods", method, "hparams"), config["methods"][method].get("hparams", {})),
         (("models", model, "hparams", method), own.get(method, {})),
     ):
         general, by_mode = split_modes(section)
-        yield place, general
-        yield (*place, mode), by_mode.get(mode, {})
+        yield place, card.configured(general)
+        yield (*place, mode), card.configured(by_mode.get(mode, {}))
 
 
 def split_modes(section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -211,8 +212,9 @@ def values_of(config: Mapping[str, Any], run: Run) -> Any:
     Raises:
         ConfigError: the editor has no such hyper-parameter, or it cannot be that.
     """
+    card = card_of_method(config, run.method)
     base = base_hparams(config, run.model, run.method, run.mode)
-    return card_of_method(config, run.method).values(base | parse_variant(run.variant))
+    return card.values(base | card.configured(parse_variant(run.variant)))
 
 
 def hparams_of(config: Mapping[str, Any], run: Run) -> dict[str, Any]:
@@ -255,7 +257,7 @@ def measures_health(config: Mapping[str, Any], mode: str) -> bool:
 def needs_of(config: Mapping[str, Any], run: Run) -> tuple[Need, ...]:
     """Return the files of cached stages that a run reads."""
     pipeline = Pipeline(run.mode, config["batch_size"])
-    return card_of_method(config, run.method).needs(values_of(config, run), pipeline)
+    return card_of_method(config, run.method).needs_of(values_of(config, run), pipeline)
 
 
 def needed(config: Mapping[str, Any], run: Run, kind: type[N]) -> N | None:

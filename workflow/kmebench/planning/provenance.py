@@ -59,9 +59,11 @@ def values_of(
     values = plain(card.values(grid.base_hparams(config, model, method, mode)))
     found = []
     for name, value in values.items():
-        places = [(*place, name) for place, settings in sections if name in settings]
+        places = [place for place, settings in sections if name in settings]
+        spelled = [key for key, own in card.names.items() if own == name]
+        keys = [(*place, key) for place in places[-1:] for key in spelled]
         default = f"default of the editor {card.name}"
-        found.append(_value(name, value, places[-1:], files, default))
+        found.append(_value(name, value, keys, files, default))
     return found + list(_general(config, files, model))
 
 

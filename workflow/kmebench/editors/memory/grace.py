@@ -26,6 +26,7 @@ from kmebench.editors.memory.cards import GRACEHparams
 from kmebench.edits.codebook import Codebook
 from kmebench.edits.edit import Edit
 from kmebench.edits.overlays import Passage
+from kmebench.errors import EditError
 from kmebench.models.early_exit import input_and_output
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, EncodedSubject, length_sorted_chunks
@@ -75,17 +76,27 @@ class GRACE(Editor):
 
     def _book(self, model: EditableModel) -> Codebook:
         """Return the codebook that the model carries, or an empty one."""
-        carried = model.edits.overlays.get(self.name)
+        projection, carried = self.projection(model), model.edits.overlays.get(self.name)
+        path = projection.weight_name.removesuffix(".weight")
+        wanted = (path, self.hparams.replacement)
         if isinstance(carried, Codebook):
-            return carried
-        projection = self.projection(model)
+            if (carried.module, carried.replacement) != wanted:
+                raise EditError(
+                    f"{self.name}: the model carries a codebook beside {carried.module!r} that "
+                    f"replaces {carried.replacement!r}, and these values ask for another one "
+                    f"({path!r}, {self.hparams.replacement!r}); edit with those values, or revert "
+                    "the model."
+                )
+            # One from a file lies on the CPU, whose Adam has other bits than a GPU's.
+            lying = {name: getattr(carried, name) for name in ("keys", "values", "radii")}
+            there = {name: tensor.to(projection.weight.device) for name, tensor in lying.items()}
+            return replace(carried, **there)
         width = projection.width
         sizes = (projection.weight.numel() // width, width)
         n_in, n_out = sizes if self.hparams.projection == "key" else sizes[::-1]
         weight = at_least_float32(projection.weight.detach())
         empty = (weight.new_zeros(0, n_in), weight.new_zeros(0, n_out), weight.new_zeros(0))
-        path = projection.weight_name.removesuffix(".weight")
-        return Codebook(path, self.hparams.replacement, *empty, ())
+        return Codebook(*wanted, *empty, ())
 
     @torch.no_grad()
     def _asked(self, model: EditableModel, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
@@ -182,8 +193,10 @@ class GRACE(Editor):
             trial = replace(book, values=book.values.index_copy(0, index, values))
             with torch.enable_grad(), model.edits.savepoint():
                 model.edits.apply(Edit(overlays={self.name: trial}))
-                with model.passage(Passage(batch.prompt_last - first, batch.rows)):
+                passage = Passage(batch.prompt_last - first, batch.rows)
+                with model.passage(passage):
                     hidden = replay.run(replay.states)
+                self._check_reached(passage.decisions[id(trial)], index, requests)
                 losses = row_losses(model.head(hidden[batch.rows, columns]), batch.labels, batch)
             rate = self.hparams.learning_rate
             check_finite(self.name, losses.detach(), requests, self.steps, rate)
@@ -191,6 +204,22 @@ class GRACE(Editor):
             adam.step()
             self.steps += 1
         return values.detach()
+
+    def _check_reached(
+        self, decision: tuple[Tensor, Tensor], index: Tensor, requests: Sequence[EditRequest]
+    ) -> None:
+        """Refuse facts that do not select their own entries ``index`` [b], which could not learn.
+
+        The same prompt in another batch has another query, by rounding.
+        """
+        opened, entry = decision
+        for reached, request in zip(opened & (entry == index.to(entry)), requests, strict=True):
+            if not reached:
+                raise EditError(
+                    f"{self.name}: rounding puts the request {request.case_id!r} outside the ball "
+                    f"of its own entry; raise radius (now {self.hparams.radius}) or choose a "
+                    "larger dtype."
+                )
 
 
 def _appended(
