@@ -7,6 +7,7 @@ from typing import Any
 
 from kmebench.editors.cards import plain
 from kmebench.errors import ConfigError
+from kmebench.names import nearest
 from kmebench.planning import grid
 
 #: Keys that decide a run besides its hyper-parameters.
@@ -36,10 +37,11 @@ def cell_of(config: Mapping[str, Any], text: str) -> tuple[str, str, str]:
     parts = text.split("/")
     if len(parts) != 3:
         raise ConfigError(f"--explain {text} is not of the form MODEL/METHOD/MODE.")
-    known = {"models": config["models"], "methods": config["methods"], "the pipelines": grid.MODES}
-    for part, (kind, names) in zip(parts, known.items(), strict=True):
-        grid.check_name(part, names, kind, "--explain")
     model, method, mode = parts
+    grid.check_name(model, config["models"], "models", "--explain")
+    grid.check_name(method, config["methods"], "methods", "--explain")
+    if mode not in grid.MODES:
+        raise ConfigError(f"--explain: there is no mode {mode!r}; {nearest(mode, grid.MODES)}")
     return model, method, mode
 
 
