@@ -4,8 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kmebench.planning import grid
-from kmebench.values import read, spell
+from kmebench.values import read, read_all, spell, spell_all
 
 scalars = (
     st.none()
@@ -59,7 +58,5 @@ def _numbers(value):
 
 
 @given(st.dictionaries(st.sampled_from(["layers", "steps", "lambda"]), st.lists(st.integers())))
-def test_a_variant_of_lists_reads_back(values):
-    config = {"methods": {"mine": {"editor": "a:B"}}, "models": {"m": {}}}
-    name = grid.variant_name(config, "m", "mine", "batch", values)
-    assert grid.parse_variant(name) == values
+def test_a_name_of_lists_reads_back(values):
+    assert read_all(spell_all(values)) == values

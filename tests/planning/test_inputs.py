@@ -99,7 +99,7 @@ def test_a_changed_default_is_a_changed_parameter_of_its_own_editor_alone(config
         kl_factor: float = 0.5
 
     changed = replace(cards.card_of("memit"), hparams=Changed)
-    monkeypatch.setitem(cards.registered(), "memit", changed)
+    monkeypatch.setitem(cards._found(), "memit", changed)
     after = {name: rules.settings(run(name)) for name in before}
     assert [name for name in before if before[name] != after[name]] == ["memit"]
 
