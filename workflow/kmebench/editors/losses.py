@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
 from kmebench.errors import EditError
-from kmebench.models.encoding import Batch
+from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import Batch, Encoded
 
 
 def row_losses(logits: Tensor, labels: Tensor, batch: Batch) -> Tensor:
@@ -19,6 +21,13 @@ def row_losses(logits: Tensor, labels: Tensor, batch: Batch) -> Tensor:
     token_loss = cross_entropy(logits, labels, reduction="none")
     total = token_loss.new_zeros(len(batch.counts)).index_add(0, batch.rows, token_loss)
     return total / batch.counts
+
+
+def target_losses(model: EditableModel, encoded: Sequence[Encoded]) -> Tensor:
+    """Return the loss of each target, [R], in nats per token, with its graph."""
+    batch = model.collate(encoded)
+    with torch.enable_grad():
+        return row_losses(model.answer_logits(batch), batch.labels, batch)
 
 
 def check_finite(

@@ -6,7 +6,7 @@ frozen value; an edit makes a successor. Where its gate is closed it is the iden
 """
 
 import importlib
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -83,11 +83,12 @@ class Overlay(ABC):
             ModelError: so it is.
         """
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that make up the overlay, for files and checkpoints."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Rebuild an overlay from :meth:`tensors`.
 
@@ -95,12 +96,6 @@ class Overlay(ABC):
             KeyError: a tensor is missing.
             ValueError: tensors do not belong together.
         """
-        raise NotImplementedError
-
-    @property
-    def entries(self) -> int:
-        """How many facts it holds."""
-        raise NotImplementedError
 
 
 #: Kinds of this library, with the module that defines each.

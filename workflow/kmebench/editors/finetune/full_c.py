@@ -14,7 +14,7 @@ from torch import Tensor
 from kmebench.data.records import EditRequest
 from kmebench.editors.epochs import EpochEditor, adam_state, load_adam_state
 from kmebench.editors.finetune.cards import FullCHparams
-from kmebench.editors.losses import check_finite, row_losses
+from kmebench.editors.losses import check_finite, target_losses
 from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.errors import ConfigError
 from kmebench.models.editable import EditableModel
@@ -124,9 +124,7 @@ class FullC(EpochEditor):
             [group[i] for i in chunk] for chunk in length_sorted_chunks(lengths, self.micro_batch)
         ]
         for chunk in chunks:
-            batch = model.collate([encoded[i] for i in chunk])
-            with torch.enable_grad():
-                losses = row_losses(model.answer_logits(batch), batch.labels, batch)
+            losses = target_losses(model, [encoded[i] for i in chunk])
             asked = [requests[i] for i in chunk]
             check_finite(self.name, losses.detach(), asked, self.steps, self.hparams.learning_rate)
             worst = max(worst, float(losses.detach().max()))

@@ -16,7 +16,7 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
 from kmebench.editors.finetune.adapters import Factors, adapters, change
 from kmebench.editors.finetune.cards import LoRAHparams
-from kmebench.editors.losses import check_finite, row_losses
+from kmebench.editors.losses import check_finite, target_losses
 from kmebench.edits.weights import WeightDelta
 from kmebench.errors import EditError
 from kmebench.models.editable import EditableModel
@@ -93,9 +93,7 @@ class LoRA(Editor):
         worst = 0.0
         lengths = [len(item.ids) for item in encoded]
         for chunk in length_sorted_chunks(lengths, self.micro_batch):
-            batch = model.collate([encoded[i] for i in chunk])
-            with torch.enable_grad():
-                losses = row_losses(model.answer_logits(batch), batch.labels, batch)
+            losses = target_losses(model, [encoded[i] for i in chunk])
             asked = [requests[i] for i in chunk]
             check_finite(self.name, losses.detach(), asked, self.steps, self.hparams.learning_rate)
             worst = max(worst, float(losses.detach().max()))

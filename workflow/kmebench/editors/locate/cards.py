@@ -23,30 +23,36 @@ Edited = Annotated[Layers, about("Layers edited, from 0, in this order.")]
 
 
 @hyperparameters
-class ROMEHparams:
-    """Hyper-parameters of ROME."""
+class TargetHparams:
+    """What decides a target besides its site and layer: the loss, and how it is minimised."""
 
-    layer: Annotated[Whole, about("Layer edited, from 0.")] = 5
     steps: Steps = 25
     learning_rate: Rate = 0.5
     kl_factor: KLFactor = 0.0625
     weight_decay: Decay = 1e-3
     clamp_factor: Clamp = 4.0
     kl_position: Position = "subject_last"
+
+
+def loss_of(hparams: TargetHparams) -> dict[str, Any]:
+    """Return the values of :class:`TargetHparams` alone."""
+    names = [each.name for each in fields(Targets) if each.name not in ("site", "layer")]
+    return {name: getattr(hparams, name) for name in names}
+
+
+@hyperparameters
+class ROMEHparams(TargetHparams):
+    """Hyper-parameters of ROME."""
+
+    layer: Annotated[Whole, about("Layer edited, from 0.")] = 5
     second_moment: Annotated[bool, about("Whether the covariance C is used; off: C = I.")] = True
 
 
 @hyperparameters
-class MEMITHparams:
+class MEMITHparams(TargetHparams):
     """Hyper-parameters of MEMIT."""
 
     layers: Edited = (4, 5, 6, 7, 8)
-    steps: Steps = 25
-    learning_rate: Rate = 0.5
-    kl_factor: KLFactor = 0.0625
-    weight_decay: Decay = 1e-3
-    clamp_factor: Clamp = 4.0
-    kl_position: Position = "subject_last"
     moment_weight: Weight = 15_000.0
     micro_batch: Annotated[Count, about("Requests in one forward pass, in all their contexts.")] = (
         20
@@ -111,14 +117,9 @@ def spread(site: Site) -> Any:
         covariance = Covariance(tuple(hparams.layers))
         if pipeline.mode != "batch":
             return (covariance,)
-        loss = {f.name: getattr(hparams, f.name) for f in fields(Targets) if f.name in _LOSS}
-        return covariance, Targets(site, hparams.layers[-1], **loss)
+        return covariance, Targets(site, hparams.layers[-1], **loss_of(hparams))
 
     return needs
-
-
-#: What decides a target besides its site and layer.
-_LOSS = ("steps", "learning_rate", "kl_factor", "weight_decay", "clamp_factor", "kl_position")
 
 
 def _card(name: str, place: str, hparams: type, citation: str, needs: Any) -> Card:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS
 from kmebench.editors.locate.base import LocateAndEdit, check_layers, low_rank, naming
-from kmebench.editors.locate.cards import MEMITHparams, Site
+from kmebench.editors.locate.cards import MEMITHparams, Site, loss_of
 from kmebench.editors.locate.keys import layer_outputs, subject_activations
 from kmebench.editors.locate.target_store import stored_targets
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
@@ -54,17 +54,9 @@ class MEMIT(LocateAndEdit):
             self.stopwatch.add("optimise", stored.seconds)
             self.steps += int(stored.steps.max())
             return stored.values.to(model.device)
-        settings = TargetSettings(
-            layer=self.hparams.layers[-1],
-            site=self.site,
-            steps=self.hparams.steps,
-            learning_rate=self.hparams.learning_rate,
-            kl_factor=self.hparams.kl_factor,
-            weight_decay=self.hparams.weight_decay,
-            clamp_factor=self.hparams.clamp_factor,
-            kl_position=self.hparams.kl_position,
-            micro_batch=self.micro_batch,
-        )
+        layer, size = self.hparams.layers[-1], self.micro_batch
+        loss = loss_of(self.hparams)
+        settings = TargetSettings(layer, self.site, **loss, micro_batch=size)
         with self.stopwatch("optimise"):
             found = optimise_targets(model, requests, self.contexts(model), settings, self.name)
         self.steps += int(found.steps.max())

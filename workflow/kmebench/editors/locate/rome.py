@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from kmebench.data.records import SLOT, EditRequest
 from kmebench.editors.contexts import ROME_LENGTHS
 from kmebench.editors.locate.base import LocateAndEdit, check_layers, low_rank, naming
-from kmebench.editors.locate.cards import ROMEHparams
+from kmebench.editors.locate.cards import ROMEHparams, loss_of
 from kmebench.editors.locate.keys import Activations, subject_activations
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.editors.locate.updates import rome_update
@@ -42,16 +42,7 @@ class ROME(LocateAndEdit):
         groups = self.contexts(model)
         contexts = (tuple(template for group in groups for template in group),)  # one mean
         with self.stopwatch("optimise"):
-            settings = TargetSettings(
-                layer=layer,
-                site="value",
-                steps=self.hparams.steps,
-                learning_rate=self.hparams.learning_rate,
-                kl_factor=self.hparams.kl_factor,
-                weight_decay=self.hparams.weight_decay,
-                clamp_factor=self.hparams.clamp_factor,
-                kl_position=self.hparams.kl_position,
-            )
+            settings = TargetSettings(layer, "value", **loss_of(self.hparams))
             targets = optimise_targets(model, [request], contexts, settings, self.name)
         self.steps += int(targets.steps)
         with self.stopwatch("solve"), naming(self.name, layer, [request]):
