@@ -12,8 +12,11 @@ from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import build_editor
+from kmebench.editors.memory import grace as grace_module
 from kmebench.editors.memory.grace import GAP, SLACK
+from kmebench.edits.codebook import Codebook
 from kmebench.edits.edit import Edit
+from kmebench.edits.overlays import Passage
 from kmebench.errors import ConfigError, EditError, KMEBenchError, ModelError
 from kmebench.evaluation.predict import Settings
 from kmebench.pipelines.checkpoints import Checkpoints
@@ -160,6 +163,27 @@ def test_padding_and_company_do_not_shift_the_query(replacement, make_model, req
     together = model.answer_logits(model.collate(model.encode(pairs)))
     alone = torch.cat(logits(model, pairs))
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("replacement", ["last", "prompt", "all"])
+def test_the_gate_opens_inside_the_ball_of_the_nearest_key_and_nowhere_else(replacement):
+    """Queries at known distances from two keys, on a hook without a model."""
+    keys = torch.tensor([[0.0, 0.0], [10.0, 0.0]], dtype=torch.float64)
+    values = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    radii = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    book = Codebook("w", replacement, keys, values, radii, ((1,), (2,)))
+    x = [0.0, 0.999, 1.001, 1.9, 5.1, 6.9, 7.0, 9.0, 12.9, 13.1]
+    expected = [1, 1, 0, 0, 0, 0, 2, 2, 2, 0]
+    inputs = torch.full((len(x), 4, 2), 50.0, dtype=torch.float64)
+    inputs[:, 2] = torch.tensor([[place, 0.0] for place in x], dtype=torch.float64)
+    passage = Passage(torch.full((len(x),), 2))
+    output = torch.zeros(len(x), 4, 1, dtype=torch.float64)
+    replaced = book.hooks(passage)["w"](inputs, output)[..., 0]
+    columns = {"last": [2], "prompt": [0, 1, 2], "all": [0, 1, 2, 3]}[replacement]
+    wanted = torch.zeros(len(x), 4, dtype=torch.float64)
+    wanted[:, columns] = torch.tensor(expected, dtype=torch.float64)[:, None]
+    assert torch.equal(replaced, wanted)
+    assert not output.any()
 
 
 def test_a_batch_is_what_one_by_one_is(make_model, requests):
@@ -375,8 +399,9 @@ def test_a_codebook_of_other_values_is_not_added_to(other, make_model, requests)
 def test_a_fact_outside_its_own_ball_is_a_sentence(make_model, requests, monkeypatch):
     """Rounding may move a query between two batches; a ball of no radius holds nothing then."""
     model, editor = make_model("llama"), grace(radius=0)
-    asked = editor._asked
-    monkeypatch.setattr(editor, "_asked", lambda *a: [x + 1e-9 for x in asked(*a)])
+    asked = grace_module.at_last_tokens
+    moved = lambda *a: [x + 1e-9 for x in asked(*a)]  # noqa: E731
+    monkeypatch.setattr(grace_module, "at_last_tokens", moved)
     with pytest.raises(EditError, match=r"request .a. outside the ball of its own .* raise"):
         editor(model, requests)
 

@@ -1,13 +1,17 @@
 """Forward passes that go no further than they must."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import Encoded, length_sorted_chunks
 from kmebench.models.hooks import leave, may_be_left
+from kmebench.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,28 @@ def input_and_output(
 
     _run(model, inputs, module.register_forward_hook(stop, with_kwargs=True))
     return seen[0]
+
+
+@torch.no_grad()
+def at_last_tokens(
+    model: EditableModel, texts: Sequence[Sequence[int]], module: nn.Module, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return input and output of ``module`` at the last token of each text, [N, ...] both.
+
+    ``texts`` are token ids, ``chunk_size`` of which pass through the model at a time. In float32
+    or better.
+    """
+    order: list[int] = []
+    found: list[tuple[Tensor, ...]] = []
+    for chunk in length_sorted_chunks([len(ids) for ids in texts], chunk_size):
+        batch = model.collate([Encoded(tuple(texts[i]), n_target=0) for i in chunk])
+        last = torch.tensor([len(texts[i]) - 1 for i in chunk])
+        states = input_and_output(model, module, input_ids=batch.input_ids)
+        found.append(tuple(at_least_float32(s[range(len(chunk)), last]) for s in states))
+        order += chunk
+    back = torch.tensor(order).argsort()
+    inputs, outputs = (torch.cat(parts)[back] for parts in zip(*found, strict=True))
+    return inputs, outputs
 
 
 def _run(model: EditableModel, inputs: dict[str, Any], handle: RemovableHandle) -> None:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import Contexts, prefixes
-from kmebench.models.early_exit import input_and_output
+from kmebench.models.early_exit import at_last_tokens
 from kmebench.models.editable import EditableModel
-from kmebench.models.encoding import Encoded, SubjectText, length_sorted_chunks
-from kmebench.precision import at_least_float32
+from kmebench.models.encoding import SubjectText
 
 
 class Activations(NamedTuple):
@@ -70,21 +69,10 @@ def _grouped_mean(values: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.stack([group.mean(dim=1) for group in groups]).mean(dim=0)
 
 
-@torch.no_grad()
 def _at_subjects(
     model: EditableModel, texts: Sequence[SubjectText], module: nn.Module, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """Return input and output of ``module`` at each text's subject, [N, ...] both."""
     # Nothing behind the subject's last token can reach it.
     ids = [e.ids[: e.subject_last + 1] for e in model.encode_subjects(texts)]
-    order: list[int] = []
-    found: list[tuple[Tensor, Tensor]] = []
-    for chunk in length_sorted_chunks([len(i) for i in ids], chunk_size):
-        batch = model.collate([Encoded(ids[i], n_target=0) for i in chunk])
-        last = torch.tensor([len(ids[i]) - 1 for i in chunk])
-        states = input_and_output(model, module, input_ids=batch.input_ids)
-        found.append(tuple(at_least_float32(s[range(len(chunk)), last]) for s in states))
-        order += chunk
-    back = torch.tensor(order).argsort()
-    inputs, outputs = (torch.cat(parts)[back] for parts in zip(*found, strict=True))
-    return inputs, outputs
+    return at_last_tokens(model, ids, module, chunk_size)

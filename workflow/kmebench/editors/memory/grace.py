@@ -27,7 +27,7 @@ from kmebench.edits.codebook import Codebook
 from kmebench.edits.edit import Edit
 from kmebench.edits.overlays import Passage
 from kmebench.errors import EditError
-from kmebench.models.early_exit import input_and_output
+from kmebench.models.early_exit import at_last_tokens
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, EncodedSubject, length_sorted_chunks
 from kmebench.models.layouts import Projection
@@ -55,7 +55,9 @@ class GRACE(Editor):
         encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
         book = self._book(model)
         with self.stopwatch("trace"):
-            queries, outputs = self._asked(model, encoded)
+            prompts = [e.ids[: len(e.ids) - e.n_target] for e in encoded]
+            module = self.projection(model).module
+            queries, outputs = at_last_tokens(model, prompts, module, self.micro_batch)
             starts = outputs if self.hparams.start == "warm" else torch.rand(outputs.shape)
         planned, entries = self._inserted(book, encoded, queries, starts)
         with self.stopwatch("optimise"):
@@ -97,23 +99,6 @@ class GRACE(Editor):
         weight = at_least_float32(projection.weight.detach())
         empty = (weight.new_zeros(0, n_in), weight.new_zeros(0, n_out), weight.new_zeros(0))
         return Codebook(*wanted, *empty, ())
-
-    @torch.no_grad()
-    def _asked(self, model: EditableModel, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-        """Return the projection's input [B, in] and output [B, out] at the prompts' last tokens."""
-        module = self.projection(model).module
-        found: list[tuple[Tensor, Tensor]] = []
-        order: list[int] = []
-        prompts = [e.ids[: len(e.ids) - e.n_target] for e in encoded]
-        for chunk in length_sorted_chunks([len(ids) for ids in prompts], self.micro_batch):
-            batch = model.collate([Encoded(prompts[i], n_target=0) for i in chunk])
-            states = input_and_output(model, module, input_ids=batch.input_ids)
-            rows = torch.arange(len(chunk))
-            found.append(tuple(at_least_float32(s[rows, batch.prompt_last]) for s in states))
-            order += chunk
-        back = torch.tensor(order).argsort()
-        inputs, outputs = (torch.cat(parts)[back] for parts in zip(*found, strict=True))
-        return inputs, outputs
 
     def _inserted(
         self, book: Codebook, encoded: Sequence[Encoded], queries: Tensor, starts: Tensor
