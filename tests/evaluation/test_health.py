@@ -99,6 +99,13 @@ class Doubled(Overlay):
     def hooks(self, passage):
         return {self.path: lambda _states, output: 2 * output}
 
+    def tensors(self):
+        return {}
+
+    @classmethod
+    def from_tensors(cls, tensors):
+        raise AssertionError("never read from a file here")
+
 
 def test_overlays_act_on_neutral_text_too(make_model):
     model = make_model("llama")
