@@ -40,7 +40,7 @@ report: "workflow/report/workflow.rst"
 include: "workflow/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/models.smk"
-include: "workflow/rules/trace.smk"
+include: "workflow/rules/stages.smk"
 include: "workflow/rules/edit.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/notebooks.smk"
@@ -57,7 +57,7 @@ rule all:
 
 
 onstart:
-    print(grid.plan(config))
+    print(grid.describe(config))
 
 
 onsuccess:

@@ -229,7 +229,7 @@ def test_every_config_of_the_repository_is_valid():
         merge(config, yaml.safe_load(path.read_text(encoding="utf-8")))
         check_config(config)
         assert grid.all_runs(config)
-        assert "distinct runs" in grid.plan(config)
+        assert "distinct runs" in grid.describe(config)
 
 
 def merge(config, overlay):

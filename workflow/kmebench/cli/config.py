@@ -13,12 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kmebench.errors import ConfigError
-from kmebench.planning import cost as plan
-from kmebench.planning import grid, provenance
-from kmebench.planning.config import read_checked_config, read_files
+from kmebench.planning import cost, grid, provenance
+from kmebench.planning.config import CONFIG, read_checked_config, read_files
 from kmebench.planning.workflow import check_workflow, reason
 
-CONFIG = Path("config.yaml")
 console = Console(markup=False, emoji=False)
 
 
@@ -26,7 +24,7 @@ def check_command(arguments: argparse.Namespace) -> None:
     """Check, list or explain."""
     config = read_checked_config(CONFIG, arguments.configfile)
     if arguments.explain is None:
-        console.print(grid.plan(config))
+        console.print(grid.describe(config))
     else:
         files = read_files(CONFIG, arguments.configfile)
         console.print(_values(config, files, *provenance.cell_of(config, arguments.explain)))
@@ -52,20 +50,20 @@ def plan_command(arguments: argparse.Namespace) -> None:
     """Count, estimate, show."""
     check_workflow()
     config = read_checked_config(CONFIG, arguments.configfile)
-    measured = plan.measurements(arguments.measured)
+    measured = cost.measurements(arguments.measured)
     if measured.empty:
         folders = ", ".join(map(str, arguments.measured))
         raise ConfigError(f"There is no finished run below {folders} to take times from.")
-    costs = plan.run_costs(config, measured)
+    costs = cost.run_costs(config, measured)
     console.print(_jobs(arguments.configfile))
     console.print(_hours(costs))
     for devices in arguments.devices:
-        hours = plan.wall_hours(costs, devices)
+        hours = cost.wall_hours(costs, devices)
         plural = "s" if devices > 1 else ""
         console.print(f"On {devices} device{plural}: {hours:,.1f} h or more.")
     if costs[["editing", "evaluation"]].isna().any(axis=None):
         console.print("A ? is a time that no finished run tells; it is in none of these sums.")
-    console.print(_disk(plan.disk(config, measured)))
+    console.print(_disk(cost.disk(config, measured)))
 
 
 def _jobs(overlays: Sequence[Path]) -> Table:

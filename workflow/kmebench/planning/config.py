@@ -20,6 +20,8 @@ from kmebench.planning.hparams import check_hparams
 from kmebench.planning.notebooks import NOTEBOOKS
 from kmebench.planning.overlays import read_overlay
 
+#: The config of this workflow, in its folder.
+CONFIG = Path("config.yaml")
 SCHEMA = Path(__file__).with_name("config.schema.yaml")
 #: Keys of version 0.1.0.
 _RENAMED = {"moments": "covariance"}

@@ -254,6 +254,12 @@ def measures_health(config: Mapping[str, Any], mode: str) -> bool:
     return mode != "batch" and config["health"]["texts"] > 0
 
 
+def load_of(config: Mapping[str, Any], model: str) -> dict[str, str]:
+    """Return how a model is loaded: its dtype, and its device or the general one."""
+    spec = config["models"][model]
+    return {"dtype": spec["dtype"], "device": spec.get("device", config["device"])}
+
+
 def needs_of(config: Mapping[str, Any], run: Run) -> tuple[Need, ...]:
     """Return the files of cached stages that a run reads."""
     pipeline = Pipeline(run.mode, config["batch_size"])
@@ -271,7 +277,7 @@ def covariance_layers(config: Mapping[str, Any], model: str) -> list[int]:
     return sorted({layer for need in needs if need for layer in need.layers})
 
 
-def plan(config: Mapping[str, Any]) -> str:
+def describe(config: Mapping[str, Any]) -> str:
     """Describe the grid in lines: experiments, runs, edits."""
     lines = []
     for name, spec in config["experiments"].items():
