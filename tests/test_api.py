@@ -159,7 +159,7 @@ def test_an_edit_of_another_model_is_refused_before_anything_changes(model, make
         (lambda m: kmebench.edit(m, "full-c", FACT), "Give the facts as a list"),
         (lambda m: kmebench.edit(m, "full-c", ["France"]), "Give the facts as a list"),
         (lambda m: kmebench.edit(m, None, [FACT]), "A method is a name, or an editor"),
-        (lambda m: kmebench.editor(m, "full-c", mode="both"), "mode names 'both'"),
+        (lambda m: kmebench.editor(m, "full-c", mode="both"), "mode cannot be 'both'"),
         (lambda m: kmebench.load("smollm2-135m", dtype=torch.float32), "did you mean 'float32'?"),
         (lambda m: kmebench.load("smollm2-135m/config.json"), "is a file: name its folder"),
         (lambda m: kmebench.fact("", "It is {}", "Rome"), "subject is empty"),

@@ -13,10 +13,9 @@ from kmebench.editors.needs import Covariance, Need, Pipeline, Trained
 from kmebench.errors import ConfigError, ModelError
 from kmebench.names import near_name, nearest
 from kmebench.planning import grid
-from kmebench.planning.config import read_checked_config
+from kmebench.planning.config import CONFIG, read_checked_config
 from kmebench.planning.workflow import SNAKEFILE
 
-CONFIG = Path("config.yaml")
 DEVICES = ("auto", "cpu", "mps", "cuda", "balanced", "sequential")
 #: Facts are given by hand, so no stage of a data set is cached for them.
 _PIPELINE = Pipeline("consecutive", 1)
@@ -153,7 +152,7 @@ def method_of(
     Raises:
         ConfigError: there is no such method or value, or it needs what nobody can make.
     """
-    grid.check_name(mode, grid.MODES, "the pipelines", "mode")
+    _one_of("mode", grid.MODES, mode)
     methods, hparams, editor = source.config.get("methods", {}), {}, name
     if name in methods:
         # Of a model that the config does not know, the method's own.

@@ -99,12 +99,7 @@ class Inputs:
 
     def load(self, wildcards: Any) -> dict[str, str]:
         """Return how a job's model is loaded."""
-        return self.load_of(wildcards.model)
-
-    def load_of(self, model: str) -> dict[str, str]:
-        """Return how a model is loaded."""
-        spec = self.config["models"][model]
-        return {"dtype": spec["dtype"], "device": spec.get("device", self.config["device"])}
+        return grid.load_of(self.config, wildcards.model)
 
     # -- cached stages --------------------------------------------------------------------------
 
@@ -195,7 +190,7 @@ class Inputs:
 
     def gpus_of(self, model: str) -> int:
         """Return one GPU, unless the model runs on the CPU."""
-        device = self.load_of(model)["device"]
+        device = grid.load_of(self.config, model)["device"]
         return int(device not in ("auto", "cpu") or (device == "auto" and _HAS_GPU))
 
     def memory(self, wildcards: Any, attempt: int) -> int:

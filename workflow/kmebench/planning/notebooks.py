@@ -88,14 +88,12 @@ class Notebooks:
         """Return a model, a data set, and how PAC edits."""
         config, (model, (dataset, *_)) = self.config, self._first_model_and_datasets()
         hparams = grid.base_hparams(config, model, _LOOKED_AT, "consecutive")
-        spec = config["models"][model]
         parameters = {
             "model": model,
             "dataset": dataset,
             "hparams": dict(sorted(hparams.items())),
             "evaluation": config["evaluation"],
-            "dtype": spec["dtype"],
-            "device": spec.get("device", config["device"]),
+            **grid.load_of(config, model),
         }
         return parameters, [f"<results>/models/{model}", f"<results>/data/{dataset}.jsonl"]
 

@@ -12,8 +12,12 @@ from kmebench.planning import grid
 
 #: Keys that decide a run besides its hyper-parameters.
 _GENERAL = (
-    *(("seed",), ("batch_size",), ("on_failed_edit",), ("device",)),
-    *(("evaluation", "batch_size"), ("evaluation", "wild_max_tokens")),
+    ("seed",),
+    ("batch_size",),
+    ("on_failed_edit",),
+    ("device",),
+    ("evaluation", "batch_size"),
+    ("evaluation", "wild_max_tokens"),
 )
 _OF_MODEL = ("dtype", "device")
 

@@ -220,7 +220,7 @@ class Reported:
 
     # -- findings -------------------------------------------------------------------------------
 
-    def finding_cells(self, wildcards: Any = None) -> list[dict[str, Any]]:
+    def finding_cells(self) -> list[dict[str, Any]]:
         """Return where claims of the paper can be tested, with run folder or path file by role."""
         return [
             {
