@@ -33,8 +33,8 @@ _FORM = "kmebench.neutral_text"
 class NeutralSettings:
     """Which texts are written; the section ``health`` of the config."""
 
-    texts: int = 16
-    length: int = 64  # tokens scored of each text
+    texts: int
+    length: int  # tokens scored of each text
     seed: int = 0  # of their own: no run's seed moves them
 
 
@@ -66,7 +66,7 @@ class NeutralText:
         ids = sample(model, settings.texts, length, settings.seed)
         states, nll = [], []
         for batch in _batches(model, ids, length - begun, batch_size):
-            passed = _final_states(model, batch)
+            passed = model.final_states(batch)
             states.append(passed.cpu())
             nll.append(_nll(model.head(passed), batch.labels).cpu())
         shape = (len(ids), length - begun)
@@ -149,12 +149,6 @@ def _batches(model: EditableModel, ids: Tensor, scored: int, batch_size: int) ->
     """Yield texts as batches without padding, whose last ``scored`` tokens are answers."""
     for rows in ids.split(batch_size):
         yield model.collate([Encoded(tuple(row), scored) for row in rows.tolist()])
-
-
-def _final_states(model: EditableModel, batch: Batch) -> Tensor:
-    """Return the normed final states at the answer positions, [A, D]."""
-    hidden = model.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    return hidden[batch.rows.to(hidden.device), batch.positions.to(hidden.device)]
 
 
 def _original_head(model: EditableModel) -> Callable[[Tensor], Tensor]:

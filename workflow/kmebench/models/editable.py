@@ -226,10 +226,17 @@ class EditableModel:
         """
         passage = Passage(batch.prompt_last, batch.rows)
         with self.passage(passage):
-            states = self.model.base_model(input_ids=batch.input_ids, use_cache=False)
-        hidden = states.last_hidden_state
-        answers = hidden[batch.rows.to(hidden.device), batch.positions.to(hidden.device)]
+            answers = self.final_states(batch)
         return self._overlaid(passage, self.head(answers))
+
+    def final_states(self, batch: Batch) -> Tensor:
+        """Return the normed final states at the answer positions, [A, D].
+
+        Hooks of overlays act on them only within a :meth:`passage`.
+        """
+        passed = self.model.base_model(input_ids=batch.input_ids, use_cache=False)
+        hidden = passed.last_hidden_state
+        return hidden[batch.rows.to(hidden.device), batch.positions.to(hidden.device)]
 
     @contextmanager
     def passage(self, passage: Passage) -> Iterator[None]:
