@@ -31,14 +31,10 @@ def compare(
     for pair in pairs:
         a, b = values[pair["a"]], values[pair["b"]]
         for metric in metrics_of("request", tabled=True):
-            difference, low, high, n = paired_difference(a, b, metric.name, **statistics)
-            numbers = {
-                "difference": difference,
-                "low": low,
-                "high": high,
-            }
-            percent = {key: metric.scale * value for key, value in numbers.items()}
-            rows.append({**pair, "metric": metric.name, **percent, "n": n})
+            *numbers, n = paired_difference(a, b, metric.name, **statistics)
+            difference, low, high = (metric.scale * x for x in numbers)
+            points = {"difference": difference, "low": low, "high": high}
+            rows.append({**pair, "metric": metric.name, **points, "n": n})
     return pd.DataFrame(rows)
 
 

@@ -27,7 +27,7 @@ def times(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
     """Seconds per request of every call of the editors, from timing.json files."""
     rows = []
     for path, run in zip(files, runs, strict=True):
-        for call in _json(path)["calls"]:
+        for call in read_json(path)["calls"]:
             seconds = sum(call["seconds"].values()) / call["requests"]
             rows.append(_named(run, labels) | {"seconds": seconds})
     return pd.DataFrame(rows)
@@ -37,7 +37,7 @@ def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
     """Frobenius norm of every edit in every layer, from run.json files."""
     rows = []
     for path, run in zip(files, runs, strict=True):
-        for call in _json(path)["delta_norms"]:
+        for call in read_json(path)["delta_norms"]:
             squares: dict[int, float] = {}
             for name, norm in call.items():
                 if found := LAYER.search(name):  # an embedding or a head is in no layer
@@ -134,10 +134,6 @@ def nodes(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
         for path, run in zip(files, runs, strict=True)
     ]
     return pd.concat(parts, ignore_index=True)
-
-
-def _json(path: str | Path) -> dict[str, Any]:
-    return read_json(path)
 
 
 def _named(run: Mapping[str, Any], labels: Labels) -> dict[str, str]:
