@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_apply(
         commands.add_parser(
-            "apply", parents=[config, model], help="make an edited model from a saved delta"
+            "apply", parents=[config, model], help="make an edited model from a saved edit"
         )
     )
     _add_check(
@@ -102,7 +102,7 @@ def _add_edit(edit: argparse.ArgumentParser) -> None:
         "--save-delta",
         type=arguments.new_file("--save-delta"),
         metavar="FILE",
-        help="write the weight delta",
+        help="write the edit, for kmebench apply",
     )
     edit.add_argument("--out", **_OUT, help="write the edited model, to a new folder")
     edit.set_defaults(run=_on_a_model("edit"))

@@ -1,1 +1,1 @@
-"""Editors: functions from edit requests to a weight delta."""
+"""Editors: what turns edit requests into an edit."""
