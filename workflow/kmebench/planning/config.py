@@ -1,4 +1,4 @@
-"""Validation of the config before anything is planned."""
+"""The config: its files merged, and checked before anything is planned. Imports no torch."""
 
 import copy
 import re

@@ -14,10 +14,14 @@ from kmebench.planning import grid
 _GENERAL = (
     ("seed",),
     ("batch_size",),
+    ("checkpoint_every",),
     ("on_failed_edit",),
     ("device",),
     ("evaluation", "batch_size"),
     ("evaluation", "wild_max_tokens"),
+    ("health", "texts"),
+    ("health", "length"),
+    ("health", "seed"),
 )
 _OF_MODEL = ("dtype", "device")
 
