@@ -58,6 +58,8 @@ rule all:
 
 onstart:
     print(grid.describe(config))
+    if workflow.local_exec:
+        forkserver.start(config["device"], config["threads"])
 
 
 onsuccess:

@@ -15,8 +15,6 @@ rule edit:
         health="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/health.json",
     log:
         "<logs>/edit/{model}.{dataset}.{mode}.{method}.{variant}.seed{seed}.log",
-    benchmark:
-        "<logs>/edit/{model}.{dataset}.{mode}.{method}.{variant}.seed{seed}.benchmark.tsv"
     wildcard_constraints:
         mode=one_of(grid.MODES),
     conda:

@@ -1,5 +1,9 @@
 """Cache the impact scores of all FFN segments for all requests (kmebench.editors.pac.impact)."""
 
+from kmebench.forkserver import hand_over
+
+hand_over("kmebench.pipelines.run")
+
 import torch
 
 from kmebench.data.records import read_requests

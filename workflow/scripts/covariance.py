@@ -1,5 +1,9 @@
 """Covariance of W2's inputs over generic text (kmebench.editors.locate.covariance)."""
 
+from kmebench.forkserver import hand_over
+
+hand_over("kmebench.pipelines.run")
+
 import torch
 
 from kmebench.editors.locate.covariance.stage import measure_covariance

@@ -1,5 +1,9 @@
 """Run one cell of the grid: edit a model, predict with it, record how (kmebench.pipelines)."""
 
+from kmebench.forkserver import hand_over
+
+hand_over("kmebench.pipelines.run")
+
 import torch
 
 from kmebench.data.records import read_requests

@@ -1,5 +1,9 @@
 """Neutral text by the unedited model, and what it says of it (kmebench.evaluation.health)."""
 
+from kmebench.forkserver import hand_over
+
+hand_over("kmebench.pipelines.run")
+
 import torch
 
 from kmebench.evaluation.health import NeutralSettings, NeutralText

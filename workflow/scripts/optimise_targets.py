@@ -1,5 +1,9 @@
 """Targets of MEMIT's family for all requests on the unedited model (editors.locate.targets)."""
 
+from kmebench.forkserver import hand_over
+
+hand_over("kmebench.pipelines.run")
+
 import torch
 
 from kmebench.data.records import read_requests

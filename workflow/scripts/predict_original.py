@@ -1,5 +1,9 @@
 """Predict every prompt of a data set with the unedited model (kmebench.evaluation.predict)."""
 
+from kmebench.forkserver import hand_over
+
+hand_over("kmebench.pipelines.run")
+
 import torch
 
 from kmebench.data.records import read_requests

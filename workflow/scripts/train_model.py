@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from kmebench.forkserver import hand_over
+
+hand_over("kmebench.pipelines.run")
+
 import torch
 
 from kmebench.data.openfacts import fact_sentences

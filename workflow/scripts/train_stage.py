@@ -2,6 +2,10 @@
 
 import importlib
 
+from kmebench.forkserver import hand_over
+
+hand_over("kmebench.pipelines.run")
+
 import torch
 
 from kmebench.data.records import read_requests

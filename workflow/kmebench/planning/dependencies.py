@@ -20,7 +20,7 @@ _CODE = _LIBRARY / PACKAGE
 #: Files that decide no result, with all that only they import: how failures are told; and what
 #: planning says, which reaches a job as its parameters and the names of its inputs.
 _NO_RESULT = (
-    *("__init__.py", "errors.py", "names.py", "io/logs.py"),
+    *("__init__.py", "errors.py", "forkserver.py", "names.py", "io/logs.py"),
     *("editors/cards.py", "editors/needs.py", "editors/*/cards.py", "planning/grid.py"),
 )
 #: What modules read as their own.
