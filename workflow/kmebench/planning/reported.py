@@ -11,6 +11,7 @@ from typing import Any
 
 from kmebench.editors.needs import Paths
 from kmebench.planning import claims, grid
+from kmebench.reporting.appearance import Style, styles
 
 CLAIMS = "resources/paper/findings.yaml"
 Files = Callable[[Any], list[str]]
@@ -89,6 +90,12 @@ class Reported:
         """What readers see of a run that a claim is tested on."""
         name = self.label("methods", run.method)
         return name if run.variant == grid.DEFAULT else f"{name}, {run.variant}"
+
+    @cached_property
+    def styles(self) -> dict[str, Style]:
+        """How every method looks in figures and on the page, by its label."""
+        cards = {m: grid.card_of_method(self.config, m) for m in self.config["methods"]}
+        return {self.label("methods", m): style for m, style in styles(cards).items()}
 
     # -- comparisons ----------------------------------------------------------------------------
 
