@@ -59,7 +59,7 @@ def test_differences_are_paired_and_the_score_is_the_mean_of_three(table):
     )
     assert x.loc["efficacy", ["low", "high"]].tolist() == [0, 0]
     assert 40 <= x.loc["generality", "low"] < 80 < x.loc["generality", "high"] <= 100
-    assert x["n"].unique().tolist() == [10]
+    assert x["n"].unique().tolist() == [20]
 
 
 def test_only_what_is_away_from_zero_is_bold(table):
