@@ -12,6 +12,7 @@ from typing import Any
 from kmebench.editors.needs import Paths
 from kmebench.planning import claims, grid
 from kmebench.reporting.appearance import Style, styles
+from kmebench.reporting.captions import caption
 
 CLAIMS = "resources/paper/findings.yaml"
 Files = Callable[[Any], list[str]]
@@ -221,6 +222,7 @@ class Reported:
         }
         return {
             **spec,
+            "caption": self.caption(wildcards.figure),
             "tables": [config["tables"][name]["title"] for name in spec.get("tables", [])],
             "protocol": spec.get("protocol", "token"),
             "controls": grid.controls(config),
@@ -231,6 +233,12 @@ class Reported:
                 for section, names in sections.items()
             },
         }
+
+    def caption(self, figure: str) -> str:
+        """Return the caption of a figure: its title, how to read it, and the edits per cell."""
+        spec, sizes = self.config["figures"][figure], grid.datasets(self.config)
+        n = [sizes[run.dataset] for run, _ in self._figure_runs(spec)]
+        return caption(spec["title"], spec["kind"], spec.get("protocol", "token"), n)
 
     # -- findings -------------------------------------------------------------------------------
 
