@@ -139,7 +139,7 @@ rule index:
     params:
         title="KME-Bench: what editing single facts does to language models",
         tables=reported.table_paths,
-        figures={name: spec["title"] for name, spec in config["figures"].items()},
+        figures={name: reported.caption(name) for name in config["figures"]},
         notebooks=sorted(config["notebooks"]),
     message:
         "Writing the summary page"
@@ -206,6 +206,7 @@ rule figure:
         code=code("figure"),
     output:
         pdf="<results>/figures/{figure}.pdf",
+        svg="<results>/figures/{figure}.svg",
         png=report(
             "<results>/figures/{figure}.png",
             caption="../report/figure.rst",
