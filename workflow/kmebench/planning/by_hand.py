@@ -70,6 +70,8 @@ def find_model(
         ConfigError: the config is wrong, or there is no such model, dtype or device.
         ModelError: there is a folder, and it holds no model.
     """
+    if isinstance(configfiles, str) or not isinstance(configfiles, Sequence):
+        raise ConfigError(f"configfiles is a list of files; not {configfiles!r}.")
     name, files = str(name), tuple(map(Path, configfiles))
     config = read_checked_config(CONFIG, files) if files or _in_checkout() else {}
     kind = _kind(name, config.get("models", {}))
