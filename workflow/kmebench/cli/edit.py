@@ -44,7 +44,7 @@ def edit_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     after = _look(model, prompts)
     found = before_after.verdicts(request.target_new, before.answers, after.answers)
     shown = [
-        f"{method} on {inputs.source.name}: {result.steps} steps, {seconds:.1f} s",
+        f"{method}: {result.steps} steps, {seconds:.1f} s",
         before_after.next_tokens(prompts[0], request.target_new, before, after),
         before_after.answers(prompts, before, after, found),
         f"\n{before_after.summary(found)}",

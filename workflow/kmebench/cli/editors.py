@@ -52,5 +52,5 @@ def _values(card: Card) -> Table:
     shown = table("Values", ["value", "default", "may be", "meaning"], texts=4, fold=True)
     shown.columns[0].no_wrap = True
     for row in rows(card):
-        shown.add_row(row.name, row.default, row.allowed, row.meaning)
+        shown.add_row(row.name, row.default, row.allowed.replace("`", ""), row.meaning)
     return shown

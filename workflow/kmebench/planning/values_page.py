@@ -79,7 +79,7 @@ def _allowed(rules: Mapping[str, Any]) -> str:
     if "anyOf" in rules:
         return " or ".join(_allowed(each) for each in rules["anyOf"])
     if "enum" in rules:
-        return ", ".join(map(str, rules["enum"]))
+        return ", ".join(f"`{each}`" for each in rules["enum"])
     if rules["type"] == "array":
         return f"list of {_allowed(rules['items'])}"
     bounds = [f"{sign} {rules[key]}" for key, sign in _BOUNDS.items() if key in rules]
