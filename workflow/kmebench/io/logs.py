@@ -80,9 +80,11 @@ def doing(what: str) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    from rich.console import Console  # only a terminal needs it
+    # Only a terminal needs it.
+    from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True, markup=False, emoji=False).status(what):
+    with Console(stderr=True).status(Text(what)):
         yield
 
 
