@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import RenderableType
 from torch import Tensor
 
 from kmebench import api
@@ -43,7 +44,7 @@ def edit_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     seconds = time.perf_counter() - start
     after = _look(model, prompts)
     found = before_after.verdicts(request.target_new, before.answers, after.answers)
-    shown = [
+    shown: list[RenderableType] = [
         f"{method}: {result.steps} steps, {seconds:.1f} s",
         before_after.next_tokens(prompts[0], request.target_new, before, after),
         before_after.answers(prompts, before, after, found),

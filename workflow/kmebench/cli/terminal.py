@@ -36,8 +36,9 @@ def table(title: str, names: Sequence[str], texts: int = 1, fold: bool = False) 
         pad_edge=False,
     )
     for i, name in enumerate(names):
-        justify = "left" if i < texts else "right"
-        made.add_column(name, justify=justify, no_wrap=not fold, overflow="fold")
+        made.add_column(
+            name, justify="left" if i < texts else "right", no_wrap=not fold, overflow="fold"
+        )
     return made
 
 
