@@ -1,6 +1,9 @@
 """A model on tasks of lm-evaluation-harness (Gao et al. 2024), an optional library of others."""
 
+import io
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,9 +72,10 @@ def harness(
         model = EditableModel.load(folder, dtype=dtype, device=device)
     lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size)
     try:
-        found = simple_evaluate(
-            lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
-        )
+        with redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # its bars
+            found = simple_evaluate(
+                lm, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
+            )
     except (OSError, ValueError) as error:  # no network, no such data
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
