@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from kmebench.reporting.quotes import without_quotes
+from kmebench.reporting.quotes import pages, without_quotes
 
-PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("results/README.md")]
-PAGES += [*sorted(Path("docs").glob("*.md")), *sorted(Path("results/reference").glob("*/README.md"))]
+PAGES = [*pages(), Path("CONTRIBUTING.md"), Path("results/README.md")]
 GENERATED = Path("docs/editors-values.md")
 WORDS = 25
 

@@ -7,11 +7,10 @@ import pandas as pd
 import pytest
 
 from kmebench.errors import KMEBenchError
-from kmebench.reporting.quotes import filled, quote, without_quotes
+from kmebench.reporting.quotes import filled, pages, quote, without_quotes
 
 EDITORS = Path("results/reference/smollm2-135m-editors")
-PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
-PAGES += sorted(Path("results/reference").glob("*/README.md"))
+PAGES = [pytest.param(page.read_text(encoding="utf-8"), id=str(page)) for page in pages()]
 INTERVAL = re.compile(r"\[[+−-]?\d+(\.\d+)?, ?[+−-]?\d+(\.\d+)?\]")
 
 
@@ -19,22 +18,18 @@ def numbers(text):
     return [float(x) for x in re.findall(r"[+-]?\d+\.\d+", text.replace("−", "-"))]
 
 
-def pages():
-    return [pytest.param(path.read_text(encoding="utf-8"), id=str(path)) for path in PAGES]
-
-
-@pytest.mark.parametrize("text", pages())
+@pytest.mark.parametrize("text", PAGES)
 def test_quoted_numbers_are_those_of_the_reference_results(text):
-    assert filled(text) == text, "python -m kmebench.reporting.quotes README.md docs/*.md"
+    assert filled(text) == text, "python -m kmebench.reporting.quotes"
 
 
-@pytest.mark.parametrize("text", pages())
+@pytest.mark.parametrize("text", PAGES)
 def test_no_interval_stands_in_prose_without_its_source(text):
     prose = re.sub(r"```.*?```|`[^`]*`", "", without_quotes(text), flags=re.DOTALL)
     assert not INTERVAL.search(prose), INTERVAL.search(prose)
 
 
-@pytest.mark.parametrize("text", pages())
+@pytest.mark.parametrize("text", PAGES)
 def test_a_quote_inside_a_paragraph_never_begins_a_line(text):
     """Markdown would take the whole line for HTML."""
     assert not re.search(r"^<!--= .*-->.+", text, re.MULTILINE)

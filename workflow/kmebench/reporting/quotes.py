@@ -1,4 +1,4 @@
-"""The numbers that README.md and docs/*.md quote, written from the reference results. No torch.
+"""The numbers that README.md and docs/ quote, written from the reference results. No torch.
 
 A quoted number stands between two comments, which a reader of the page does not see. The first
 names the reference results, the run that it is computed from, and the metric::
@@ -10,11 +10,10 @@ number of edits. All are of protocol ``token`` and the final model, in percent, 
 intervals. A table stands likewise between two comments: its name in :data:`TABLES` and its folder.
 After a change of the reference results:
 
-python -m kmebench.reporting.quotes README.md docs/*.md
+python -m kmebench.reporting.quotes
 """
 
 import re
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -32,6 +31,7 @@ from kmebench.reporting.findings import Runs
 from kmebench.reporting.tables import DEFAULT, markdown_table
 
 REFERENCE = Path("results/reference")
+PAGES = ("README.md", "docs/*.md", "results/reference/*/README.md")
 MODEL = "smollm2-135m"
 STATISTICS = {"resamples": 1000, "seed": 0}
 _QUOTE = re.compile(r"(<!--= (?P<source>[^>]+) -->)(?P<shown>.*?)(<!--/-->)", re.DOTALL)
@@ -172,6 +172,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
 }
 
 
+def pages() -> list[Path]:
+    """List the pages that quote numbers."""
+    return [page for pattern in PAGES for page in sorted(Path().glob(pattern))]
+
+
 if __name__ == "__main__":
-    for page in map(Path, sys.argv[1:]):
+    for page in pages():
         write_text(page, filled(page.read_text(encoding="utf-8")))
