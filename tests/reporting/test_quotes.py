@@ -55,7 +55,7 @@ def test_a_quoted_difference_is_what_make_tables_prints():
 
 
 @pytest.mark.parametrize(
-    "source", ["scores", "editors zsre/batch/pac speed", "tabels results/reference"]
+    "source", ["scores", "editors zsre/batch/pac speed", "table results/reference"]
 )
 def test_a_quote_of_nothing_is_one_sentence(source):
     with pytest.raises(KMEBenchError, match=re.escape(repr(source))):
