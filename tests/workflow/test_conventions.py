@@ -163,14 +163,14 @@ def test_environments_pin_what_the_constraints_pin():
 
 
 @pytest.mark.integration
-def test_the_readme_shows_the_rule_graph_as_it_is():
+def test_the_docs_show_the_rule_graph_as_it_is():
     command = [sys.executable, "-m", "snakemake", "--rulegraph", "mermaid-js"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     names = dict(re.findall(r"(id\d+)\[(\w+)\]", done.stdout))
     drawn = re.findall(r"(id\d+) --> (id\d+)", done.stdout)
     edges = {(names[a], names[b]) for a, b in drawn if names[b] != "all"}
-    readme = Path("README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^    (\w+) --> (\w+)$", readme, re.MULTILINE)) == edges
+    page = Path("docs/running.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^    (\w+) --> (\w+)$", page, re.MULTILINE)) == edges
 
 
 @pytest.mark.integration
