@@ -3,7 +3,11 @@
 A page needs no network: style and script stand in it.
 """
 
+import re
+from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kmebench.io.checked_files import read_json
+from kmebench.reporting import overview
+from kmebench.reporting.headlines import Headline
+from kmebench.reporting.one_fact import Fact
+from kmebench.reporting.overview import Panel
 
 _PAGES = Environment(
     loader=PackageLoader("kmebench.reporting"), autoescape=True, undefined=StrictUndefined
@@ -30,36 +38,55 @@ def page(title: str, markdown: str) -> str:
     return _PAGES.get_template("page.html.j2").render(title=title, body=body)
 
 
-def index(
-    title: str,
-    findings: str,
-    tables: Mapping[str, str],
-    figures: Mapping[str, str],
-    notebooks: Sequence[str],
-    provenance: Mapping[str, str],
-) -> str:
-    """Make the summary page of a results folder; links are relative to that folder.
+@dataclass(frozen=True)
+class Summary:
+    """What stands on the page of a results folder; what is empty is left out.
 
-    ``findings`` and ``tables`` (by path without ending, as ``tables/table1``) are Markdown,
-    ``figures`` titles by name; ``provenance`` comes from :func:`provenance_of`.
+    ``tables`` (by path without ending, as ``tables/table1``) and ``costs`` are Markdown.
+    ``figures``: title and PNG file by name. ``findings``: rows of ``tables/findings.csv``.
+    ``place``: words on where ``fact`` was edited. ``files``: SHA-256 of files beside the page.
     """
-    shown = [
+
+    title: str
+    panels: Sequence[Panel]
+    headlines: Sequence[Headline]
+    explorer: Mapping[str, Any]
+    tables: Mapping[str, str]
+    figures: Mapping[str, tuple[str, str | Path]]
+    findings: Sequence[Mapping[str, Any]]
+    costs: str
+    fact: Fact | None
+    place: str
+    notebooks: Sequence[str]
+    provenance: Mapping[str, str]
+    files: Mapping[str, str]
+    config: str
+
+
+def index(summary: Summary) -> str:
+    """Make the page of a results folder: one file that needs nothing beside it.
+
+    Links lead to the files below that folder, relative to it.
+    """
+    shown = {field.name: getattr(summary, field.name) for field in fields(summary)}
+    shown["tables"] = [
         {"name": path.rpartition("/")[2], "html": fragment(text), "csv": f"{path}.csv"}
-        for path, text in tables.items()
+        for path, text in summary.tables.items()
     ]
+    shown["figures"] = [
+        {"name": name, "title": title, "data": _embedded(png)}
+        for name, (title, png) in summary.figures.items()
+    ]
+    costs = fragment(summary.costs) if summary.costs else ""
+    verdicts = Counter(row["verdict"] for row in summary.findings)
     return _PAGES.get_template("index.html.j2").render(
-        title=title,
-        summary=f"{provenance['Runs']} runs, {provenance['Edits']} edits.",
-        findings=fragment(findings),
-        tables=shown,
-        figures=[
-            {"name": name, "title": text}
-            | {kind: f"figures/{name}.{kind}" for kind in ("pdf", "png", "csv")}
-            for name, text in figures.items()
-        ],
-        notebooks=[{"name": n, "html": f"notebooks/{n}.html"} for n in notebooks],
-        provenance=provenance,
+        **shown | {"costs": costs}, verdicts=verdicts, frame=overview
     )
+
+
+def _embedded(png: str | Path) -> str:
+    """Return a picture as an address that holds it."""
+    return f"data:image/png;base64,{b64encode(Path(png).read_bytes()).decode()}"
 
 
 def provenance_of(runs: Sequence[str | Path], timings: Sequence[str | Path]) -> dict[str, str]:
