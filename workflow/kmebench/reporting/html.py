@@ -3,7 +3,7 @@
 A page needs no network: style and script stand in it.
 """
 
-import re
+
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
