@@ -13,7 +13,6 @@ import yaml
 
 from kmebench.editors.needs import Paths
 from kmebench.planning import claims, grid
-from kmebench.reporting.appearance import styles
 from kmebench.reporting.appearance import Style, styles
 
 CLAIMS = "resources/paper/findings.yaml"
@@ -238,16 +237,21 @@ class Reported:
 
     def page(self) -> dict[str, Any]:
         """Return what the page of the results shows beside tables and figures."""
-        cards = {name: grid.card_of_method(self.config, name) for name in self.config["methods"]}
+        titled = {"tables": self.config["tables"], "comparisons": self.config["comparisons"]}
         return {
             "labels": self.all_labels,
-            "colours": {name: style.colour for name, style in styles(cards).items()},
+            "colours": {label: style.colour for label, style in self.styles.items()},
             "controls": grid.controls(self.config),
             "seed": self.config["seed"],
             "statistics": self.config["statistics"],
             "pairs": self.page_pairs,
             "fact": self._fact(),
             "figures": {name: spec["title"] for name, spec in self.config["figures"].items()},
+            "titles": {
+                f"{folder}/{name}": spec["title"]
+                for folder, specs in titled.items()
+                for name, spec in specs.items()
+            },
             "config": self._shown_config(),
         }
 

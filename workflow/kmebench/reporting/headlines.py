@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-#: Below this number of edits a cell says nothing about editors.
-ENOUGH = 20
+from kmebench.evaluation.statistics import ENOUGH_EDITS
+
 _NAMED = 4  # editors that a sentence lists
 
 
@@ -24,19 +24,19 @@ def headlines(cells: pd.DataFrame, differences: pd.DataFrame) -> list[Headline]:
     ``cells`` is of :func:`kmebench.reporting.page_numbers.main_cells`. ``differences`` has a row
     per model, data set, pipeline and question (``forgets``: consecutive − batch; ``against``:
     ``editor`` − ``other``): difference of Scores, low, high (points), n. Cells of fewer than
-    :data:`ENOUGH` edits make no claim: if all are such, one sentence says so.
+    :data:`ENOUGH_EDITS` edits make no claim: if all are such, one sentence says so.
     """
     if cells.empty:
         return []
-    judged = cells[(cells["n"] >= ENOUGH) & ~cells["control"]]
+    judged = cells[(cells["n"] >= ENOUGH_EDITS) & ~cells["control"]]
     if judged.empty:
         sizes = sorted({str(n) for n in cells["n"]}, key=int)
         text = (
             f"Each cell holds {' or '.join(sizes)} edits. They show that the pipeline works. "
-            f"They say nothing about editors, which takes {ENOUGH} edits or more."
+            f"They say nothing about editors, which takes {ENOUGH_EDITS} edits or more."
         )
         return [Headline("Too few edits to judge", (text,))]
-    found = differences[differences["n"] >= ENOUGH] if len(differences) else differences
+    found = differences[differences["n"] >= ENOUGH_EDITS] if len(differences) else differences
     models = judged["model"].nunique()
     parts = [("Who is best", _best(judged, models))]
     if len(found):

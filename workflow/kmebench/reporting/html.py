@@ -3,7 +3,6 @@
 A page needs no network: style and script stand in it.
 """
 
-
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +41,8 @@ def page(title: str, markdown: str) -> str:
 class Summary:
     """What stands on the page of a results folder; what is empty is left out.
 
-    ``tables`` (by path without ending, as ``tables/table1``) and ``costs`` are Markdown.
+    ``tables``: title and Markdown by path without ending, as ``tables/table1``; ``costs`` is
+    Markdown, too.
     ``figures``: title and PNG file by name. ``findings``: rows of ``tables/findings.csv``.
     ``place``: words on where ``fact`` was edited. ``files``: SHA-256 of files beside the page.
     """
@@ -51,7 +51,7 @@ class Summary:
     panels: Sequence[Panel]
     headlines: Sequence[Headline]
     explorer: Mapping[str, Any]
-    tables: Mapping[str, str]
+    tables: Mapping[str, tuple[str, str]]
     figures: Mapping[str, tuple[str, str | Path]]
     findings: Sequence[Mapping[str, Any]]
     costs: str
@@ -70,11 +70,11 @@ def index(summary: Summary) -> str:
     """
     shown = {field.name: getattr(summary, field.name) for field in fields(summary)}
     shown["tables"] = [
-        {"name": path.rpartition("/")[2], "html": fragment(text), "csv": f"{path}.csv"}
-        for path, text in summary.tables.items()
+        {"id": path.replace("/", "-"), "title": title, "html": fragment(text), "csv": f"{path}.csv"}
+        for path, (title, text) in summary.tables.items()
     ]
     shown["figures"] = [
-        {"name": name, "title": title, "data": _embedded(png)}
+        {"name": name, "title": title} | _embedded(png)
         for name, (title, png) in summary.figures.items()
     ]
     costs = fragment(summary.costs) if summary.costs else ""
@@ -84,9 +84,12 @@ def index(summary: Summary) -> str:
     )
 
 
-def _embedded(png: str | Path) -> str:
-    """Return a picture as an address that holds it."""
-    return f"data:image/png;base64,{b64encode(Path(png).read_bytes()).decode()}"
+def _embedded(png: str | Path) -> dict[str, Any]:
+    """Return a picture as an address that holds it, at half its size: sharp on fine screens."""
+    data = Path(png).read_bytes()
+    width, height = (int.from_bytes(data[place : place + 4]) // 2 for place in (16, 20))
+    address = f"data:image/png;base64,{b64encode(data).decode()}"
+    return {"data": address, "width": width, "height": height}
 
 
 def provenance_of(runs: Sequence[str | Path], timings: Sequence[str | Path]) -> dict[str, str]:

@@ -62,7 +62,7 @@ def radius(percent: float) -> float:
 
 
 def panels(cells: pd.DataFrame, colours: Mapping[str, str]) -> list[Panel]:
-    """Lay every model, data set and pipeline out; ``colours`` by method.
+    """Lay every model, data set and pipeline out; ``colours`` by editor.
 
     ``cells`` is of :func:`kmebench.reporting.page_numbers.main_cells`; rows without one of the
     three metrics are left out.
@@ -89,7 +89,7 @@ def _marks(rows: Sequence[Mapping], colours: Mapping[str, str]) -> tuple[Mark, .
         marks.append(
             Mark(
                 editor=row["editor"],
-                colour=colours[row["method"]],
+                colour=colours[row["editor"]],
                 control=row["control"],
                 says=_says(row),
                 x=centre[0],

@@ -45,9 +45,9 @@ def main_cells(
 ) -> pd.DataFrame:
     """One row per model, data set, pipeline and editor: final token metrics, in percent.
 
-    ``metrics`` is of :func:`once`, with the columns of
-    :func:`kmebench.evaluation.score.score_experiment`. Only the configured hyper-parameters and seed. Columns: model, dataset, mode, editor (labels),
-    method, control, n; of every tabled request metric its value, ``_low``, ``_high``; and
+    ``metrics`` has the columns of :func:`kmebench.evaluation.score.score_experiment`. Only runs of
+    the configured hyper-parameters and ``seed`` count. Columns: model, dataset, mode, editor
+    (labels), method, control, n; of every tabled request metric its value, ``_low``, ``_high``; and
     ``tied``: whether its Score cannot be told from the best one's. Empty without any run.
     """
     kept = metrics["protocol"].eq("token") & metrics["moment"].eq("final")
@@ -72,10 +72,10 @@ def explorer(metrics: pd.DataFrame, labels: Labels, seed: int) -> dict[str, list
     """All numbers as lists for the page's own table: names of columns, metrics and rows.
 
     A row is the texts of its columns, n, and ``[value, low, high]`` (null: not measured) of every
-    metric, in its unit, for one run, protocol and moment.
+    metric, in its unit, for one run, protocol and moment. ``begin`` says what is shown at first.
     """
     columns = {"editor": "Editor", "model": "Model", "dataset": "Data set", "mode": "Pipeline"}
-    columns |= {"settings": "Values", "protocol": "Protocol", "when": "Asked"}
+    columns |= {"settings": "Hyper-parameters", "protocol": "Protocol", "when": "Asked"}
     shown = [m for m in _ordered() if m.name in set(metrics["metric"])]
     rows = []
     for _, group in metrics.groupby([*RUN, "protocol", "moment", "edits_done"], sort=False):
@@ -90,7 +90,8 @@ def explorer(metrics: pd.DataFrame, labels: Labels, seed: int) -> dict[str, list
         texts = [named.get(column, first.get(column)) for column in columns]
         rows.append([*texts, max(row["n"] for row in cell), *numbers])
     heads = [[m.name, m.label, f"{m.meaning} ({m.unit})", m.digits] for m in shown]
-    return {"columns": list(columns.items()), "metrics": heads, "rows": rows}
+    begin = dict(zip(columns, rows[0][: len(columns)], strict=True)) | {"editor": ""}
+    return {"columns": list(columns.items()), "metrics": heads, "rows": rows, "begin": begin}
 
 
 def _ordered() -> list[Any]:

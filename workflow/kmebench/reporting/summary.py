@@ -49,7 +49,7 @@ def summarise(
         panels=panels(cells, shown["colours"]),
         headlines=headlines(cells, _differences(Path(results), shown)),
         explorer=explorer(numbers, labels, seed) if metrics else {},
-        tables={path: text for path, text in tables.items() if path != COSTS},
+        tables={path: (title, tables[path]) for path, title in shown["titles"].items()},
         figures={name: (shown["figures"][name], path) for name, path in figures.items()},
         findings=verdicts.astype(object).where(verdicts.notna(), None).to_dict("records"),
         costs=tables.get(COSTS, ""),
