@@ -155,9 +155,11 @@ def _check_figure(config: dict[str, Any], where: str, figure: dict[str, Any]) ->
     """Refuse a figure of something that is not there, or that would show nothing."""
     for table in figure.get("tables", []):
         grid.check_name(table, config["tables"], "tables", f"{where}.tables")
+    names = config["experiments"]
+    for experiment in figure.get("experiments", []):
+        grid.check_name(experiment, names, "experiments", f"{where}.experiments")
     if "experiment" not in figure:
         return
-    names = config["experiments"]
     grid.check_name(figure["experiment"], names, "experiments", f"{where}.experiment")
     experiment = names[figure["experiment"]]
     if figure["kind"] == "sweep":

@@ -177,12 +177,16 @@ class Reported:
         """The runs that a figure shows, each with the value of the swept parameter."""
         if spec["kind"] == "paper":
             return []
+        if spec["kind"] in ("overview", "cost"):
+            runs = [run for name in spec["experiments"] for run in grid.runs_of(self.config, name)]
+            shown = dict.fromkeys(run for run in runs if run in self.default_runs)
+            return [(run, grid.DEFAULT) for run in shown]
         parameter, runs = spec.get("parameter"), []
         for run, values in grid.swept_runs(self.config, spec["experiment"]):
             known = {"seed": run.seed} | values
             runs.append((run, known[parameter] if parameter else grid.DEFAULT))
         # The nodes of a data set are the same whichever run asks for them.
-        if spec["kind"] == "nodes":
+        if spec["kind"] in ("nodes", "layers"):
             runs = [(run, x) for run, x in runs if grid.needed(self.config, run, Paths)]
         # No edit takes no time and has no norm.
         if spec["kind"] in ("time", "norms"):
@@ -197,14 +201,15 @@ class Reported:
             return [f"<results>/tables/{table}.csv" for table in spec["tables"]]
         if spec["kind"] in ("sweep", "edits"):
             return [f"<results>/metrics/{spec['experiment']}.parquet"]
+        if spec["kind"] in ("overview", "cost"):
+            return [f"<results>/metrics/{name}.parquet" for name in spec["experiments"]]
         runs = [run for run, _ in self._figure_runs(spec)]
-        if spec["kind"] == "nodes":
+        if spec["kind"] in ("nodes", "layers"):
             paths = [(run, grid.needed(self.config, run, Paths)) for run in runs]
-            return [
-                f"<results>/trace/{run.model}/{run.dataset}/nodes/{need.name}.parquet"
-                for run, need in paths
-                if need
+            files = [
+                f"<results>/{need.path(run.model, run.dataset)}" for run, need in paths if need
             ]
+            return files if spec["kind"] == "layers" else [_nodes(path) for path in files]
         name = {"time": "timing.json", "norms": "run.json"}[spec["kind"]]
         return [f"<results>/{run.folder()}/{name}" for run in runs]
 
@@ -215,6 +220,8 @@ class Reported:
             **spec,
             "tables": [config["tables"][name]["title"] for name in spec.get("tables", [])],
             "protocol": spec.get("protocol", "token"),
+            "controls": grid.controls(config),
+            "styles": self.styles,
             "runs": [asdict(run) | {"value": value} for run, value in self._figure_runs(spec)],
             "labels": self.all_labels,
         }
@@ -386,3 +393,8 @@ class Reported:
         page = results / "index.html"
         if page.is_file():
             print(f"\nAll tables, figures and findings on one page: {page}")
+
+
+def _nodes(path: str) -> str:
+    """The importance of the nodes of a path file (rule node_importance)."""
+    return path.replace("/paths/", "/nodes/").removesuffix(".safetensors") + ".parquet"

@@ -5,7 +5,7 @@ Runs are mappings with the columns of a run (model, dataset, mode, method, varia
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,48 @@ def swept(metrics: pd.DataFrame, runs: Runs, labels: Labels, protocol: str) -> p
     return _labelled(joined.assign(value=listed), labels)[columns]
 
 
+def trade_offs(
+    files: Sequence[str], runs: Runs, labels: Labels, protocol: str, controls: Collection[str]
+) -> pd.DataFrame:
+    """One row per editor, data set and pipeline: what its final model can do, and what it took.
+
+    Of the metrics of several experiments the given runs count. Returns pipeline, cell (data set,
+    with the model where there are several), editor, control (whether it edits nothing), seconds
+    (per edit), n, and every tabled metric of requests by its label with ``_low`` and ``_high``.
+    """
+    metrics = pd.concat([read_parquet(path) for path in files], ignore_index=True)
+    shown = metrics["metric"].isin([m.name for m in metrics_of("request", tabled=True)])
+    shown &= (metrics["moment"] == "final") & (metrics["protocol"] == protocol)
+    joined = pd.DataFrame(list(runs)).merge(_in_units(metrics[shown]), on=RUN, validate="1:m")
+    rows = []
+    for _, part in joined.groupby(RUN, sort=False):
+        run = part.iloc[0]
+        row = {"pipeline": _pipeline(run["mode"])} | _named(run, labels)
+        row |= {"control": run["method"] in controls}
+        row |= {"seconds": run["seconds_per_edit"], "n": int(part["n"].max())}
+        for found in part.to_dict("records"):
+            label = METRICS[found["metric"]].label
+            row |= {
+                label: found["mean"],
+                f"{label}_low": found["low"],
+                f"{label}_high": found["high"],
+            }
+        rows.append(row)
+    return with_cells(pd.DataFrame(rows))
+
+
+def with_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Add ``cell``: the data set, with the model where there are several."""
+    several = table["model"].nunique() > 1
+    return table.assign(
+        cell=table["model"] + ", " + table["dataset"] if several else table["dataset"]
+    )
+
+
+def _pipeline(mode: str) -> str:
+    return f"{mode.replace('_', '-').capitalize()} editing"
+
+
 def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFrame:
     """Tabled metrics after 1, 3, 10, ... and all consecutive edits, in their units.
 
@@ -71,7 +113,8 @@ def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFra
     state = edited["protocol"] == HEALTH
     ordered = edited.assign(state=state, order=order).sort_values(["state", "order"], kind="stable")
     table = _labelled(_in_units(ordered), labels)
-    return table[["model", "dataset", "editor", "edits_done", "metric", "mean", "low", "high"]]
+    columns = ["model", "dataset", "editor", "edits_done", "metric", "mean", "low", "high"]
+    return with_cells(table[columns])
 
 
 def against_paper(tables: Mapping[str, pd.DataFrame], labels: Labels) -> pd.DataFrame:
@@ -134,6 +177,17 @@ def nodes(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
         for path, run in zip(files, runs, strict=True)
     ]
     return pd.concat(parts, ignore_index=True)
+
+
+def layers(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
+    """Share of every layer in the impact of T+ of every record, in percent, from path files."""
+    parts = []
+    for path, run in zip(files, runs, strict=True):
+        shares = layer_shares(path)
+        record, layer = (index.ravel() for index in np.indices(shares.shape))
+        columns = {"record": record, "layer": layer, "share": shares.ravel()}
+        parts.append(pd.DataFrame(columns).assign(n=len(shares), **_named(run, labels)))
+    return with_cells(pd.concat(parts, ignore_index=True))
 
 
 def _named(run: Mapping[str, Any], labels: Labels) -> dict[str, str]:
