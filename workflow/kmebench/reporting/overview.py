@@ -11,17 +11,28 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from kmebench.reporting.labels import place
+from kmebench.reporting.labels import place, together
 
 WIDTH, HEIGHT = 400, 330
 LEFT, RIGHT, TOP, BOTTOM = 46, 392, 8, 286  # of the frame
 _MARGIN = 14  # from the frame to 0 and 100 percent, so that no mark is cut
 _SMALL, _CAPITAL, _LINE = 7.0, 9.0, 14.0  # widths of a name's letters, and its height
+_NEAR = 8.0  # a name that is nearer to its mark needs no line
+
+
+@dataclass(frozen=True)
+class Name:
+    """The name of one or more marks: its centre, and where a line from the mark ends."""
+
+    text: str
+    x: float
+    y: float
+    line: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One editor: centre, radius, ends of both intervals, and the centre of its name."""
+    """One editor: centre, radius, ends of both intervals, name unless another mark has it."""
 
     editor: str
     colour: str
@@ -32,7 +43,7 @@ class Mark:
     radius: float
     across: tuple[float, float]
     upwards: tuple[float, float]
-    name: tuple[float, float]
+    name: Name | None
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,7 @@ def panels(cells: pd.DataFrame, colours: Mapping[str, str]) -> list[Panel]:
 def _marks(rows: Sequence[Mapping], colours: Mapping[str, str]) -> tuple[Mark, ...]:
     centres = np.array([(place_x(row["efficacy"]), place_y(row["locality"])) for row in rows])
     radii = np.array([radius(row["generality"]) for row in rows])
-    sizes = np.array([(_width(row["editor"]), _LINE) for row in rows])
-    names = place(centres, radii, sizes, (LEFT, TOP, RIGHT, BOTTOM))
+    names = _names([row["editor"] for row in rows], centres, radii)
     marks = [
         Mark(
             editor=row["editor"],
@@ -90,11 +100,29 @@ def _marks(rows: Sequence[Mapping], colours: Mapping[str, str]) -> tuple[Mark, .
             radius=float(size),
             across=(place_x(row["efficacy_low"]), place_x(row["efficacy_high"])),
             upwards=(place_y(row["locality_low"]), place_y(row["locality_high"])),
-            name=(round(float(name[0]), 1), round(float(name[1]), 1)),
+            name=names.get(index),
         )
-        for row, centre, size, name in zip(rows, centres, radii, names, strict=True)
+        for index, (row, centre, size) in enumerate(zip(rows, centres, radii, strict=True))
     ]
     return tuple(sorted(marks, key=lambda mark: -mark.radius))  # small ones on top
+
+
+def _names(editors: Sequence[str], centres: np.ndarray, radii: np.ndarray) -> dict[int, Name]:
+    """Place one name for all marks that lie on one another, by the first one's index."""
+    groups = together(centres)
+    firsts = [group[0] for group in groups]
+    texts = [", ".join(editors[index] for index in group) for group in groups]
+    sizes = np.array([(_width(text), _LINE) for text in texts])
+    marks = centres[firsts]
+    places = place(marks, radii[firsts], sizes, (LEFT, TOP, RIGHT, BOTTOM))
+    ends = np.clip(marks, places - sizes / 2, places + sizes / 2)  # of lines from marks to names
+    far = np.hypot(*(ends - marks).T) - radii[firsts] > _NEAR
+    rounded = zip(places.round(1).tolist(), ends.round(1).tolist(), far, strict=True)
+    found = [
+        Name(text, *at, end if led else None)
+        for text, (at, end, led) in zip(texts, rounded, strict=True)
+    ]
+    return dict(zip(firsts, found, strict=True))
 
 
 def _width(text: str) -> float:
