@@ -130,8 +130,8 @@ rule index:
         metrics=expand(
             "<results>/metrics/{experiment}.parquet", experiment=config["experiments"]
         ),
-        predictions=reported.page_files,
-        paths=reported.fact_paths,
+        predictions=page.predictions,
+        paths=page.paths,
         runs=[f"<results>/{run.folder()}/run.json" for run in inputs.runs],
         timing=[f"<results>/{run.folder()}/timing.json" for run in inputs.runs],
         code=code("index"),
@@ -146,7 +146,7 @@ rule index:
         results=lambda w: RESULTS,
         tables=reported.table_paths,
         notebooks=sorted(config["notebooks"]),
-        page=reported.page(),
+        page=page.shown(),
     message:
         "Writing the summary page"
     script:

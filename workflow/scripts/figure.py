@@ -1,4 +1,4 @@
-"""Draw one figure as PDF and PNG, with the numbers behind it as CSV (kmebench.reporting)."""
+"""Draw one figure as PDF, SVG and PNG, with the numbers behind it as CSV (kmebench.reporting)."""
 
 import pandas as pd
 

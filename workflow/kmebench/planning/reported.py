@@ -4,16 +4,15 @@ As in :mod:`kmebench.planning.inputs`, rules name methods as functions of the wi
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kmebench.editors.needs import Paths
 from kmebench.planning import claims, grid
 from kmebench.reporting.appearance import Style, styles
+from kmebench.reporting.captions import caption
 
 CLAIMS = "resources/paper/findings.yaml"
 Files = Callable[[Any], list[str]]
@@ -218,6 +217,7 @@ class Reported:
         config, spec = self.config, self.config["figures"][wildcards.figure]
         return {
             **spec,
+            "caption": self.caption(wildcards.figure),
             "tables": [config["tables"][name]["title"] for name in spec.get("tables", [])],
             "protocol": spec.get("protocol", "token"),
             "controls": grid.controls(config),
@@ -240,113 +240,11 @@ class Reported:
             for section, names in sections.items()
         }
 
-    # -- the page -------------------------------------------------------------------------------
-
-    def page(self) -> dict[str, Any]:
-        """Return what the page of the results shows beside tables and figures."""
-        titled = {"tables": self.config["tables"], "comparisons": self.config["comparisons"]}
-        return {
-            "labels": self.all_labels,
-            "colours": {label: style.colour for label, style in self.styles.items()},
-            "controls": grid.controls(self.config),
-            "seed": self.config["seed"],
-            "statistics": self.config["statistics"],
-            "pairs": self.page_pairs,
-            "fact": self._fact(),
-            "figures": {name: spec["title"] for name, spec in self.config["figures"].items()},
-            "titles": {
-                f"{folder}/{name}": spec["title"]
-                for folder, specs in titled.items()
-                for name, spec in specs.items()
-            },
-            "config": self._shown_config(),
-        }
-
-    @cached_property
-    def _page_runs(self) -> list[grid.Run]:
-        """The runs of the configured hyper-parameters and seed, in the order of the config."""
-        labels = self.all_labels
-        orders = [list(labels[section]) for section in ("models", "datasets", "methods")]
-
-        def place(run: grid.Run) -> tuple[int, int, str, int]:
-            found = zip(orders, (run.model, run.dataset, run.method), strict=True)
-            model, dataset, method = (order.index(name) for order, name in found)
-            return model, dataset, run.mode, method
-
-        return sorted(self.default_runs, key=place)
-
-    @cached_property
-    def page_pairs(self) -> list[dict[str, str]]:
-        """The pairs of runs that the page's sentences compare, as a comparison has them.
-
-        ``forgets``: an editor's consecutive run and its batch. ``against``: the editor that the
-        page looks at and its baseline, in one pipeline.
-        """
-        runs, pairs = set(self._page_runs), []
-        other = self.config["page"]["baseline"]
-        for run in self._page_runs:
-            batch, rival = replace(run, mode="batch"), replace(run, method=other)
-            if run.mode == "consecutive" and batch in runs:
-                pairs.append(self._pair("forgets", run, batch))
-            if run.method == self.config["page"]["editor"] and rival in runs:
-                pairs.append(self._pair("against", run, rival))
-        return pairs
-
-    def _pair(self, question: str, a: grid.Run, b: grid.Run) -> dict[str, str]:
-        return {
-            "name": a.method,
-            "question": question,
-            "model": self.label("models", a.model),
-            "dataset": self.label("datasets", a.dataset),
-            "mode": a.mode,
-            "editor": self.label("methods", a.method),
-            "other": self.label("methods", b.method),
-            "a": a.folder(),
-            "b": b.folder(),
-        }
-
-    @cached_property
-    def _fact_runs(self) -> list[grid.Run]:
-        """The runs of one model, data set and pipeline; first that of the editor looked at."""
-        own = [r for r in self._page_runs if r.method == self.config["page"]["editor"]][:1]
-        left_out = {self.config["page"]["editor"], *grid.controls(self.config)}
-        beside = [
-            run
-            for run in self._page_runs
-            for first in own
-            if run.method not in left_out and run == replace(first, method=run.method)
-        ]
-        return own + beside
-
-    def _fact(self) -> dict[str, Any]:
-        """Return the folders of these runs by editor, the path file, and where it is."""
-        if not self._fact_runs:
-            return {}
-        own = self._fact_runs[0]
-        return {
-            "folders": {self.label("methods", r.method): r.folder() for r in self._fact_runs},
-            "editor": self.label("methods", own.method),
-            "place": f"{self.label('models', own.model)}, {self.label('datasets', own.dataset)}, "
-            f"{own.mode} editing by {self.label('methods', own.method)}",
-        }
-
-    def fact_paths(self, wildcards: Any) -> list[str]:
-        """Return the file with the paths of the editor looked at; none if it has no paths."""
-        for run in self._fact_runs[:1]:
-            if paths := grid.needed(self.config, run, Paths):
-                return [f"<results>/{paths.path(run.model, run.dataset)}"]
-        return []
-
-    def page_files(self, wildcards: Any) -> list[str]:
-        """Return the predictions that the page's sentences and its fact are made of."""
-        folders = {pair[side] for pair in self.page_pairs for side in ("a", "b")}
-        folders |= {run.folder() for run in self._fact_runs}
-        return [f"<results>/{folder}/predictions.parquet" for folder in sorted(folders)]
-
-    def _shown_config(self) -> str:
-        """The config as YAML, without where files lie on this machine."""
-        kept = {k: v for k, v in self.config.items() if k not in ("data_mirror", "pathvars")}
-        return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    def caption(self, figure: str) -> str:
+        """Return the caption of a figure: its title, how to read it, and the edits per cell."""
+        spec, sizes = self.config["figures"][figure], grid.datasets(self.config)
+        n = [sizes[run.dataset] for run, _ in self._figure_runs(spec)]
+        return caption(spec["title"], spec["kind"], spec.get("protocol", "token"), n)
 
     # -- findings -------------------------------------------------------------------------------
 

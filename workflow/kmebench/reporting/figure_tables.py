@@ -27,9 +27,10 @@ def times(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
     """Seconds per request of every call of the editors, from timing.json files."""
     rows = []
     for path, run in zip(files, runs, strict=True):
-        for call in read_json(path)["calls"]:
-            seconds = sum(call["seconds"].values()) / call["requests"]
-            rows.append(_named(run, labels) | {"seconds": seconds})
+        calls = read_json(path)["calls"]
+        row = _named(run, labels) | {"n": sum(call["requests"] for call in calls)}
+        for call in calls:
+            rows.append(row | {"seconds": sum(call["seconds"].values()) / call["requests"]})
     return pd.DataFrame(rows)
 
 
@@ -37,13 +38,14 @@ def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
     """Frobenius norm of every edit in every layer, from run.json files."""
     rows = []
     for path, run in zip(files, runs, strict=True):
-        for call in read_json(path)["delta_norms"]:
+        made = read_json(path)
+        for call in made["delta_norms"]:
             squares: dict[int, float] = {}
             for name, norm in call.items():
                 if found := LAYER.search(name):  # an embedding or a head is in no layer
                     layer = int(found[1])
                     squares[layer] = squares.get(layer, 0.0) + norm**2
-            named = _named(run, labels)
+            named = _named(run, labels) | {"n": made["requests"]["count"]}
             rows += [named | {"layer": k, "norm": v**0.5} for k, v in sorted(squares.items())]
     return pd.DataFrame(rows)
 
@@ -52,7 +54,7 @@ def swept(metrics: pd.DataFrame, runs: Runs, labels: Labels, protocol: str) -> p
     """Final metrics of every run of a sweep, in percent, with the value that it was given."""
     final = metrics[(metrics["moment"] == "final") & (metrics["protocol"] == protocol)]
     joined = pd.DataFrame(list(runs)).merge(_in_units(final), on=RUN, validate="1:m")
-    columns = ["model", "dataset", "editor", "value", "metric", "mean", "low", "high"]
+    columns = ["model", "dataset", "editor", "value", "metric", "mean", "low", "high", "n"]
     listed = joined["value"].map(lambda x: ", ".join(map(str, x)) if isinstance(x, list) else x)
     return _labelled(joined.assign(value=listed), labels)[columns]
 
@@ -78,11 +80,8 @@ def trade_offs(
         row |= {"seconds": run["seconds_per_edit"], "n": int(part["n"].max())}
         for found in part.to_dict("records"):
             label = METRICS[found["metric"]].label
-            row |= {
-                label: found["mean"],
-                f"{label}_low": found["low"],
-                f"{label}_high": found["high"],
-            }
+            row |= {label: found["mean"]}
+            row |= {f"{label}_{end}": found[end] for end in ("low", "high")}
         rows.append(row)
     return with_cells(pd.DataFrame(rows))
 
@@ -125,6 +124,7 @@ def against_paper(tables: Mapping[str, pd.DataFrame], labels: Labels) -> pd.Data
             named = _named(row | {"method": row["editor"]}, labels) | {"table": title}
             for metric in metrics_of("request", tabled=True):
                 numbers = {
+                    "n": row["n"],
                     "mean": row[metric.name],
                     "low": row[f"{metric.name}_low"],
                     "high": row[f"{metric.name}_high"],
@@ -132,7 +132,7 @@ def against_paper(tables: Mapping[str, pd.DataFrame], labels: Labels) -> pd.Data
                 }
                 if not np.isnan([numbers["mean"], numbers["paper"]]).any():
                     rows.append(named | {"metric": metric.label} | numbers)
-    columns = ["table", "model", "dataset", "editor", "metric", "mean", "low", "high", "paper"]
+    columns = ["table", "model", "dataset", "editor", "n", "metric", "mean", "low", "high", "paper"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -140,7 +140,7 @@ def importance(path: str | Path, *, resamples: int, seed: int) -> pd.DataFrame:
     """Share of every node in the impact of T+, in percent, from a path file.
 
     Shares are taken within each request, then averaged over requests, with 95% bootstrap
-    intervals. Returns layer, matrix (key | value), rank (1 is the best), importance, low, high.
+    intervals. Returns layer, matrix (key | value), rank (1 is the best), importance, low, high, n.
     """
     shares = node_shares(path)
     flat = shares.reshape(len(shares), -1)
@@ -154,6 +154,7 @@ def importance(path: str | Path, *, resamples: int, seed: int) -> pd.DataFrame:
             "importance": mean,
             "low": low,
             "high": high,
+            "n": len(shares),
         }
     )
 

@@ -20,7 +20,17 @@ from matplotlib.ticker import LogLocator
 from kmebench.evaluation.protocols import METRICS, Metric, metrics_of
 from kmebench.evaluation.statistics import bootstrap
 from kmebench.reporting.appearance import MARKERS, Style
-from kmebench.reporting.panels import COLOURS, HEIGHT, WIDTH, legend_below, panels, seconds_axis
+from kmebench.reporting.labels import spread
+from kmebench.reporting.panels import (
+    COLOURS,
+    HEIGHT,
+    WIDTH,
+    Panels,
+    edits,
+    legend_below,
+    panels,
+    seconds_axis,
+)
 
 Styles = Mapping[str, Style]
 
@@ -58,8 +68,9 @@ def time_per_edit(table: pd.DataFrame, styles: Styles) -> Figure:
             bar = [[mean - low], [high - mean]]
             style = {"fmt": MARKERS[k], "color": styles[editor].colour, "elinewidth": 1.0}
             axes.errorbar(mean, y, xerr=bar, **style)
-        axes.set(xscale="log", xlabel="Seconds per edit", title=dataset, ylim=(len(editors), -1))
+        axes.set(xscale="log", xlabel="Seconds per edit", ylim=(len(editors), -1))
         axes.set_yticks(range(len(editors)), editors)
+        axes.set_title(f"{dataset} · {edits(table[table['dataset'] == dataset])}")
         seconds_axis(axes)
     if len(models) > 1:
         marks = [Line2D([], [], color="0.4", marker=m, ls="none") for m in MARKERS[: len(models)]]
@@ -115,23 +126,23 @@ def sweep(table: pd.DataFrame, parameter: str) -> Figure:
 def layer_impact(table: pd.DataFrame) -> Figure:
     """In which layers the critical paths lie: one row per record, above them the mean.
 
-    Columns: model, cell, record, layer, share: percent of the impact of T+. Records are sorted by
-    the layer in which half of their impact has come together.
+    Columns: model, dataset, record, layer, share: percent of the impact of T+. Records are sorted
+    by the layer in which half of their impact has come together.
     """
-    figure, drawn = panels(table, "model", "cell", sharex=False, sharey=False, high=1.2)
+    figure, drawn = panels(table, "model", "dataset", sharex=False, high=1.2)
     limit = table["share"].quantile(0.99)
+    means = table.groupby(["model", "dataset", "layer"])["share"].mean()
     for axes, part in drawn:
         grid = part.pivot(index="record", columns="layer", values="share").to_numpy()
         half = (grid.cumsum(axis=1) < grid.sum(axis=1, keepdims=True) / 2).sum(axis=1)
-        image = axes.imshow(
-            grid[np.argsort(half, kind="stable")], aspect="auto", cmap="cividis", vmin=0, vmax=limit
-        )
-        axes.set(xlabel="Layer", ylabel=f"Records ({len(grid)})", yticks=[])
+        records = grid[np.argsort(half, kind="stable")]
+        image = axes.imshow(records, aspect="auto", cmap="cividis", vmin=0, vmax=limit)
+        axes.set(xlabel="Layer", ylabel=f"{len(grid)} records", yticks=[])
         axes.grid(visible=False)
         above = axes.inset_axes((0, 1.03, 1, 0.25), sharex=axes)
         above.bar(range(grid.shape[1]), grid.mean(axis=0), 0.8, color="0.45")
         above.tick_params(labelbottom=False)
-        above.set_ylabel("Mean")
+        above.set(ylabel="Mean (%)", ylim=(0, 1.05 * means.max()))
         above.set_title(axes.get_title(loc="left"))
         axes.set_title("", loc="left")
     bar = figure.colorbar(image, ax=[axes for axes, _ in drawn], extend="max", pad=0.02)
@@ -143,14 +154,13 @@ def along_edits(table: pd.DataFrame, styles: Styles) -> Figure:
     """Metrics against the number of consecutive edits made, one row of panels for each.
 
     Columns: cell, editor, edits_done, metric, mean, low, high (in the metric's unit). A point
-    after k edits is of those k edits.
+    after k edits is of those k edits. Names stand at the ends of the lines.
     """
-    editors = list(dict.fromkeys(table["editor"]))
     by_label = {metric.label: metric for metric in METRICS.values()}
-    figure, drawn = panels(table, "metric", "cell", sharey="row", high=0.9)
+    figure, drawn = panels(table, "metric", "cell", sharey="row")
     for axes, part in drawn:
-        for editor in editors:
-            points = part[part["editor"] == editor].sort_values("edits_done")
+        for editor, points in part.groupby("editor", sort=False):
+            points = points.sort_values("edits_done")
             _line(axes, points["edits_done"], points, styles[editor], editor)
         axes.set(xscale="log", xlabel="Edits made and asked")
         _scale(axes, by_label[part["metric"].iloc[0]])
@@ -158,8 +168,29 @@ def along_edits(table: pd.DataFrame, styles: Styles) -> Figure:
         axes.set_xticks(done, [str(n) for n in done])
         axes.minorticks_off()
         axes.label_outer()
-    legend_below(figure, drawn[0][0], 6)
+    _name_ends(figure, drawn, styles)
     return figure
+
+
+def _name_ends(figure: Figure, drawn: Panels, styles: Styles) -> None:
+    """Write the name of every editor at the end of its line, without overlaps."""
+    line = {"arrowstyle": "-", "color": "0.7", "lw": 0.4, "shrinkA": 0, "shrinkB": 3}
+    text = {"textcoords": "offset points", "fontsize": 7, "va": "center", "arrowprops": line}
+    notes = []
+    for axes, part in drawn:
+        ends = part.sort_values("edits_done", kind="stable").groupby("editor", sort=False).last()
+        places = zip(ends.index, ends["edits_done"], ends["mean"], strict=True)
+        notes.append(
+            [axes.annotate(e, at, (12, 0), color=styles[e].colour, **text) for e, *at in places]
+        )
+    figure.draw_without_rendering()  # the layout makes room for names, and decides where lines end
+    figure.set_layout_engine("none")
+    points = 72 / figure.dpi  # of a pixel
+    for (axes, _), names in zip(drawn, notes, strict=True):
+        ends = axes.transData.transform([note.xy for note in names])[:, 1] * points
+        low, high = axes.bbox.y0 * points, axes.bbox.y1 * points
+        for note, offset in zip(names, spread(ends, 8, low, high) - ends, strict=True):
+            note.xyann = (12, offset)
 
 
 def _scale(axes: Axes, metric: Metric) -> None:

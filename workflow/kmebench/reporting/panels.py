@@ -66,7 +66,7 @@ def panels(
             if part.empty:
                 axes.set_axis_off()
                 continue
-            title = f"{above}, {beside}" if len(down) > 1 else str(beside)
+            title = f"{above} · {beside}" if len(down) > 1 else str(beside)
             axes.set_title(f"{title} · {edits(part)}" if "n" in part else title)
             found.append((axes, part))
     return figure, found

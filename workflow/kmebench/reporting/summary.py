@@ -34,7 +34,7 @@ def summarise(
 ) -> Summary:
     """Gather the page of a results folder.
 
-    ``shown`` is of :meth:`kmebench.planning.reported.Reported.page`; ``metrics`` and ``paths`` are
+    ``shown`` is of :meth:`kmebench.planning.page.Page.shown`; ``metrics`` and ``paths`` are
     files, ``tables`` Markdown by path without ending, ``figures`` PNG files by name.
     """
     labels, seed = shown["labels"], shown["seed"]

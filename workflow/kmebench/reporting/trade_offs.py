@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 
 from kmebench.reporting.appearance import Style
 from kmebench.reporting.labels import place, together
@@ -22,18 +21,20 @@ Styles = Mapping[str, Style]
 #: Diameter of a mark whose Generality is 0 and 100%, in points; between them by area.
 SMALL, LARGE = 3.0, 13.0
 _FLOOR = {"color": "0.6", "linewidth": 0.8, "linestyle": "--", "zorder": 1}
-_HALO = [withStroke(linewidth=1.5, foreground="white")]
+#: Behind names, so that lines do not go through letters.
+_PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.2}
 _NAMES: dict[str, Any] = {"fontsize": 7, "ha": "center", "va": "center", "linespacing": 1.0}
 
 
 def overview(table: pd.DataFrame, styles: Styles) -> Figure:
     """Who writes (x), who preserves (y) and who generalises (area of the mark).
 
-    One panel per pipeline and data set. Dashed: the Efficacy of the unedited model.
+    One row of panels per data set, pipeline beside pipeline. Dashed: the Efficacy of the
+    unedited model.
     """
     table = table.assign(diameter=_diameter(table["Generality"].fillna(0)))
     round_ones = {editor: style._replace(marker="o") for editor, style in styles.items()}
-    figure, drawn = panels(table, "pipeline", "cell", sharey=True, high=1.1)
+    figure, drawn = panels(table, "cell", "pipeline", sharey=True, high=1.1)
     for axes, part in drawn:
         for x in part.loc[part["control"], "Efficacy"]:
             axes.axvline(x, **_FLOOR)
@@ -56,13 +57,13 @@ def overview(table: pd.DataFrame, styles: Styles) -> Figure:
 
 def cost_quality(table: pd.DataFrame, styles: Styles) -> Figure:
     """Seconds per edit against Score. Dashed: the Score of the unedited model."""
-    figure, drawn = panels(table.assign(diameter=6.0), "pipeline", "cell", sharey=True)
+    figure, drawn = panels(table.assign(diameter=6.0), "cell", "pipeline", sharey=True)
     for axes, part in drawn:
         for row in part[part["control"]].to_dict("records"):
             axes.axhline(row["Score"], **_FLOOR)
             end = {"xy": (1, row["Score"]), "xycoords": axes.get_yaxis_transform()}
             style = {"ha": "right", "va": "bottom", "fontsize": 7, "color": "0.4"}
-            axes.annotate(row["editor"], xytext=(0, 1), textcoords="offset points", **end, **style)
+            axes.annotate(row["editor"], xytext=(-2, 1), textcoords="offset points", **end, **style)
         _points(axes, part[~part["control"]], "seconds", "Score", styles)
         axes.set(xscale="log", xlabel="Seconds per edit", ylabel="Score (%)", ylim=(-4, 104))
         seconds_axis(axes)
@@ -117,9 +118,9 @@ def _points(axes: Axes, part: pd.DataFrame, x: str, y: str, styles: Styles) -> N
             elinewidth=0.8,
             capsize=0,
         )
+        style = {"color": colour, "markersize": row["diameter"], "alpha": 0.85, "zorder": 3}
         edge = {"markeredgecolor": "white", "markeredgewidth": 0.5}
-        size = row["diameter"]
-        axes.plot(row[x], row[y], marker, color=colour, markersize=size, zorder=3, **edge)
+        axes.plot(row[x], row[y], marker, **style, **edge)
 
 
 def _name(figure: Figure, drawn: Panels, x: str, y: str, styles: Styles) -> None:
@@ -146,7 +147,7 @@ def _name(figure: Figure, drawn: Panels, x: str, y: str, styles: Styles) -> None
                 textcoords="offset points",
                 color=styles[row["editor"]].colour,
                 arrowprops=line if far[k] else None,
-                path_effects=_HALO,
+                bbox=_PAPER,
                 zorder=4,
                 **_NAMES,
             )
