@@ -17,6 +17,7 @@ def page_of(*methods, **page):
     datasets = ["openfacts-zsre", "openfacts-counterfact"]
     grid_of = {"models": ["tiny-gptj"], "datasets": datasets, "methods": list(methods)}
     config["experiments"] = {mode: {"mode": mode} | grid_of for mode in ("batch", "consecutive")}
+    config["figures"] = {}
     config["page"] |= page
     return Page(Reported(config, "results"))
 

@@ -30,6 +30,7 @@ def records(tmp_path, **timing):
         "kmebench": "1",
         "git_commit": "abc",
         "settings": {"seed": 0},
+        "requests": {"count": 30, "sha256": "e3b0"},
         "machine": "x86_64",
         "python": "3.11",
         "versions": {"torch": "2.13.0"},
@@ -164,6 +165,7 @@ def test_provenance_sums_what_runs_took(tmp_path):
     assert (found["Runs"], found["Edits"], found["Edits that failed"]) == ("2", "60", "2")
     assert found["Time spent editing"] == "2.0 min"
     assert found["Commit"] == "abc"
+    assert found["Requests (SHA-256)"] == "30: e3b0"
 
 
 def test_costs_are_split_by_stage(tmp_path):

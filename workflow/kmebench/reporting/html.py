@@ -112,6 +112,9 @@ def provenance_of(runs: Sequence[str | Path], timings: Sequence[str | Path]) -> 
         "Time spent loading models": f"{sum(t['model_load_seconds'] for t in spent) / 60:.1f} min",
         "KME-Bench": _joined(run["kmebench"] for run in made),
         "Commit": _joined(run["git_commit"] for run in made),
+        "Requests (SHA-256)": _joined(
+            f"{run['requests']['count']}: {run['requests']['sha256']}" for run in made
+        ),
         "Seed": _joined(run["settings"]["seed"] for run in made),
         "Device": _joined(f"{t['device']}, {t['dtype']}, {t['threads']} threads" for t in spent),
         "Machine": _joined(f"{run['machine']}, Python {run['python']}" for run in made),
