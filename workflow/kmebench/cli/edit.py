@@ -70,7 +70,8 @@ def trace_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
         f"impact ({arguments.score}) on “{request.target_new}”."
     )
     if arguments.plot:
-        from kmebench.reporting.figures import draw_layers, save  # imports matplotlib: if wanted
+        from kmebench.reporting.figures import draw_layers  # imports matplotlib: if wanted
+        from kmebench.reporting.panels import save
 
         title = f"{request.filled_prompt} → {request.target_new}"
         save(draw_layers(shares.sum(dim=2).numpy(), title), arguments.plot)

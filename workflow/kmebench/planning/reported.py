@@ -177,9 +177,9 @@ class Reported:
         if spec["kind"] == "paper":
             return []
         if spec["kind"] in ("overview", "cost"):
-            runs = [run for name in spec["experiments"] for run in grid.runs_of(self.config, name)]
-            shown = dict.fromkeys(run for run in runs if run in self.default_runs)
-            return [(run, grid.DEFAULT) for run in shown]
+            wanted = (grid.runs_of(self.config, name) for name in spec["experiments"])
+            shown = dict.fromkeys(run for runs in wanted for run in runs)
+            return [(run, grid.DEFAULT) for run in shown if run in self.default_runs]
         parameter, runs = spec.get("parameter"), []
         for run, values in grid.swept_runs(self.config, spec["experiment"]):
             known = {"seed": run.seed} | values

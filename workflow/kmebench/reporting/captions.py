@@ -14,7 +14,8 @@ _READ = {
     "layers": "One row per record, sorted by the layer in which half of the impact has come "
     "together. Above: the mean over records",
     "sweep": f"Metrics on the final model; {_INTERVALS}",
-    "edits": f"A point after k edits is of those k edits; {_INTERVALS}",
+    "edits": "A point after k edits is of those k edits; grey: too few to compare editors; "
+    f"{_INTERVALS}",
     "norms": "Frobenius norm of an edit in each layer, median over calls of the editor",
     "paper": "On the diagonal both numbers are equal; bars are 95% bootstrap intervals of ours",
 }

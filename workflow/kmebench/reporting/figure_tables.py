@@ -75,7 +75,7 @@ def trade_offs(
     rows = []
     for _, part in joined.groupby(RUN, sort=False):
         run = part.iloc[0]
-        row = {"pipeline": _pipeline(run["mode"])} | _named(run, labels)
+        row: dict[str, Any] = {"pipeline": _pipeline(run["mode"])} | _named(run, labels)
         row |= {"control": run["method"] in controls}
         row |= {"seconds": run["seconds_per_edit"], "n": int(part["n"].max())}
         for found in part.to_dict("records"):

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from kmebench.evaluation.protocols import METRICS, Metric, metrics_of
-from kmebench.evaluation.statistics import bootstrap
+from kmebench.evaluation.statistics import ENOUGH_EDITS, bootstrap
 from kmebench.reporting.appearance import MARKERS, Style
 from kmebench.reporting.labels import spread
 from kmebench.reporting.panels import (
@@ -163,6 +163,9 @@ def along_edits(table: pd.DataFrame, styles: Styles) -> Figure:
             points = points.sort_values("edits_done")
             _line(axes, points["edits_done"], points, styles[editor], editor)
         axes.set(xscale="log", xlabel="Edits made and asked")
+        left, right = axes.get_xlim()
+        axes.axvspan(left, min(ENOUGH_EDITS, right), color="0.96", linewidth=0, zorder=0)
+        axes.set_xlim(left, right)
         _scale(axes, by_label[part["metric"].iloc[0]])
         done = sorted(part["edits_done"].unique())
         axes.set_xticks(done, [str(n) for n in done])

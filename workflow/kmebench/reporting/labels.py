@@ -135,4 +135,4 @@ def _through(lines: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Whether lines [A, P, 2] go through boxes [B, 4], [A, B]."""
     points = lines[:, :, None]
     inside = (points > boxes[:, :2]) & (points < boxes[:, 2:])
-    return inside.all(axis=3).any(axis=1)
+    return np.any(np.all(inside, axis=3), axis=1)

@@ -117,10 +117,11 @@ def _names(editors: Sequence[str], centres: np.ndarray, radii: np.ndarray) -> di
     places = place(marks, radii[firsts], sizes, (LEFT, TOP, RIGHT, BOTTOM))
     ends = np.clip(marks, places - sizes / 2, places + sizes / 2)  # of lines from marks to names
     far = np.hypot(*(ends - marks).T) - radii[firsts] > _NEAR
-    rounded = zip(places.round(1).tolist(), ends.round(1).tolist(), far, strict=True)
     found = [
-        Name(text, *at, end if led else None)
-        for text, (at, end, led) in zip(texts, rounded, strict=True)
+        Name(text, x, y, (*end,) if led else None)
+        for text, (x, y), end, led in zip(
+            texts, places.round(1).tolist(), ends.round(1).tolist(), far, strict=True
+        )
     ]
     return dict(zip(firsts, found, strict=True))
 

@@ -68,7 +68,7 @@ def main_cells(
     return _in_words(pd.DataFrame(rows), labels) if rows else pd.DataFrame()
 
 
-def explorer(metrics: pd.DataFrame, labels: Labels, seed: int) -> dict[str, list[Any]]:
+def explorer(metrics: pd.DataFrame, labels: Labels, seed: int) -> dict[str, Any]:
     """All numbers as lists for the page's own table: names of columns, metrics and rows.
 
     A row is the texts of its columns, n, and ``[value, low, high]`` (null: not measured) of every
