@@ -118,6 +118,8 @@ def check_config(config: dict[str, Any]) -> None:
         grid.check_name(table["experiment"], config["experiments"], "experiments", where)
     for name, figure in config["figures"].items():
         _check_figure(config, f"figures.{name}", figure)
+    for role, method in config["page"].items():
+        grid.check_name(method, config["methods"], "methods", f"page.{role}")
 
 
 def _check_needs(config: dict[str, Any]) -> None:

@@ -215,11 +215,6 @@ class Reported:
     def figure(self, wildcards: Any) -> dict[str, Any]:
         """Return what a figure shows."""
         config, spec = self.config, self.config["figures"][wildcards.figure]
-        sections = {
-            "models": config["models"],
-            "datasets": grid.datasets(config),
-            "methods": config["methods"],
-        }
         return {
             **spec,
             "caption": self.caption(wildcards.figure),
@@ -228,10 +223,21 @@ class Reported:
             "controls": grid.controls(config),
             "styles": self.styles,
             "runs": [asdict(run) | {"value": value} for run, value in self._figure_runs(spec)],
-            "labels": {
-                section: {name: self.label(section, name) for name in names}
-                for section, names in sections.items()
-            },
+            "labels": self.all_labels,
+        }
+
+    @cached_property
+    def all_labels(self) -> dict[str, dict[str, str]]:
+        """The names of all models, data sets and methods in tables, by section."""
+        config = self.config
+        sections = {
+            "models": config["models"],
+            "datasets": grid.datasets(config),
+            "methods": config["methods"],
+        }
+        return {
+            section: {name: self.label(section, name) for name in names}
+            for section, names in sections.items()
         }
 
     def caption(self, figure: str) -> str:

@@ -142,7 +142,7 @@ def importance(path: str | Path, *, resamples: int, seed: int) -> pd.DataFrame:
     Shares are taken within each request, then averaged over requests, with 95% bootstrap
     intervals. Returns layer, matrix (key | value), rank (1 is the best), importance, low, high, n.
     """
-    shares = _node_shares(path)
+    shares = node_shares(path)
     flat = shares.reshape(len(shares), -1)
     mean, low, high = bootstrap(flat, resamples=resamples, seed=seed)
     layer, matrix, rank = (index.ravel() for index in np.indices(shares.shape[1:]))
@@ -161,10 +161,10 @@ def importance(path: str | Path, *, resamples: int, seed: int) -> pd.DataFrame:
 
 def layer_shares(path: str | Path) -> np.ndarray:
     """Share of every layer in the impact of T+, in percent, [G, L], from a path file."""
-    return _node_shares(path).sum(axis=(2, 3))
+    return node_shares(path).sum(axis=(2, 3))
 
 
-def _node_shares(path: str | Path) -> np.ndarray:
+def node_shares(path: str | Path) -> np.ndarray:
     """Share of every node within its group of requests, [G, L, 2, N]; signs do not count."""
     with trusted(path):
         scores = np.abs(load_file(path)["positive_scores"].astype(np.float64))

@@ -1,6 +1,7 @@
 """Tables 1 and 2 in the paper's layout, with intervals and the paper's numbers beside ours."""
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,14 +223,23 @@ def _markdown_cell(row: pd.Series, metric: str, best: bool) -> str:
 
 
 def markdown_table(lines: list[list[str]]) -> str:
-    """Lay cells out as a Markdown table that is aligned in plain text too; the head first."""
+    """Lay cells out as a Markdown table that is aligned in plain text too; the head first.
+
+    Columns of numbers are aligned on the right where Markdown is rendered.
+    """
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     rows = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
         for line in lines
     ]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    ends = [":" if _is_numbers(column) else "-" for column in zip(*lines[1:], strict=True)]
+    rule = "|" + "|".join("-" * (w + 1) + e for w, e in zip(widths, ends, strict=True)) + "|"
     return "\n".join([rows[0], rule, *rows[1:]])
+
+
+def _is_numbers(cells: Iterable[str]) -> bool:
+    """Whether every cell of a column begins with a number, or misses one."""
+    return all(cell == MISSING or re.match(r"\**[-+]?\d", cell) for cell in cells)
 
 
 _LATEX = {
