@@ -104,7 +104,7 @@ def scores(found: dict[str, Any]) -> list[TaskScore]:
             if not comma or metric.endswith("_stderr"):
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
-            name = metric if kind == "none" else f"{metric}, {kind}"
+            name = f"{metric}, {kind}".removesuffix(", none")  # no filter
             stderr = error if isinstance(error, float) else None  # the harness says "N/A"
             rows.append(TaskScore(task, name, value, stderr, count))
     return rows

@@ -60,7 +60,9 @@ def read_checked_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, 
 
 @cache
 def _schema() -> dict[str, Any]:
-    return yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    # The loader in C, where there is one: the command line reads this file each time.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(SCHEMA.read_text(encoding="utf-8"), Loader=loader)
 
 
 def _fill(validator: Any, properties: dict[str, Any], instance: Any, schema: Any) -> Iterator[Any]:
