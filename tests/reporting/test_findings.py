@@ -131,7 +131,7 @@ def test_every_claim_of_the_paper_finds_its_runs_in_the_default_config():
     assert len({c.id for c in claims}) == len(claims) >= 12
     for one in claims:
         cells = cells_of(config, one)
-        assert ("tiny-gptj", "openfacts-zsre") in [c[:2] for c in cells] or (
+        assert ("smollm2-135m", "openfacts-zsre") in [c[:2] for c in cells] or (
             one.test["dataset"] == "CounterFact" and cells
         ), one.id
     (contrast,) = (c for c in claims if c.id == "contrast")
