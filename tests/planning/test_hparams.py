@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kmebench.errors import ConfigError
-from kmebench.planning.config import check_config, read_checked_config
+from kmebench.planning.config import read_checked_config
 from kmebench.planning.hparams import check_hparams
 
 CONFIG = read_checked_config(Path("config.yaml"))

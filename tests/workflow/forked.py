@@ -39,7 +39,10 @@ def _snakemake(
     os.environ.clear()
     os.environ.update(environment)
     ours = environment["PYTHONPATH"].split(os.pathsep)
-    sys.path[:] = [*ours, *(path for path in sys.path if _ROOT not in (Path(path), Path(path).parent))]
+    sys.path[:] = [
+        *ours,
+        *(path for path in sys.path if _ROOT not in (Path(path), Path(path).parent)),
+    ]
     sys.argv[:] = ["snakemake", *arguments]
     from snakemake.cli import main
 
