@@ -38,11 +38,9 @@ def _snakemake(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    ours = environment["PYTHONPATH"].split(os.pathsep)
-    sys.path[:] = [
-        *ours,
-        *(path for path in sys.path if _ROOT not in (Path(path), Path(path).parent)),
-    ]
+    of_tests = {str(_ROOT), str(_ROOT / "workflow")}
+    others = (path for path in sys.path if path not in of_tests)
+    sys.path[:] = [*environment["PYTHONPATH"].split(os.pathsep), *others]
     sys.argv[:] = ["snakemake", *arguments]
     from snakemake.cli import main
 
