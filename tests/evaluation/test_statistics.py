@@ -1,6 +1,5 @@
 """Metrics against values worked out by hand."""
 
-
 import numpy as np
 import pandas as pd
 import pytest
