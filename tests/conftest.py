@@ -1,5 +1,7 @@
 """Small random models of every supported family, requests for them, and the name of a run."""
 
+import gc
+import os
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +14,15 @@ from transformers.models.llama import modeling_llama
 from kmebench.data.records import EditRequest
 from kmebench.models.editable import EditableModel
 from kmebench.models.tiny import train_tiny, train_tokenizer
+
+# pytest-xdist runs one process on every core; so do the workflows that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # half a million objects of imported modules, which no test makes garbage
+
 
 FAMILIES = ("gptj", "llama", "gpt2")
 
@@ -151,7 +162,6 @@ CAPITALS = {
 @pytest.fixture(scope="session")
 def trained() -> EditableModel:
     """A tiny GPT-J that knows ten capitals, trained in a few seconds."""
-    torch.set_num_threads(1)
     forms = ("The capital of {} is", "{} has its capital in", "What is the capital of {}?")
     facts = [(form.replace("{}", c), city) for form in forms for c, city in CAPITALS.items()]
     model, tokenizer, _ = train_tiny(facts, seed=0, max_epochs=60)

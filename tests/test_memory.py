@@ -1,7 +1,8 @@
 """Out of memory: once more with half, then an error."""
 
-import subprocess
-import sys
+import multiprocessing
+import resource
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,28 +52,20 @@ def test_other_errors_are_not_tried_again():
     assert tried == [8]
 
 
-SCRIPT = """
-import resource, sys, torch
-from kmebench.memory import halved_if_needed
-torch.ones(1)
-held = resource.getpagesize() * int(open("/proc/self/statm").read().split()[0])
-limit = held + int(sys.argv[1]) * 2**28
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-found = halved_if_needed(lambda size: torch.empty(size * 2**28, dtype=torch.uint8), 8, "a", "b")
-print(len(found) // 2**28, "fit")
-"""
+def eight_quarters(quarters):
+    """Ask for 2 GiB where ``quarters`` of a GiB are left; return how many of them fitted."""
+    held = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+    limit = held + quarters * 2**28
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    found = halved_if_needed(lambda size: torch.empty(size * 2**28, dtype=torch.uint8), 8, "a", "b")
+    return len(found) // 2**28
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="address space is Linux's here")
-@pytest.mark.parametrize(
-    ("quarters", "says"), [(6, "4 fit"), (2, "Out of memory while a, 4 at once")]
-)
-def test_a_real_limit_of_memory(quarters, says):
-    """``quarters`` of a GiB beyond what the process has; eight do not fit, four may."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(quarters)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert says in done.stdout + done.stderr
+def test_a_real_limit_of_memory():
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(mp_context=fork) as pool:
+        assert pool.submit(eight_quarters, 6).result() == 4
+    with ProcessPoolExecutor(mp_context=fork) as pool:
+        small = pool.submit(eight_quarters, 2)
+        assert "Out of memory while a, 4 at once" in str(small.exception())

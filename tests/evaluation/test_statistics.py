@@ -1,8 +1,5 @@
 """Metrics against values worked out by hand."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -176,17 +173,3 @@ def test_cohorts_follow_each_group_of_edits_through_time():
     assert [cohort_of(n) for n in (1, 2, 3, 4, 10, 11, 30, 31, 101)] == [
         *(1, 3, 3, 10, 10, 30, 30, 100, 300)
     ]
-
-
-@pytest.mark.parametrize(
-    "module",
-    ["kmebench.evaluation.score", "kmebench.reporting.tables", "kmebench.planning.grid"],
-)
-def test_nothing_after_the_predictions_imports_torch(module):
-    code = (
-        f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd="workflow", check=True
-    )
-    assert done.stdout.strip() == "[]"

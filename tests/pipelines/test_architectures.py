@@ -2,7 +2,6 @@
 
 import json
 
-import pandas as pd
 import pytest
 import torch
 from transformers import GPTJConfig, LlamaConfig
@@ -16,7 +15,7 @@ from kmebench.edits.edit import Edit
 from kmebench.evaluation.frames import original_frame, write_frame
 from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.schema import ORIGINAL
-from kmebench.evaluation.score import score_experiment
+from kmebench.evaluation.score import read_predictions, score_experiment
 from kmebench.models.editable import EditableModel
 from kmebench.pipelines.run import run_cell
 
@@ -72,8 +71,10 @@ def test_every_editor_is_among_them():
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("gpt-j-6b", "bfloat16"), ("llama2-7b", "float32"), ("llama3-8b", "bfloat16")],
+)
 def test_a_paper_architecture_passes_through_every_stage(
     architecture, dtype, tokenizer, requests, tmp_path
 ):
@@ -132,28 +133,32 @@ def test_a_paper_architecture_passes_through_every_stage(
             )
             runs.append({"model": "m", "dataset": "d", "mode": mode, "method": editor})
             files.append(output)
+    for spec, output in zip(runs, files, strict=True):
+        _check(spec, output)
+    # Scores are made of predictions, which have the same columns whatever the editor is.
+    scored = [(spec, f) for spec, f in zip(runs, files, strict=True) if spec["method"] == "pac"]
     metrics = score_experiment(
         "e",
-        [spec | {"variant": "default", "seed": 0} for spec in runs],
-        [output["predictions"] for output in files],
-        [output["timing"] for output in files],
+        [spec | {"variant": "default", "seed": 0} for spec, _ in scored],
+        [output["predictions"] for _, output in scored],
+        [output["timing"] for _, output in scored],
         [{"model": "m", "dataset": "d"}],
         [tmp_path / "original.parquet"],
         {"resamples": 10, "seed": 0},
     )
-    final = metrics[metrics["moment"] == "final"].groupby(["method", "mode"])
-    for spec, output in zip(runs, files, strict=True):
-        _check(spec, output, final.get_group((spec["method"], spec["mode"])))
+    final = metrics[metrics["moment"] == "final"]
+    assert set(final["mode"]) == {"batch", "consecutive", "breadth_first"}
+    for _, of_run in final.groupby(["method", "mode"]):
+        assert set(of_run["protocol"]) == {"token", "exact", "free", "wild", "probability"}
+        assert of_run["value"].between(0, 1).all()
 
 
-def _check(spec, output, final):
-    assert set(final["protocol"]) == {"token", "exact", "free", "wild", "probability"}
-    assert final["value"].between(0, 1).all()
+def _check(spec, output):
     with open(output["timing"], encoding="utf-8") as stream:
         timing = json.load(stream)
     assert timing["requests"] == 3
     assert timing["seconds_per_edit"] == pytest.approx(sum(timing["seconds"].values()))
-    frame = pd.read_parquet(output["predictions"])
+    frame = read_predictions(output["predictions"])
     if spec["mode"] == "consecutive":
         assert set(frame["moment"]) == {"final", "write", "checkpoint"}
         edit = Edit.load(output["delta"])

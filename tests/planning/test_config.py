@@ -19,8 +19,8 @@ from kmebench.planning.config import SCHEMA, check_config, read_checked_config, 
 from kmebench.planning.overlays import read_overlay
 
 
-def checked(**figure):
-    config = read_config(Path("config.yaml"))
+def checked(overlays=(), **figure):
+    config = read_config(Path("config.yaml"), overlays)
     config["figures"] = {"mine": {"title": "Mine"} | figure}
     check_config(config)
 
@@ -49,21 +49,22 @@ def test_a_figure_that_would_show_nothing_is_refused(figure, complaint):
 
 
 def test_a_sweep_may_be_over_seeds_and_figures_may_share_an_experiment():
-    checked(kind="sweep", experiment="edit-order", parameter="seed")
+    real = [Path("config/real.yaml")]
+    checked(real, kind="sweep", experiment="edit-order", parameter="seed")
     checked(kind="paper", tables=["table1", "table2"])
 
 
 def test_an_overlay_takes_entries_out_by_null(tmp_path):
     overlay = tmp_path / "fewer.yaml"
-    overlay.write_text("figures: {edits: null}\nexperiments: {edit-order: null}\n")
+    overlay.write_text("figures: {negatives: null}\nexperiments: {ablation-negatives: null}\n")
     config = read_config(Path("config.yaml"), [overlay])
-    with pytest.raises(ConfigError, match=r"tables\.edit-order\.experiment"):
+    with pytest.raises(ConfigError, match=r"tables\.ablation-negatives\.experiment"):
         check_config(config)  # a table still asks for it
     config = read_config(Path("config.yaml"), [overlay])
-    config["tables"]["edit-order"] = None
+    config["tables"]["ablation-negatives"] = None
     check_config(config)
-    assert "edits" not in config["figures"]
-    assert "edit-order" not in config["experiments"] | config["tables"]
+    assert "negatives" not in config["figures"]
+    assert "ablation-negatives" not in config["experiments"] | config["tables"]
 
 
 def test_a_method_may_be_its_name_alone():

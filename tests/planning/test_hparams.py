@@ -1,19 +1,20 @@
 """Wrong hyper-parameters are refused before anything runs, wherever a config may set them."""
 
+import copy
 from pathlib import Path
 
 import pytest
 
 from kmebench.errors import ConfigError
-from kmebench.planning.config import check_config, read_config
+from kmebench.planning.config import read_checked_config
 from kmebench.planning.hparams import check_hparams
+
+CONFIG = read_checked_config(Path("config.yaml"))
 
 
 @pytest.fixture
 def config():
-    config = read_config(Path("config.yaml"))
-    check_config(config)
-    return config
+    return copy.deepcopy(CONFIG)
 
 
 def in_a_method(config, hparams):

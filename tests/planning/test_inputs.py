@@ -2,8 +2,6 @@
 
 import copy
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,11 +175,3 @@ def test_an_unknown_notebook_is_refused(config):
     config["notebooks"] = ["03_paper_tabels"]
     with pytest.raises(ConfigError, match="did you mean '03_paper_tables'"):
         check_config(config)
-
-
-def test_planning_imports_no_torch():
-    program = (
-        "import sys; from kmebench.planning import inputs, reported, notebooks, cost, provenance; "
-        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -5,7 +5,6 @@ A test that asks for a finished run is one of ``integration``: `make quick` leav
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from filelock import FileLock
+
+from tests.workflow import forked
 
 ROOT = Path(__file__).parents[2]
 PARTS = (
@@ -58,8 +59,11 @@ class Checkout:
         return path.name
 
     def command(self, *arguments: str, configs=("config/ci.yaml",)) -> list[str]:
-        snakemake = [sys.executable, "-m", "snakemake", "--cores", "2"]
-        return [*snakemake, *arguments, "--configfile", *configs]
+        snakemake = [sys.executable, "-m", "snakemake"]
+        return [*snakemake, *self.words(*arguments, configs=configs)]
+
+    def words(self, *arguments: str, configs=("config/ci.yaml",)) -> list[str]:
+        return ["--cores", "2", *arguments, "--configfile", *configs]
 
     def environment(self, **variables) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if k != "KMEBENCH_DATA_MIRROR"}
@@ -68,19 +72,11 @@ class Checkout:
         return inherited | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | variables
 
     def run(self, *arguments: str, configs=("config/ci.yaml",), check=True, **variables) -> str:
-        done = subprocess.run(
-            self.command(*arguments, configs=configs),
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            env=self.environment(**variables),
-            check=False,
-        )
-        output = done.stdout + done.stderr
-        if check:
-            assert done.returncode == 0, output
-        else:
-            assert done.returncode != 0, output
+        said = self.folder / "output.txt"
+        words, environment = self.words(*arguments, configs=configs), self.environment(**variables)
+        succeeded = forked.snakemake(words, self.folder, environment, said) == 0
+        output = said.read_text(encoding="utf-8")
+        assert succeeded == check, output
         return output
 
     def planned(self, *arguments: str, configs=("config/ci.yaml",)) -> dict[str, int]:

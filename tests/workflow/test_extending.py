@@ -110,13 +110,7 @@ def test_an_installed_package_brings_editors_with_their_stages(installed, finish
     # A changed equation runs its own runs again, a changed training those of its stage.
     module = site / "my_editors/part.py"
     module.write_text(module.read_text() + "\nCHANGED = True\n")
-    planned = subprocess.run(
-        checkout.command("--dry-run", "results/metrics/table1.parquet", configs=configs),
-        cwd=checkout.folder,
-        env=checkout.environment(**search),
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    target = "results/metrics/table1.parquet"
+    planned = checkout.run("--dry-run", target, configs=configs, **search)
     assert re.search(r"^edit +1$", planned, re.MULTILINE)
     assert not re.search(r"^(train_stage|optimise_targets|covariance) ", planned, re.MULTILINE)

@@ -7,7 +7,7 @@ checksum), editing one re-runs exactly what it can influence.
 
 import ast
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,7 +78,7 @@ def _imports(path: Path, packages: frozenset[str]) -> tuple[Path, ...]:
     """Return the files of ``packages`` that one file imports."""
     names: set[str] = set()
     beside: list[Path] = []
-    for node in ast.walk(_parsed(path)):
+    for node in _statements(_parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
@@ -89,6 +89,16 @@ def _imports(path: Path, packages: frozenset[str]) -> tuple[Path, ...]:
     parents = {".".join(n.split(".")[:k]) for n in mine for k in range(1, n.count(".") + 1)}
     found = [p for n in sorted(mine | parents) if (p := _module_file(n)) is not None]
     return (*found, *beside)
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Every statement; expressions, which import nothing, are most of a tree."""
+    queue: list[ast.AST] = [tree]
+    while queue:
+        node = queue.pop()
+        yield node
+        bodies = (ast.stmt, ast.excepthandler, ast.match_case)
+        queue += [child for child in ast.iter_child_nodes(node) if isinstance(child, bodies)]
 
 
 def _relative(path: Path, node: ast.ImportFrom) -> list[Path]:
