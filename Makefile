@@ -3,7 +3,7 @@
 # make test   set up, then run the tests but for those that are slow by nature (.ci/run has them)
 # make quick  the tests that run no workflow: between two commits
 # make tables without torch or a model: all tables, figures and the page of the reference results
-#             again, from the predictions that are kept there
+#             again, from the predictions that are kept there, and docs/images
 # Python: make PYTHON=python3.12
 
 ifneq ($(words $(CURDIR)),1)
@@ -40,6 +40,7 @@ tables: BIN := .venv-report/bin
 tables: .venv-report/.ready
 	$(SNAKEMAKE) --forceall --allowed-rules $(REPORT_RULES) --configfile $(CONFIGS) \
 		--config 'pathvars={results: $(REFERENCE)}'
+	cp $(REFERENCE)/figures/overview.svg $(REFERENCE)/figures/overview.png docs/images/
 
 $(READY): constraints.txt pyproject.toml
 	$(call venv,$(VENV),--editable '.[test]')

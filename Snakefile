@@ -13,7 +13,7 @@
 #   metrics/{experiment}.parquet            all protocols          score
 #   tables/{table}.csv, .md, .tex, .html    the paper's tables     table, costs, findings
 #   comparisons/{comparison}.csv, .md       pairs of runs          compare
-#   figures/{figure}.pdf, .png, .csv        the paper's figures    node_importance, figure
+#   figures/{figure}.pdf, .svg, .png, .csv  the paper's figures    node_importance, figure
 #   index.html                              all of it on one page  index
 #   tuning/{experiment}.yaml                chosen values          tune
 #   notebooks/{notebook}.ipynb, .html       executed notebooks     notebook, model_notebook

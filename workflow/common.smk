@@ -23,6 +23,7 @@ from kmebench.planning.inputs import (
 from kmebench.planning.interpreter import check_interpreter
 from kmebench.planning.notebooks import MODEL_NOTEBOOKS, TABLE_NOTEBOOKS, Notebooks
 from kmebench.planning.overlays import read_overlay
+from kmebench.planning.page import Page
 from kmebench.planning.reported import CLAIMS, Reported
 
 for configfile_path in workflow.configfiles:
@@ -34,4 +35,5 @@ RESULTS = str(workflow.pathvars.get("results"))  # unless the config moves it (p
 MIRROR = config["data_mirror"] or os.environ.get("KMEBENCH_DATA_MIRROR", "")
 inputs = Inputs(config, RESULTS, MIRROR)
 reported = Reported(config, RESULTS)
+page = Page(reported)
 notebooks = Notebooks(config, RESULTS)

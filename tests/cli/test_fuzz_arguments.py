@@ -3,15 +3,15 @@
 import contextlib
 import copy
 import io
-import types
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kmebench.cli import inputs as fact_inputs
+from kmebench.cli import inputs
 from kmebench.cli import main as cli
+from kmebench.cli.parser import COMMANDS
 from kmebench.planning import by_hand
 from kmebench.planning.config import read_checked_config
 
@@ -73,6 +73,9 @@ VALUES = {
     **dict.fromkeys(["--configfile", "--config"], PATHS),
     "--set": SETTINGS,
     "--zzz": ["", "x"],
+    "--tasks": ["piqa", "", "\0"],
+    "--include": PATHS,
+    **dict.fromkeys(["--limit", "--batch-size"], NUMBERS),
 }
 MODEL = ["--model", "tiny-gptj"]
 FACT = ["--subject", "France", "--prompt", "{} is", "--target", "Rome"]
@@ -81,13 +84,14 @@ COMPLETE = {
     "edit": [*MODEL, *FACT],
     "trace": [*MODEL, *FACT],
     "apply": ["README.md", *MODEL, "--out", "none"],
+    "evaluate": ["MODEL", "--tasks", "piqa"],
 }
 
 options = st.sampled_from(sorted(VALUES)).flatmap(
     lambda name: st.sampled_from(VALUES[name]).map(lambda value: [name, value])
 )
 vectors = st.tuples(
-    st.sampled_from(["edit", "trace", "apply", "check-config", "plan", "edits", ""]),
+    st.sampled_from([*(command.name for command in COMMANDS), "edits", ""]),
     st.booleans(),
     st.lists(options, max_size=4),
     st.lists(st.sampled_from(PATHS), max_size=1),
@@ -95,23 +99,22 @@ vectors = st.tuples(
 
 
 @pytest.fixture
-def nothing_runs(monkeypatch):
-    """Stop where the model would be loaded, or the workflow be planned."""
+def model_folder(monkeypatch, tmp_path):
+    """A folder; commands stop where the model would be loaded, or the workflow be planned."""
     known = read_checked_config(Path("config.yaml"))
 
     def read(path, overlays):
         return read_checked_config(path, overlays) if overlays else copy.deepcopy(known)
 
-    def imported(name):
-        if name == "kmebench.cli.inputs":
-            return fact_inputs
-        return types.SimpleNamespace(
-            **dict.fromkeys(["edit_command", "trace_command", "apply_command"], lambda *_: None),
-            **dict.fromkeys(["check_command", "plan_command"], lambda *_: None),
-        )
+    def imported(place):
+        return getattr(inputs, place.partition(":")[2]) if "inputs:" in place else lambda *_: None
 
     monkeypatch.setattr(by_hand, "read_checked_config", read)
-    monkeypatch.setattr(cli, "importlib", types.SimpleNamespace(import_module=imported))
+    monkeypatch.setattr(inputs, "read_checked_config", read)
+    monkeypatch.setattr(inputs, "check_installed", lambda: None)
+    monkeypatch.setattr(cli, "_imported", imported)
+    (tmp_path / "config.json").touch()
+    return tmp_path
 
 
 @settings(
@@ -120,10 +123,11 @@ def nothing_runs(monkeypatch):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(vectors)
-def test_any_arguments_are_taken_or_refused_in_one_sentence(nothing_runs, vector):
+def test_any_arguments_are_taken_or_refused_in_one_sentence(model_folder, vector):
     command, complete, chosen, loose = vector
     arguments = [command, *(COMPLETE.get(command, []) if complete else [])]
     arguments += [word for option in chosen for word in option] + loose
+    arguments = [str(model_folder) if word == "MODEL" else word for word in arguments]
     status, said = ended(arguments)
     if status == 2:  # argparse's own, which shows the usage too
         assert "error: " in said

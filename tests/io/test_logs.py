@@ -1,6 +1,7 @@
 """How a rule's script ends."""
 
 import errno
+import io
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from kmebench.errors import DataError
-from kmebench.io.logs import script_log
+from kmebench.io.logs import doing, script_log
 
 
 @pytest.fixture
@@ -45,3 +46,14 @@ def test_a_bug_keeps_its_traceback(job):
 def test_a_full_disk_is_told_by_safetensors_in_its_text(job):
     said = ended(job, SafetensorError("Error while serializing: No space left (os error 28)"))
     assert "make room" in said
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_being_done_is_told_on_a_terminal_alone(terminal, monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    with doing("loading [b] the model"):
+        pass
+    assert ("loading [b] the model" in stream.getvalue()) is terminal

@@ -31,6 +31,8 @@ def checked(overlays=(), **figure):
         ({"kind": "sweep", "experiment": "table2"}, "figures.mine"),
         ({"kind": "time"}, "figures.mine"),
         ({"kind": "paper", "experiment": "table2"}, "figures.mine"),
+        ({"kind": "overview", "experiment": "table2"}, "figures.mine"),
+        ({"kind": "cost", "experiments": ["table3"]}, "figures.mine.experiments"),
         ({"kind": "pie", "experiment": "table2"}, "figures.mine"),
         ({"kind": "time", "experiment": "table3"}, "did you mean 'table"),
         ({"kind": "paper", "tables": ["table3"]}, "did you mean 'table"),

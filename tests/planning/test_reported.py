@@ -58,3 +58,34 @@ def test_the_floor_stands_in_tables_and_curves_but_takes_no_time_and_has_no_norm
     edits = reported.figure(SimpleNamespace(figure="edits"))
     assert edits["labels"]["methods"]["none"] == "No edit"
     assert {run["method"] for run in edits["runs"]} == {"none", "pac"}
+
+
+def test_the_overview_shows_the_default_runs_of_both_pipelines():
+    config = config_of("consecutive", 0)
+    swept = config["experiments"]["table2"] | {"seeds": [0, 1]}
+    config["experiments"] = {"table1": swept | {"mode": "batch"}, "table2": swept}
+    reported, asked = Reported(config, "results"), SimpleNamespace(figure="overview")
+    files = [f"<results>/metrics/{name}.parquet" for name in ("table1", "table2")]
+    assert reported.figure_files(asked) == files
+    told = reported.figure(asked)
+    shown = [(run["mode"], run["method"], run["seed"]) for run in told["runs"]]
+    wanted = [(mode, method, 0) for mode in ("batch", "consecutive") for method in ("none", "pac")]
+    assert sorted(shown) == sorted(wanted)
+    assert set(told["styles"]) == set(told["labels"]["methods"].values())
+
+
+def test_the_layer_map_reads_the_paths_of_which_the_nodes_are_made():
+    reported = Reported(config_of("consecutive", 0), "results")
+    (paths,) = reported.figure_files(SimpleNamespace(figure="path-layers"))
+    (nodes,) = reported.figure_files(SimpleNamespace(figure="figure4-nodes"))
+    assert paths == nodes.replace("/nodes/", "/paths/").replace(".parquet", ".safetensors")
+
+
+@pytest.mark.parametrize("figure", ["overview", "edits", "path-layers", "cost-quality"])
+def test_captions_say_how_many_edits_a_cell_holds(figure):
+    config = copy.deepcopy(CONFIG)
+    for dataset, n in (("openfacts-zsre", 4), ("openfacts-counterfact", 4)):
+        config["datasets"][dataset]["n"] = n
+    assert Reported(config, "results").caption(figure).endswith("4 edits per cell.")
+    config["datasets"]["openfacts-zsre"]["n"] = 6
+    assert Reported(config, "results").caption(figure).endswith("4 to 6 edits per cell.")

@@ -44,8 +44,8 @@ def run(path, right):
 
 @pytest.fixture
 def table(tmp_path):
-    run(tmp_path / "a", [(1, 1, 1)] * 8 + [(1, 0, 1)] * 2)
-    run(tmp_path / "b", [(1, 0, 1)] * 10)
+    run(tmp_path / "a", [(1, 1, 1)] * 16 + [(1, 0, 1)] * 4)
+    run(tmp_path / "b", [(1, 0, 1)] * 20)
     pair = {"question": "?", "model": "M", "dataset": "D"}
     pairs = [pair | {"name": "x", "a": "A", "b": "B"}, pair | {"name": "y", "a": "A", "b": "A"}]
     files = {"A": str(tmp_path / "a"), "B": str(tmp_path / "b")}
@@ -59,7 +59,7 @@ def test_differences_are_paired_and_the_score_is_the_mean_of_three(table):
     )
     assert x.loc["efficacy", ["low", "high"]].tolist() == [0, 0]
     assert 40 <= x.loc["generality", "low"] < 80 < x.loc["generality", "high"] <= 100
-    assert x["n"].unique().tolist() == [10]
+    assert x["n"].unique().tolist() == [20]
 
 
 def test_only_what_is_away_from_zero_is_bold(table):
@@ -68,4 +68,12 @@ def test_only_what_is_away_from_zero_is_bold(table):
     assert "**+80.0**" in x
     assert x.count("**") == 4  # generality and score
     assert "**" not in y
-    assert "10 edits" in lines[0]
+    assert "20 edits" in lines[0]
+    assert "fewer" not in lines[0]
+
+
+def test_too_few_edits_make_nothing_bold(table):
+    text = comparison_markdown(table.assign(n=19), "Audit", "token")
+    assert text.startswith("**Audit. ")
+    assert text.count("**") == 2  # the caption alone
+    assert "none is bold among fewer than 20 edits.**" in text

@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
-from kmebench.reporting import figure_tables, figures
+from kmebench.errors import KMEBenchError
+from kmebench.reporting import figure_tables, figures, panels
+from kmebench.reporting.appearance import Style
 from tests.conftest import RUN
 
 LABELS = {
@@ -16,13 +18,14 @@ LABELS = {
     "methods": {"full-c": "Full-C", "pac": "PAC"},
 }
 
+STYLES = {"Full-C": Style("#009E73", "o"), "PAC": Style("#D55E00", "o")}
 
 LINES = ["Efficacy", "Generality", "Locality", "Score"]
 
 
 def metric(name="efficacy", value=0.5, **other):
     row = RUN | {"protocol": "token", "moment": "final", "edits_done": 10, "metric": name}
-    return row | {"value": value, "low": value - 0.1, "high": value + 0.1} | other
+    return row | {"n": 10, "value": value, "low": value - 0.1, "high": value + 0.1} | other
 
 
 def write(path, content):
@@ -44,7 +47,7 @@ def test_times_are_seconds_per_request_of_every_call(tmp_path):
 def test_norms_of_one_layer_are_added_as_squares(tmp_path):
     norms = [{"model.layers.3.up.weight": 3.0, "model.layers.3.down.weight": 4.0}, {}]
     norms[1]["lm_head.weight"] = 5.0  # in no layer
-    file = write(tmp_path / "run.json", {"delta_norms": norms})
+    file = write(tmp_path / "run.json", {"delta_norms": norms, "requests": {"count": 2}})
     table = figure_tables.norms([file], [RUN], LABELS)
     assert table[["layer", "norm"]].to_numpy().tolist() == [[3, 5.0]]
 
@@ -99,19 +102,19 @@ def test_survival_ends_with_the_health_of_the_model_in_its_own_units():
     table = figure_tables.survival(metrics, LABELS, "token")
     wanted = [["Efficacy", 50.0], ["Perplexity ×", 2.5], ["Perplexity ×", 1.0], ["KL", 0.25]]
     assert table[["metric", "mean"]].to_numpy().tolist() == wanted
-    figure = figures.along_edits(table)
-    by_title = {axes.get_title(loc="left").split(",")[0]: axes for axes in figure.axes}
+    figure = figures.along_edits(table, STYLES)
+    by_title = {axes.get_title(loc="left").split(" · ")[0]: axes for axes in figure.axes}
     assert list(by_title) == ["Efficacy", "Perplexity ×", "KL"]
     assert [axes.get_ylabel() for axes in figure.axes] == ["Percent", "Ratio", "Nats"]
     assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log", "linear"]
     assert figure.axes[0].get_ylim() == (-4, 104)
     (line,) = [c for c in by_title["Perplexity ×"].containers if c.get_label() == "PAC"]
     assert line.lines[0].get_xydata().tolist() == [[1, 1.0], [10, 2.5]]
-    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"Full-C", "PAC"}
+    assert {text.get_text() for axes in figure.axes for text in axes.texts} == {"Full-C", "PAC"}
 
 
 def test_only_cells_with_two_numbers_are_compared_with_the_paper():
-    row = {"model": "m", "dataset": "d", "editor": "pac"}
+    row = {"model": "m", "dataset": "d", "editor": "pac", "n": 50}
     for name, ours, paper in (
         ("efficacy", 90.0, 88.0),
         ("generality", 50.0, np.nan),
@@ -160,29 +163,34 @@ def test_a_sweep_has_a_line_for_every_metric_with_the_values_in_order():
     assert [t.get_text() for t in figure.legends[0].get_texts()] == LINES
 
 
-def test_every_editor_can_be_told_apart_without_colour():
+def test_lines_along_edits_are_named_at_their_ends_without_overlaps():
+    editors = [f"E{k}" for k in range(12)]
     table = pd.concat(
         [
-            series(edits_done=[1, 3, 10]).assign(model="M", dataset="D", metric=m, editor=f"E{k}")
-            for k in range(12)
+            series(edits_done=[1, 3, 10]).assign(cell="D", metric=m, editor=editor)
+            for editor in editors
             for m in ("Efficacy", "Locality")
         ]
     )
-    figure = figures.along_edits(table)
+    figure = figures.along_edits(table, dict.fromkeys(editors, Style("#000000", "o")))
     assert len(figure.axes) == 2
-    drawn = [c.lines[0] for c in figure.axes[0].containers]
-    assert len({line.get_marker() for line in drawn}) == 12
-    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 12
+    notes = figure.axes[0].texts
+    assert [note.get_text() for note in notes] == editors
+    heights = sorted(note.xyann[1] for note in notes)  # all lines end on one place
+    assert np.diff(heights).min() >= 7  # points, the size of the letters
+    assert {note.xy for note in notes} == {(10, 50.0)}
 
 
 def test_time_is_drawn_as_mean_with_its_interval():
     seconds = [1.0, 2.0, 3.0, 10.0]
     table = pd.DataFrame({"model": "M", "dataset": "D", "editor": "PAC", "seconds": seconds})
-    figure = figures.time_per_edit(table)
+    figure = figures.time_per_edit(table.assign(n=4), {"PAC": Style("#D55E00", "o")})
     assert figure.axes[0].get_xscale() == "log"
     points = np.concatenate([line.get_xdata() for line in figure.axes[0].get_lines()])
     assert 4.0 in points
-    assert points.min() < 4.0 < points.max()
+    assert figure.axes[0].get_title(loc="left") == "D · 4 edits"
+    bar = figure.axes[0].containers[0].lines[2][0].get_segments()[0][:, 0]
+    assert bar[0] < 4.0 < bar[1]
 
 
 def test_norms_are_a_map_of_editors_and_layers():
@@ -194,20 +202,16 @@ def test_norms_are_a_map_of_editors_and_layers():
     assert grid.filled(0).tolist() == [[2.0, 0, 0], [0, 0, 8.0]]
 
 
-def both(x, y):
-    """Two editors with two numbers each, and intervals of ±5."""
-    table = pd.DataFrame({"model": "M", "dataset": "D", "editor": ["A", "B"], "x": x, "y": y})
-    for name in "xy":
-        table = table.assign(**{f"{name}_low": table[name] - 5, f"{name}_high": table[name] + 5})
-    return table
-
-
-def test_one_number_against_another_is_a_point_with_two_intervals_for_every_editor():
-    figure = figures.one_against_another(both([10.0, 90.0], [80.0, 20.0]), "x", "y")
-    drawn = figure.axes[0].containers
-    assert [c.lines[0].get_xydata().tolist() for c in drawn] == [[[10.0, 80.0]], [[90.0, 20.0]]]
-    assert all(c.has_xerr and c.has_yerr for c in drawn)
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["A", "B"]
+def test_records_of_the_layer_map_are_sorted_and_their_mean_stands_above():
+    shares = np.array([[10.0, 10.0, 80.0], [70.0, 20.0, 10.0]])
+    record, layer = (index.ravel() for index in np.indices(shares.shape))
+    table = pd.DataFrame({"record": record, "layer": layer, "share": shares.ravel()})
+    figure = figures.layer_impact(table.assign(model="M", dataset="D", n=2))
+    (image,) = figure.axes[0].images
+    assert image.get_array().tolist() == shares[::-1].tolist()
+    (above,) = figure.axes[0].child_axes
+    assert [bar.get_height() for bar in above.patches] == [40.0, 15.0, 45.0]
+    assert above.get_title(loc="left") == "D · 2 edits"
 
 
 def test_only_differences_that_are_more_than_chance_have_a_colour():
@@ -226,15 +230,12 @@ def test_only_differences_that_are_more_than_chance_have_a_colour():
 
 def test_the_same_figure_is_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        figures.save(
-            figures.draw_layers(np.ones((3, 2)), "shares"),
-            tmp_path / f"{name}.pdf",
-            tmp_path / f"{name}.png",
-        )
-    for kind in ("pdf", "png"):
+        figure = figures.draw_layers(np.ones((3, 2)), "shares")
+        panels.save(figure, *(tmp_path / f"{name}.{kind}" for kind in ("pdf", "svg", "png")))
+    for kind in ("pdf", "svg", "png"):
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
 
 
 def test_a_table_without_rows_is_said_so():
-    with pytest.raises(figures.KMEBenchError, match="nothing to draw"):
+    with pytest.raises(KMEBenchError, match="nothing to draw"):
         figures.paper_scatter(figure_tables.against_paper({}, LABELS))

@@ -23,19 +23,19 @@ CLAIMS = Path("resources/paper/findings.yaml")
 N = 40
 
 
-def write_run(folder, right, seconds=1.0):
+def write_run(folder, right, seconds=1.0, n=N):
     """A run whose ``right[kind]`` of the first requests are answered as wanted."""
     rows = []
-    for i in range(N):
+    for i in range(n):
         for kind in ("edit", "paraphrase", "locality"):
             row = dict.fromkeys(PREDICTIONS.names)
             row |= {"case_id": str(i), "position": i, "kind": kind, "prompt": "p", "target": "t"}
-            row |= {"moment": "final", "edits_done": N, "batch": 0, "target_ids": [1]}
+            row |= {"moment": "final", "edits_done": n, "batch": 0, "target_ids": [1]}
             row |= {"before_ids": [1], "after_ids": [1 if i < right[kind] else 2]}
             rows.append(row)
     folder.mkdir(parents=True)
     write_frame(pd.DataFrame(rows), PREDICTIONS, folder / "predictions.parquet")
-    calls = [{"requests": 1, "seconds": {"optimise": seconds + 0.01 * (i % 3)}} for i in range(N)]
+    calls = [{"requests": 1, "seconds": {"optimise": seconds + 0.01 * (i % 3)}} for i in range(n)]
     (folder / "timing.json").write_text(json.dumps({"calls": calls}))
 
 
@@ -102,6 +102,18 @@ def test_time_is_compared_edit_by_edit(runs):
     assert verdict(runs, sides, kind="faster", a="full-c", b="pac") == "does not hold"
     assert verdict(runs, sides, kind="slowest", method="full-c") == "holds"
     assert verdict(runs, sides, kind="slowest", method="pac") == "does not hold"
+
+
+@pytest.mark.parametrize(("n", "wanted"), [(19, "too few edits (19)"), (20, "holds")])
+def test_a_claim_is_judged_from_twenty_edits_on(n, wanted, tmp_path):
+    for name, right in (("good", n), ("poor", 0)):
+        kinds = dict.fromkeys(("edit", "paraphrase", "locality"), right)
+        write_run(tmp_path / name, kinds, seconds=1.0 + right, n=n)
+    runs = Runs(tmp_path, {"resamples": 500, "seed": 0})
+    sides = {"a": "good", "b": "poor"}
+    assert verdict(runs, sides, kind="best", metric="score", method="a") == wanted
+    assert verdict(runs, {"a": "good"}, kind="above", metric="efficacy", value=98) == wanted
+    assert verdict(runs, sides, kind="faster", a="b", b="a") == wanted
 
 
 def test_middle_layers_are_compared_per_layer(runs, tmp_path):

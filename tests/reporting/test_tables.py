@@ -117,6 +117,18 @@ def test_what_cannot_be_told_from_the_best_is_marked():
     assert r"$50.0^{\approx}_{[40.0,\,60.0]}$" in to_latex(table, LAYOUT)
 
 
+@pytest.mark.parametrize(("n", "marks"), [(19, 0), (20, 1)])
+def test_too_few_edits_have_no_best(n, marks):
+    near = metric("full-c", "score", 0.5, behind_low=0.0, behind_high=0.3)
+    metrics = pd.concat([METRICS, pd.DataFrame([near])]).assign(n=n)
+    table = wide_table(metrics, PAPER, LAYOUT)
+    body = to_markdown(table, LAYOUT).split("\n\n", 1)[1]
+    assert ("**90.0**" in body) == marks
+    assert body.count("≈") == marks
+    assert to_latex(table, LAYOUT).count(r"\mathbf{90.0}") == marks
+    assert ("no best is marked among fewer than 20 edits" in to_markdown(table, LAYOUT)) != marks
+
+
 def test_the_floor_is_a_row_but_never_the_best():
     floor = Layout(
         **(LAYOUT.__dict__ | {"methods": LAYOUT.methods | {"none": named("No edit")}}),

@@ -117,8 +117,12 @@ def test_planning_scoring_and_reporting_import_no_torch():
     assert "torch must not be imported" in without_torch("kmebench.models.editable").stderr
 
 
-#: A form of data sets that is called like an editor.
-FORMS = {("data/forms.py", "rome")}
+#: What is called like an editor and is none: a form of data sets, and two families.
+NAMESAKES = {
+    ("data/forms.py", "rome"),
+    ("reporting/appearance.py", "kn"),
+    ("reporting/appearance.py", "pac"),
+}
 
 
 def compared(tree):
@@ -143,7 +147,7 @@ def test_no_editor_is_told_by_its_name_outside_its_family():
         inside = path.relative_to("workflow/kmebench")
         if inside.parts[0] != "editors" or len(inside.parts) == 2:
             found |= {(str(inside), text) for text in compared(TREES[path]) if text in names}
-    assert found == FORMS
+    assert found == NAMESAKES
 
 
 def test_environments_pin_what_the_constraints_pin():
@@ -163,14 +167,14 @@ def test_environments_pin_what_the_constraints_pin():
 
 
 @pytest.mark.integration
-def test_the_readme_shows_the_rule_graph_as_it_is():
+def test_the_docs_show_the_rule_graph_as_it_is():
     command = [sys.executable, "-m", "snakemake", "--rulegraph", "mermaid-js"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     names = dict(re.findall(r"(id\d+)\[(\w+)\]", done.stdout))
     drawn = re.findall(r"(id\d+) --> (id\d+)", done.stdout)
     edges = {(names[a], names[b]) for a, b in drawn if names[b] != "all"}
-    readme = Path("README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^    (\w+) --> (\w+)$", readme, re.MULTILINE)) == edges
+    page = Path("docs/running.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^    (\w+) --> (\w+)$", page, re.MULTILINE)) == edges
 
 
 @pytest.mark.integration

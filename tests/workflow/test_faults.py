@@ -52,7 +52,7 @@ SMALL = {
     "figures": dict.fromkeys(
         (
             *("figure3-time", "figure5-paths", "figure6-lambda", "negatives", "path-scores"),
-            *("edits", "weight-norms"),
+            *("edits", "weight-norms", "overview", "cost-quality", "path-layers"),
         )
     ),
     "notebooks": ["02_one_edit_under_the_microscope", "03_paper_tables"],

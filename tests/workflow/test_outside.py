@@ -61,6 +61,7 @@ def overlay(checkout, name="outside", **changes):
             (
                 *("figure3-time", "figure4-nodes", "figure5-paths", "figure6-lambda"),
                 *("negatives", "path-scores", "edits", "weight-norms"),
+                *("overview", "cost-quality", "path-layers"),
             )
         ),
     }

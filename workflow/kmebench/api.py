@@ -20,11 +20,18 @@ from kmebench.edits.edit import Edit
 from kmebench.errors import ConfigError, KMEBenchError, ModelError
 from kmebench.io import origins
 from kmebench.io.checked_files import users_own
+from kmebench.io.logs import doing
 from kmebench.models.editable import SPREAD, EditableModel, pick_device, seed_everything
 from kmebench.models.sources import from_gguf, from_hub, save_model
-from kmebench.pipelines.one_fact import edit_facts, likeliest, next_token, says
+from kmebench.pipelines.one_fact import (
+    check_editable,
+    edit_facts,
+    likeliest,
+    next_token,
+    says,
+)
 from kmebench.planning.by_hand import Kind, Source, fact, find_model, method_of, trained_path
-from kmebench.planning.workflow import console, make
+from kmebench.planning.workflow import make
 
 __all__ = [
     "Edit",
@@ -79,7 +86,8 @@ def load_found(source: Source) -> Model:
         pick_device(source.device)  # fail before a model is made
     seed_everything(source.seed)
     folder = _folder(source)
-    model = Model.load(folder, dtype=source.dtype, device=source.device)
+    with doing(f"loading {source.name}"):
+        model = Model.load(folder, dtype=source.dtype, device=source.device)
     model.source, model.folder = source, folder
     return model
 
@@ -97,6 +105,9 @@ def editor(
 
     ``mode`` names the pipeline whose values are taken from the config.
     """
+    _check_model(model)
+    if not isinstance(method, str):
+        raise ConfigError(f"A method is a name; not {method!r}.")
     chosen = method_of(model.source, method, hparams, mode)
     files = {need.asset: _file(model, need, covariance) for need in chosen.needs}
     return build_editor(chosen.editor, chosen.hparams, files)
@@ -122,6 +133,7 @@ def edit(
     Raises:
         KMEBenchError: there is no such method or value, or the edit cannot be made; says why.
     """
+    _check_model(model)
     if not isinstance(facts, Sequence) or not all(isinstance(f, EditRequest) for f in facts):
         raise ConfigError("Give the facts as a list of what kmebench.fact returns.")
     if not facts:
@@ -146,6 +158,9 @@ def save(model: EditableModel, folder: str | Path) -> None:
     Raises:
         ModelError: there is such a folder, or the edits are not of weights alone.
     """
+    check_editable(model)
+    if not isinstance(folder, str | Path):
+        raise ConfigError(f"A folder is a path; not {folder!r}.")
     if Path(folder).exists():
         raise ModelError(f"{folder} exists already; name another folder, or delete it.")
     check_weights_alone(model.edits.total())
@@ -162,6 +177,15 @@ def check_weights_alone(edit: Edit) -> None:
         raise ModelError(
             f"The overlays {', '.join(edit.overlays)} are no weights, so no folder of a model can "
             "hold them; save the edit itself and apply it in Python (docs/python.md)."
+        )
+
+
+def _check_model(model: Any) -> None:
+    """Refuse what does not know where it comes from."""
+    if not isinstance(model, Model):
+        raise ConfigError(
+            "A model to edit is what kmebench.load returns, or a kmebench.Model, not a "
+            f"{type(model).__name__}."
         )
 
 
@@ -185,8 +209,8 @@ def _folder(source: Source) -> Path:
     file = Path(source.name)
     folder = _cache() / "models" / f"{file.stem}-{origins.digest(file)[:16]}"
     if not folder.is_dir():
-        console.print(f"reading {file} (once)")
-        from_gguf(file, folder)
+        with doing(f"reading {file} (once)"):
+            from_gguf(file, folder)
     return folder
 
 
@@ -224,7 +248,6 @@ def _measured_covariance(model: Model, need: Covariance) -> Path:
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = _cache() / "covariance" / f"{name}.safetensors"
     if not path.is_file():
-        console.print(f"measuring the covariance of layers {list(need.layers)} (once)")
         with model.edits.savepoint():
             model.revert()
             measure_covariance(path, model, need.layers, TextSettings(**settings), force=force)

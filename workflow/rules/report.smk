@@ -124,9 +124,14 @@ rule costs:
 rule index:
     "Put findings, tables, figures and how they were made on one page."
     input:
-        findings="<results>/tables/findings.md",
+        findings="<results>/tables/findings.csv",
         tables=[f"<results>/{path}.md" for path in reported.table_paths],
         figures=expand("<results>/figures/{figure}.png", figure=config["figures"]),
+        metrics=expand(
+            "<results>/metrics/{experiment}.parquet", experiment=config["experiments"]
+        ),
+        predictions=page.predictions,
+        paths=page.paths,
         runs=[f"<results>/{run.folder()}/run.json" for run in inputs.runs],
         timing=[f"<results>/{run.folder()}/timing.json" for run in inputs.runs],
         code=code("index"),
@@ -138,9 +143,10 @@ rule index:
         "../../envs/report.yaml"
     params:
         title="KME-Bench: what editing single facts does to language models",
+        results=lambda w: RESULTS,
         tables=reported.table_paths,
-        figures={name: spec["title"] for name, spec in config["figures"].items()},
         notebooks=sorted(config["notebooks"]),
+        page=page.shown(),
     message:
         "Writing the summary page"
     script:
@@ -206,6 +212,7 @@ rule figure:
         code=code("figure"),
     output:
         pdf="<results>/figures/{figure}.pdf",
+        svg="<results>/figures/{figure}.svg",
         png=report(
             "<results>/figures/{figure}.png",
             caption="../report/figure.rst",

@@ -80,6 +80,26 @@ def existing_file(option: str) -> Callable[[str], Path]:
     return convert
 
 
+def existing_folder(option: str) -> Callable[[str], Path]:
+    """A folder that is there."""
+
+    def convert(text: str) -> Path:
+        path = _path(option, text)
+        if not path.is_dir():
+            raise ConfigError(f"{option} names {path}, and there is no such folder.")
+        return path
+
+    return convert
+
+
+def model_folder(text: str) -> Path:
+    """A Hugging Face folder."""
+    folder = existing_folder("FOLDER")(text)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} holds no Hugging Face model: it has no config.json.")
+    return folder
+
+
 def new_file(option: str, endings: tuple[str, ...] = ()) -> Callable[[str], Path]:
     """A file that can be written, of one of ``endings``; an older one is replaced."""
 

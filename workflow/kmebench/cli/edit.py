@@ -8,23 +8,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 from torch import Tensor
 
 from kmebench import api
 from kmebench.api import likeliest, load_found, says
+from kmebench.cli import before_after
+from kmebench.cli.before_after import Look
 from kmebench.cli.inputs import Inputs
+from kmebench.cli.terminal import Table, console, draw, table
 from kmebench.data.openfacts import load_relations
 from kmebench.data.records import EditRequest
 from kmebench.edits.edit import Edit
 from kmebench.errors import ConfigError, ModelError
+from kmebench.io.logs import doing
 from kmebench.models.editable import EditableModel
 from kmebench.pipelines.one_fact import critical_shares
 from kmebench.planning.by_hand import Source
 
 OPENFACTS = Path("resources/openfacts")
-console = Console(markup=False, emoji=False)
 
 
 # -- commands -------------------------------------------------------------------------------
@@ -32,25 +34,36 @@ console = Console(markup=False, emoji=False)
 
 def edit_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     """Edit, show what changed, save."""
-    request, model = inputs.request, load_found(inputs.source)
-    neighbours = arguments.neighbour or _neighbours(request)
-    prompts = [request.filled_prompt, *neighbours]
-    likely, said = likeliest(model, prompts[0]), [says(model, p) for p in prompts]
+    request, model, method = inputs.request, load_found(inputs.source), arguments.method
+    prompts = [request.filled_prompt, *(arguments.neighbour or _neighbours(request))]
+    editor = api.editor(model, method, covariance=arguments.covariance, **inputs.hparams)
+    before = _look(model, prompts)
     start = time.perf_counter()
-    result = api.edit(
-        model, arguments.method, [request], covariance=arguments.covariance, **inputs.hparams
-    )
+    with doing(f"editing by {method}"):
+        result = api.edit(model, editor, [request])
     seconds = time.perf_counter() - start
-    console.print(f"{arguments.method}: {result.steps} steps, {seconds:.1f} s\n")
-    console.print(_next_tokens(prompts[0], likely, likeliest(model, prompts[0])))
-    console.print(_changes(prompts, said, [says(model, p) for p in prompts]))
-    if not neighbours:
-        console.print("OpenFacts knows no neighbours of this subject; name some by --neighbour.")
+    after = _look(model, prompts)
+    found = before_after.verdicts(request.target_new, before.answers, after.answers)
+    shown: list[RenderableType] = [
+        f"{method}: {result.steps} steps, {seconds:.1f} s",
+        before_after.next_tokens(prompts[0], request.target_new, before, after),
+        before_after.answers(prompts, before, after, found),
+        f"\n{before_after.summary(found)}",
+    ]
+    for each in shown:
+        console.print(each)
+    if arguments.plot:
+        draw(arguments.plot, shown)
     if arguments.save_delta:
         result.edit.save(arguments.save_delta)
         console.print(f"delta: {arguments.save_delta}")
     if arguments.out:
         _save(model, arguments.out)
+
+
+def _look(model: EditableModel, prompts: Sequence[str]) -> Look:
+    with doing("asking the model"):
+        return Look(likeliest(model, prompts[0]), [says(model, prompt) for prompt in prompts])
 
 
 def trace_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
@@ -61,7 +74,8 @@ def trace_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
             f"--paths cannot be {arguments.paths}: disjoint paths take a segment each, and an FFN "
             f"matrix of this model has {model.ffn_width}."
         )
-    shares, paths = critical_shares(model, request, arguments.paths, arguments.score)
+    with doing("tracing"):
+        shares, paths = critical_shares(model, request, arguments.paths, arguments.score)
     nodes = 2 * model.n_layers * model.ffn_width
     console.print(_layers(request, shares, paths.positive[0]))
     console.print(
@@ -70,7 +84,8 @@ def trace_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
         f"impact ({arguments.score}) on “{request.target_new}”."
     )
     if arguments.plot:
-        from kmebench.reporting.figures import draw_layers, save  # imports matplotlib: if wanted
+        from kmebench.reporting.figures import draw_layers  # imports matplotlib: if wanted
+        from kmebench.reporting.panels import save
 
         title = f"{request.filled_prompt} → {request.target_new}"
         save(draw_layers(shares.sum(dim=2).numpy(), title), arguments.plot)
@@ -107,40 +122,23 @@ def _neighbours(request: EditRequest, count: int = 5) -> list[str]:
 # -- outputs --------------------------------------------------------------------------------
 
 
-def _next_tokens(
-    prompt: str, before: Sequence[tuple[str, float]], after: Sequence[tuple[str, float]]
-) -> Table:
-    table = Table(
-        "before", "", "after", "", title=f"next token of “{prompt}”", title_justify="left"
-    )
-    for (old, p), (new, q) in zip(before, after, strict=True):
-        table.add_row(repr(old), f"{p:.1%}", repr(new), f"{q:.1%}")
-    return table
-
-
-def _changes(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> Table:
-    title = "what the model says to the edited prompt and to its neighbours"
-    table = Table("prompt", "before", "after", "", title=title, title_justify="left")
-    for place, (prompt, old, new) in enumerate(zip(prompts, before, after, strict=True)):
-        table.add_row(prompt, old, new, "same" if old == new else "changed")
-        if place == 0:
-            table.add_section()
-    return table
-
-
 def _layers(request: EditRequest, shares: Tensor, index: Tensor, width: int = 14) -> Table:
     """One row per layer: how much of the impact its critical keys and values carry."""
     title = f"“{request.filled_prompt}” → “{request.target_new}”: impact of critical nodes by layer"
-    table = Table("layer", "keys", "", "values", "", "first key, value", title=title)
+    names = ["layer", "keys", "", "values", "", "first key, value"]
+    shown = table(title, names)
+    for column in (2, 4):
+        shown.columns[column].justify = "left"
     sums = shares.sum(dim=2)
     for layer, (key, value) in enumerate(sums.tolist()):
         bars = ["█" * round(width * x / float(sums.max())) for x in (key, value)]
         first = f"{int(index[layer, 0, 0])}, {int(index[layer, 1, 0])}"
-        table.add_row(str(layer), f"{key:.2%}", bars[0], f"{value:.2%}", bars[1], first)
-    return table
+        shown.add_row(str(layer), f"{key:.2%}", bars[0], f"{value:.2%}", bars[1], first)
+    return shown
 
 
 def _save(model: EditableModel, folder: Path) -> None:
     """Write the model, say where."""
-    api.save(model, folder)
+    with doing(f"writing {folder}"):
+        api.save(model, folder)
     console.print(f"model: {folder}")

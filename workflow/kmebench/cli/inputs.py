@@ -1,4 +1,4 @@
-"""What the commands that run a model are asked for, checked before torch is imported."""
+"""What commands are asked for, checked before torch or pandas is imported."""
 
 import argparse
 from collections.abc import Mapping
@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kmebench.data.records import EditRequest
-from kmebench.planning.by_hand import Source, fact, find_model, method_of
+from kmebench.evaluation.harness import check_installed
+from kmebench.planning.by_hand import Source, checked_loading, fact, find_model, method_of
+from kmebench.planning.config import CONFIG, read_checked_config
+from kmebench.planning.workflow import check_workflow
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,23 @@ def apply_inputs(arguments: argparse.Namespace) -> Source:
     """Check the model; see :func:`edit_inputs`."""
     a = arguments
     return find_model(a.model, a.configfile, revision=a.revision, dtype=a.dtype, device=a.device)
+
+
+def plan_inputs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Check that the workflow is here, and its config.
+
+    Raises:
+        ConfigError: it is not, or the config is wrong.
+    """
+    check_workflow()
+    return read_checked_config(CONFIG, arguments.configfile)
+
+
+def evaluate_inputs(arguments: argparse.Namespace) -> dict[str, str]:
+    """Check that the harness is installed, and how the model is to be loaded.
+
+    Raises:
+        ConfigError: it is not, or there is no such dtype or device.
+    """
+    check_installed()
+    return checked_loading(arguments.dtype, arguments.device)

@@ -73,6 +73,7 @@ class Card:
     """An editor, without its code.
 
     ``needs`` says which cached stages a run with given values in a given pipeline reads.
+    ``summary`` says in a sentence how it edits.
     ``single`` holds the values that differ for one fact by itself, of which no stage of a data
     set is cached. A ``control`` is a row to compare with, never a rival.
     """
@@ -83,6 +84,7 @@ class Card:
     family: str
     citation: str
     needs: Callable[[Any, Pipeline], tuple[Need, ...]] = _nothing
+    summary: str = ""
     single: Mapping[str, Any] = field(default_factory=dict)
     control: bool = False
 

@@ -12,6 +12,9 @@ import pandas as pd
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import METRICS, PROTOCOLS, Metric, metrics_of
 
+#: Editors are compared from so many edits on. One that is right four times in five gets each of
+#: four edits right in 41% of draws, and its bootstrap interval then has no width; of twenty, in 1%.
+ENOUGH_EDITS = 20
 #: Numbers that are resampled at once.
 _BLOCK = 1 << 22
 

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from safetensors import SafetensorError
 
 from kmebench.errors import KMEBenchError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class DamagedFileError(KMEBenchError):
@@ -70,7 +72,9 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def read_parquet(path: str | Path) -> pd.DataFrame:
+def read_parquet(path: str | Path) -> "pd.DataFrame":
     """Read a table of the workflow, checking the sums of its pages; see :func:`trusted`."""
+    import pandas as pd  # half a second, which the command line's complaints do without
+
     with trusted(path):
         return pd.read_parquet(path, page_checksum_verification=True)

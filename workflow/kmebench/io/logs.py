@@ -7,9 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from kmebench.errors import KMEBenchError
 
 logger = logging.getLogger("kmebench")
@@ -77,6 +74,20 @@ _DISK = {
 _TERMINAL: dict[str, Any] = {"stream": None, "title": ""}
 
 
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Say on a terminal what the block does, while it does it; elsewhere be quiet."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    # Only a terminal needs it.
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status(Text(what)):
+        yield
+
+
 def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
     """Yield ``items`` with progress: a bar on a terminal, a log line every tenth elsewhere."""
     stream = _TERMINAL["stream"] or sys.stderr
@@ -84,6 +95,16 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
     if not stream.isatty():
         yield from _track_in_log(items, description, total)
         return
+    # Only a terminal needs it.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(file=stream)
     columns = (
         TextColumn("{task.description}"),

@@ -10,9 +10,11 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -188,11 +190,31 @@ def from_gguf(path: Path, folder: Path) -> None:
 def _read_gguf(path: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """Dequantise a GGUF file to float32."""
     arguments = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    quantised = AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**arguments)
+    with _read_once():
+        quantised = AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**arguments)
     config = quantised.config
     # Marked as quantised, the model could not be saved, nor trained when it is loaded again.
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(quantised.state_dict())
+    with torch.device("meta"):  # neither filled at random nor held twice
+        model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantised.state_dict(), assign=True)
+    model.tie_weights()
     return model, tokenizer
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Let transformers parse a GGUF file once, and make its table of names once.
+
+    It parses the file for the config, the weights and the tokenizer, with a vocabulary of tens of
+    thousands of words each time, and makes the table for every module of the model.
+    """
+    usual = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in usual.items():
+            setattr(gguf, name, cache(function))
+        yield
+    finally:
+        for name, function in usual.items():
+            setattr(gguf, name, function)

@@ -70,17 +70,28 @@ def find_model(
         ConfigError: the config is wrong, or there is no such model, dtype or device.
         ModelError: there is a folder, and it holds no model.
     """
+    if isinstance(configfiles, str) or not isinstance(configfiles, Sequence):
+        raise ConfigError(f"configfiles is a list of files; not {configfiles!r}.")
     name, files = str(name), tuple(map(Path, configfiles))
     config = read_checked_config(CONFIG, files) if files or _in_checkout() else {}
     kind = _kind(name, config.get("models", {}))
     if revision and kind is not Kind.HUB:
         raise ConfigError(f"{name} is {kind}: only a repository of the hub has a revision.")
     own = config["models"][name].get("dtype") if kind is Kind.CONFIG else None
-    dtype = _one_of("dtype", grid.BYTES, str(dtype or own or "float32"))
+    loading = checked_loading(dtype or own, device)
+    return Source(name, kind, config, files, revision, **loading)
+
+
+def checked_loading(dtype: str | None, device: str) -> dict[str, str]:
+    """Return how a model is loaded, by default in float32.
+
+    Raises:
+        ConfigError: there is no such dtype or device.
+    """
     device = str(device)  # a torch.device too
     if not re.fullmatch(r"cuda:[0-9]+", device):
         _one_of("device", DEVICES, device)
-    return Source(name, kind, config, files, revision, dtype, device)
+    return {"dtype": _one_of("dtype", grid.BYTES, str(dtype or "float32")), "device": device}
 
 
 def _in_checkout() -> bool:

@@ -60,7 +60,9 @@ def read_checked_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, 
 
 @cache
 def _schema() -> dict[str, Any]:
-    return yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    # The loader in C, where there is one: the command line reads this file each time.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(SCHEMA.read_text(encoding="utf-8"), Loader=loader)
 
 
 def _fill(validator: Any, properties: dict[str, Any], instance: Any, schema: Any) -> Iterator[Any]:
@@ -118,6 +120,8 @@ def check_config(config: dict[str, Any]) -> None:
         grid.check_name(table["experiment"], config["experiments"], "experiments", where)
     for name, figure in config["figures"].items():
         _check_figure(config, f"figures.{name}", figure)
+    for role, method in config["page"].items():
+        grid.check_name(method, config["methods"], "methods", f"page.{role}")
 
 
 def _check_needs(config: dict[str, Any]) -> None:
@@ -153,9 +157,11 @@ def _check_figure(config: dict[str, Any], where: str, figure: dict[str, Any]) ->
     """Refuse a figure of something that is not there, or that would show nothing."""
     for table in figure.get("tables", []):
         grid.check_name(table, config["tables"], "tables", f"{where}.tables")
+    names = config["experiments"]
+    for experiment in figure.get("experiments", []):
+        grid.check_name(experiment, names, "experiments", f"{where}.experiments")
     if "experiment" not in figure:
         return
-    names = config["experiments"]
     grid.check_name(figure["experiment"], names, "experiments", f"{where}.experiment")
     experiment = names[figure["experiment"]]
     if figure["kind"] == "sweep":

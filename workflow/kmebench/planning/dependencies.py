@@ -24,7 +24,7 @@ _NO_RESULT = (
     *("editors/cards.py", "editors/needs.py", "editors/*/cards.py", "planning/grid.py"),
 )
 #: What modules read as their own.
-_BESIDE = {"reporting/html.py": "templates/*.j2", "reporting/figures.py": "*.mplstyle"}
+_BESIDE = {"reporting/html.py": "templates/*.j2", "reporting/panels.py": "*.mplstyle"}
 
 
 def code(rule: str, *modules: str) -> list[str]:

@@ -128,5 +128,9 @@ class Notebooks:
         experiment = self._main_experiment()
         runs = grid.runs_of(self.config, experiment)
         files = [f"<results>/{run.folder()}/predictions.parquet" for run in runs]
-        parameters = {"experiment": experiment, "statistics": self.config["statistics"]}
+        parameters = {
+            "experiment": experiment,
+            "statistics": self.config["statistics"],
+            "editors": {run.method: grid.editor_of(self.config, run.method) for run in runs},
+        }
         return parameters, [f"<results>/metrics/{experiment}.parquet", *files]

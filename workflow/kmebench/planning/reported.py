@@ -11,6 +11,8 @@ from typing import Any
 
 from kmebench.editors.needs import Paths
 from kmebench.planning import claims, grid
+from kmebench.reporting.appearance import Style, styles
+from kmebench.reporting.captions import caption
 
 CLAIMS = "resources/paper/findings.yaml"
 Files = Callable[[Any], list[str]]
@@ -90,6 +92,12 @@ class Reported:
         name = self.label("methods", run.method)
         return name if run.variant == grid.DEFAULT else f"{name}, {run.variant}"
 
+    @cached_property
+    def styles(self) -> dict[str, Style]:
+        """How every method looks in figures and on the page, by its label."""
+        cards = {m: grid.card_of_method(self.config, m) for m in self.config["methods"]}
+        return {self.label("methods", m): style for m, style in styles(cards).items()}
+
     # -- comparisons ----------------------------------------------------------------------------
 
     def comparison_folders(self, wildcards: Any) -> list[str]:
@@ -168,12 +176,16 @@ class Reported:
         """The runs that a figure shows, each with the value of the swept parameter."""
         if spec["kind"] == "paper":
             return []
+        if spec["kind"] in ("overview", "cost"):
+            wanted = (grid.runs_of(self.config, name) for name in spec["experiments"])
+            shown = dict.fromkeys(run for runs in wanted for run in runs)
+            return [(run, grid.DEFAULT) for run in shown if run in self.default_runs]
         parameter, runs = spec.get("parameter"), []
         for run, values in grid.swept_runs(self.config, spec["experiment"]):
             known = {"seed": run.seed} | values
             runs.append((run, known[parameter] if parameter else grid.DEFAULT))
         # The nodes of a data set are the same whichever run asks for them.
-        if spec["kind"] == "nodes":
+        if spec["kind"] in ("nodes", "layers"):
             runs = [(run, x) for run, x in runs if grid.needed(self.config, run, Paths)]
         # No edit takes no time and has no norm.
         if spec["kind"] in ("time", "norms"):
@@ -188,35 +200,51 @@ class Reported:
             return [f"<results>/tables/{table}.csv" for table in spec["tables"]]
         if spec["kind"] in ("sweep", "edits"):
             return [f"<results>/metrics/{spec['experiment']}.parquet"]
+        if spec["kind"] in ("overview", "cost"):
+            return [f"<results>/metrics/{name}.parquet" for name in spec["experiments"]]
         runs = [run for run, _ in self._figure_runs(spec)]
-        if spec["kind"] == "nodes":
+        if spec["kind"] in ("nodes", "layers"):
             paths = [(run, grid.needed(self.config, run, Paths)) for run in runs]
-            return [
-                f"<results>/trace/{run.model}/{run.dataset}/nodes/{need.name}.parquet"
-                for run, need in paths
-                if need
+            files = [
+                f"<results>/{need.path(run.model, run.dataset)}" for run, need in paths if need
             ]
+            return files if spec["kind"] == "layers" else [_nodes(path) for path in files]
         name = {"time": "timing.json", "norms": "run.json"}[spec["kind"]]
         return [f"<results>/{run.folder()}/{name}" for run in runs]
 
     def figure(self, wildcards: Any) -> dict[str, Any]:
         """Return what a figure shows."""
         config, spec = self.config, self.config["figures"][wildcards.figure]
+        return {
+            **spec,
+            "caption": self.caption(wildcards.figure),
+            "tables": [config["tables"][name]["title"] for name in spec.get("tables", [])],
+            "protocol": spec.get("protocol", "token"),
+            "controls": grid.controls(config),
+            "styles": self.styles,
+            "runs": [asdict(run) | {"value": value} for run, value in self._figure_runs(spec)],
+            "labels": self.all_labels,
+        }
+
+    @cached_property
+    def all_labels(self) -> dict[str, dict[str, str]]:
+        """The names of all models, data sets and methods in tables, by section."""
+        config = self.config
         sections = {
             "models": config["models"],
             "datasets": grid.datasets(config),
             "methods": config["methods"],
         }
         return {
-            **spec,
-            "tables": [config["tables"][name]["title"] for name in spec.get("tables", [])],
-            "protocol": spec.get("protocol", "token"),
-            "runs": [asdict(run) | {"value": value} for run, value in self._figure_runs(spec)],
-            "labels": {
-                section: {name: self.label(section, name) for name in names}
-                for section, names in sections.items()
-            },
+            section: {name: self.label(section, name) for name in names}
+            for section, names in sections.items()
         }
+
+    def caption(self, figure: str) -> str:
+        """Return the caption of a figure: its title, how to read it, and the edits per cell."""
+        spec, sizes = self.config["figures"][figure], grid.datasets(self.config)
+        n = [sizes[run.dataset] for run, _ in self._figure_runs(spec)]
+        return caption(spec["title"], spec["kind"], spec.get("protocol", "token"), n)
 
     # -- findings -------------------------------------------------------------------------------
 
@@ -263,3 +291,8 @@ class Reported:
         page = results / "index.html"
         if page.is_file():
             print(f"\nAll tables, figures and findings on one page: {page}")
+
+
+def _nodes(path: str) -> str:
+    """The importance of the nodes of a path file (rule node_importance)."""
+    return path.replace("/paths/", "/nodes/").removesuffix(".safetensors") + ".parquet"

@@ -5,6 +5,7 @@ python -m kmebench.planning.values_page > docs/editors-values.md
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -32,20 +33,45 @@ def page() -> str:
     return "\n".join([begin, *map(section, own)])
 
 
+@dataclass(frozen=True)
+class Row:
+    """A hyper-parameter in words."""
+
+    name: str
+    default: str  # as JSON
+    allowed: str
+    meaning: str  # a sentence, with the unit
+
+
+def rows(card: Card) -> list[Row]:
+    """Return an editor's hyper-parameters, under their config names."""
+    properties = TypeAdapter(card.hparams).json_schema()["properties"]
+    return [_row(name, rules) for name, rules in properties.items()]
+
+
+def _row(name: str, rules: Mapping[str, Any]) -> Row:
+    unit = f" ({rules['unit']})" if rules.get("unit") else ""
+    meaning = rules.get("description", "").rstrip(".") + unit
+    return Row(name, json.dumps(rules["default"]), _allowed(rules), f"{meaning}.")
+
+
 def section(card: Card) -> str:
     """Return an editor's heading and the table of its values."""
-    properties = TypeAdapter(card.hparams).json_schema()["properties"]
-    lines = [f"## {card.name}", "", f"{card.citation}.", ""]
-    if properties:
+    lines = [f"## {card.name}", "", *_about(card)]
+    found = rows(card)
+    if found:
         lines += ["| value | default | may be | meaning |", "|---|---|---|---|"]
     else:
         lines.append("It has no values.")
-    for name, rules in properties.items():
-        unit = f" ({rules['unit']})" if rules.get("unit") else ""
-        meaning = rules.get("description", "").rstrip(".") + unit
-        cells = [f"`{name}`", f"`{json.dumps(rules['default'])}`", _allowed(rules), f"{meaning}."]
+    for row in found:
+        cells = [f"`{row.name}`", f"`{row.default}`", row.allowed, row.meaning]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join([*lines, ""])
+
+
+def _about(card: Card) -> list[str]:
+    """Say how it edits, and whose it is."""
+    return [*filter(None, [card.summary, f"{card.citation}."]), ""]
 
 
 def _allowed(rules: Mapping[str, Any]) -> str:

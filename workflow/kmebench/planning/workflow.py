@@ -6,12 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from kmebench.errors import ConfigError, ModelError
+from kmebench.io.logs import doing
 
 SNAKEFILE = Path("Snakefile")
-console = Console(markup=False, emoji=False)
 
 
 def check_workflow() -> None:
@@ -34,12 +32,12 @@ def make(path: Path, configfiles: Sequence[Path]) -> None:
     if path.exists():
         return
     check_workflow()
-    console.print(f"making {path} (once)")
     command = [sys.executable, "-m", "snakemake", "--cores", "2"]
     command += ["--quiet", "progress", "rules", "host", "reason"]
     command += ["--configfile", *map(str, configfiles)] if configfiles else []
     command += ["--", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with doing(f"making {path} (once)"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ModelError(f"{path} could not be made: {reason(done.stderr)}")
 

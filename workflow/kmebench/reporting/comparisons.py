@@ -7,7 +7,7 @@ import pandas as pd
 
 from kmebench.evaluation.protocols import metrics_of
 from kmebench.evaluation.score import read_predictions
-from kmebench.evaluation.statistics import paired_difference, request_values
+from kmebench.evaluation.statistics import ENOUGH_EDITS, paired_difference, request_values
 from kmebench.reporting.tables import markdown_table
 
 
@@ -44,19 +44,21 @@ def comparison_markdown(table: pd.DataFrame, title: str, protocol: str) -> str:
     edits = str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}"
     caption = (
         f"**{title}. Protocol {protocol}, {edits} edits; A − B in percentage points with 95% "
-        "paired bootstrap intervals over edits, in bold where the interval leaves out zero.**"
+        "paired bootstrap intervals over edits, in bold where the interval leaves out zero"
     )
+    if n[0] < ENOUGH_EDITS:
+        caption += f"; none is bold among fewer than {ENOUGH_EDITS} edits"
     shown = metrics_of("request", tabled=True)
     lines = [["Question", "Model", "Data set", *(metric.label for metric in shown)]]
     keys = ["name", "question", "model", "dataset"]
     for (_, question, model, dataset), rows in table.groupby(keys, sort=False):
         cells = [_cell(rows[rows["metric"] == metric.name].iloc[0]) for metric in shown]
         lines.append([question, model, dataset, *cells])
-    return f"{caption}\n\n{markdown_table(lines)}\n"
+    return f"{caption}.**\n\n{markdown_table(lines)}\n"
 
 
 def _cell(row: pd.Series) -> str:
     text = f"{row['difference']:+.1f}"
-    if row["low"] > 0 or row["high"] < 0:
+    if row["n"] >= ENOUGH_EDITS and (row["low"] > 0 or row["high"] < 0):
         text = f"**{text}**"
     return f"{text} [{row['low']:+.1f}, {row['high']:+.1f}]"

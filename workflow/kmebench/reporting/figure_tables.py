@@ -5,7 +5,7 @@ Runs are mappings with the columns of a run (model, dataset, mode, method, varia
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ def times(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
     """Seconds per request of every call of the editors, from timing.json files."""
     rows = []
     for path, run in zip(files, runs, strict=True):
-        for call in read_json(path)["calls"]:
-            seconds = sum(call["seconds"].values()) / call["requests"]
-            rows.append(_named(run, labels) | {"seconds": seconds})
+        calls = read_json(path)["calls"]
+        row = _named(run, labels) | {"n": sum(call["requests"] for call in calls)}
+        for call in calls:
+            rows.append(row | {"seconds": sum(call["seconds"].values()) / call["requests"]})
     return pd.DataFrame(rows)
 
 
@@ -37,13 +38,14 @@ def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
     """Frobenius norm of every edit in every layer, from run.json files."""
     rows = []
     for path, run in zip(files, runs, strict=True):
-        for call in read_json(path)["delta_norms"]:
+        made = read_json(path)
+        for call in made["delta_norms"]:
             squares: dict[int, float] = {}
             for name, norm in call.items():
                 if found := LAYER.search(name):  # an embedding or a head is in no layer
                     layer = int(found[1])
                     squares[layer] = squares.get(layer, 0.0) + norm**2
-            named = _named(run, labels)
+            named = _named(run, labels) | {"n": made["requests"]["count"]}
             rows += [named | {"layer": k, "norm": v**0.5} for k, v in sorted(squares.items())]
     return pd.DataFrame(rows)
 
@@ -52,9 +54,48 @@ def swept(metrics: pd.DataFrame, runs: Runs, labels: Labels, protocol: str) -> p
     """Final metrics of every run of a sweep, in percent, with the value that it was given."""
     final = metrics[(metrics["moment"] == "final") & (metrics["protocol"] == protocol)]
     joined = pd.DataFrame(list(runs)).merge(_in_units(final), on=RUN, validate="1:m")
-    columns = ["model", "dataset", "editor", "value", "metric", "mean", "low", "high"]
+    columns = ["model", "dataset", "editor", "value", "metric", "mean", "low", "high", "n"]
     listed = joined["value"].map(lambda x: ", ".join(map(str, x)) if isinstance(x, list) else x)
     return _labelled(joined.assign(value=listed), labels)[columns]
+
+
+def trade_offs(
+    files: Sequence[str], runs: Runs, labels: Labels, protocol: str, controls: Collection[str]
+) -> pd.DataFrame:
+    """One row per editor, data set and pipeline: what its final model can do, and what it took.
+
+    Of the metrics of several experiments the given runs count. Returns pipeline, cell (data set,
+    with the model where there are several), editor, control (whether it edits nothing), seconds
+    (per edit), n, and every tabled metric of requests by its label with ``_low`` and ``_high``.
+    """
+    metrics = pd.concat([read_parquet(path) for path in files], ignore_index=True)
+    shown = metrics["metric"].isin([m.name for m in metrics_of("request", tabled=True)])
+    shown &= (metrics["moment"] == "final") & (metrics["protocol"] == protocol)
+    joined = pd.DataFrame(list(runs)).merge(_in_units(metrics[shown]), on=RUN, validate="1:m")
+    rows = []
+    for _, part in joined.groupby(RUN, sort=False):
+        run = part.iloc[0]
+        row: dict[str, Any] = {"pipeline": _pipeline(run["mode"])} | _named(run, labels)
+        row |= {"control": run["method"] in controls}
+        row |= {"seconds": run["seconds_per_edit"], "n": int(part["n"].max())}
+        for found in part.to_dict("records"):
+            label = METRICS[found["metric"]].label
+            row |= {label: found["mean"]}
+            row |= {f"{label}_{end}": found[end] for end in ("low", "high")}
+        rows.append(row)
+    return with_cells(pd.DataFrame(rows))
+
+
+def with_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Add ``cell``: the data set, with the model where there are several."""
+    several = table["model"].nunique() > 1
+    return table.assign(
+        cell=table["model"] + ", " + table["dataset"] if several else table["dataset"]
+    )
+
+
+def _pipeline(mode: str) -> str:
+    return f"{mode.replace('_', '-').capitalize()} editing"
 
 
 def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFrame:
@@ -71,7 +112,8 @@ def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFra
     state = edited["protocol"] == HEALTH
     ordered = edited.assign(state=state, order=order).sort_values(["state", "order"], kind="stable")
     table = _labelled(_in_units(ordered), labels)
-    return table[["model", "dataset", "editor", "edits_done", "metric", "mean", "low", "high"]]
+    columns = ["model", "dataset", "editor", "edits_done", "metric", "mean", "low", "high"]
+    return with_cells(table[columns])
 
 
 def against_paper(tables: Mapping[str, pd.DataFrame], labels: Labels) -> pd.DataFrame:
@@ -82,6 +124,7 @@ def against_paper(tables: Mapping[str, pd.DataFrame], labels: Labels) -> pd.Data
             named = _named(row | {"method": row["editor"]}, labels) | {"table": title}
             for metric in metrics_of("request", tabled=True):
                 numbers = {
+                    "n": row["n"],
                     "mean": row[metric.name],
                     "low": row[f"{metric.name}_low"],
                     "high": row[f"{metric.name}_high"],
@@ -89,7 +132,7 @@ def against_paper(tables: Mapping[str, pd.DataFrame], labels: Labels) -> pd.Data
                 }
                 if not np.isnan([numbers["mean"], numbers["paper"]]).any():
                     rows.append(named | {"metric": metric.label} | numbers)
-    columns = ["table", "model", "dataset", "editor", "metric", "mean", "low", "high", "paper"]
+    columns = ["table", "model", "dataset", "editor", "n", "metric", "mean", "low", "high", "paper"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -97,9 +140,9 @@ def importance(path: str | Path, *, resamples: int, seed: int) -> pd.DataFrame:
     """Share of every node in the impact of T+, in percent, from a path file.
 
     Shares are taken within each request, then averaged over requests, with 95% bootstrap
-    intervals. Returns layer, matrix (key | value), rank (1 is the best), importance, low, high.
+    intervals. Returns layer, matrix (key | value), rank (1 is the best), importance, low, high, n.
     """
-    shares = _node_shares(path)
+    shares = node_shares(path)
     flat = shares.reshape(len(shares), -1)
     mean, low, high = bootstrap(flat, resamples=resamples, seed=seed)
     layer, matrix, rank = (index.ravel() for index in np.indices(shares.shape[1:]))
@@ -111,16 +154,17 @@ def importance(path: str | Path, *, resamples: int, seed: int) -> pd.DataFrame:
             "importance": mean,
             "low": low,
             "high": high,
+            "n": len(shares),
         }
     )
 
 
 def layer_shares(path: str | Path) -> np.ndarray:
     """Share of every layer in the impact of T+, in percent, [G, L], from a path file."""
-    return _node_shares(path).sum(axis=(2, 3))
+    return node_shares(path).sum(axis=(2, 3))
 
 
-def _node_shares(path: str | Path) -> np.ndarray:
+def node_shares(path: str | Path) -> np.ndarray:
     """Share of every node within its group of requests, [G, L, 2, N]; signs do not count."""
     with trusted(path):
         scores = np.abs(load_file(path)["positive_scores"].astype(np.float64))
@@ -134,6 +178,17 @@ def nodes(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
         for path, run in zip(files, runs, strict=True)
     ]
     return pd.concat(parts, ignore_index=True)
+
+
+def layers(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
+    """Share of every layer in the impact of T+ of every record, in percent, from path files."""
+    parts = []
+    for path, run in zip(files, runs, strict=True):
+        shares = layer_shares(path)
+        record, layer = (index.ravel() for index in np.indices(shares.shape))
+        columns = {"record": record, "layer": layer, "share": shares.ravel()}
+        parts.append(pd.DataFrame(columns).assign(n=len(shares), **_named(run, labels)))
+    return with_cells(pd.concat(parts, ignore_index=True))
 
 
 def _named(run: Mapping[str, Any], labels: Labels) -> dict[str, str]:

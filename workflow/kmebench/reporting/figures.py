@@ -5,13 +5,8 @@ tables from files.
 """
 
 import itertools
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,27 +14,25 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
-from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import METRICS, Metric, metrics_of
-from kmebench.io.files import atomic_path
+from kmebench.evaluation.statistics import ENOUGH_EDITS, bootstrap
+from kmebench.reporting.appearance import MARKERS, Style
+from kmebench.reporting.labels import spread
+from kmebench.reporting.panels import (
+    COLOURS,
+    HEIGHT,
+    WIDTH,
+    Panels,
+    edits,
+    legend_below,
+    panels,
+    seconds_axis,
+)
 
-plt.style.use(Path(__file__).with_name("kmebench.mplstyle"))
-COLOURS: list[str] = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-MARKERS = "osD^vPX*<>hp"
-DASHES = ("-", "--", ":", "-.")
-WIDTH, HEIGHT = 3.4, 2.5  # of one panel, inches
-
-
-def save(figure: Figure, *paths: str | Path) -> None:
-    """Write a figure under several names; the ending decides the format. No dates inside."""
-    for path in map(Path, paths):
-        kind = path.suffix.removeprefix(".") or "png"
-        metadata = {"CreationDate": None} if kind == "pdf" else {}
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format=kind, metadata=metadata)
-    plt.close(figure)
+Styles = Mapping[str, Style]
 
 
 def draw_layers(shares: np.ndarray, title: str) -> Figure:
@@ -56,41 +49,32 @@ def draw_layers(shares: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def time_per_edit(table: pd.DataFrame) -> Figure:
+def time_per_edit(table: pd.DataFrame, styles: Styles) -> Figure:
     """Seconds per edit of every editor (the paper's Figure 3): mean with 95% bootstrap interval.
 
-    Columns: model, dataset, editor, seconds; one row per call of the editor.
+    Columns: model, dataset, editor, seconds; one row per call of the editor. Several models have
+    markers of their own.
     """
-    datasets = table["dataset"].unique()
-    editors = table.groupby("editor")["seconds"].mean().sort_values().index
+    datasets, models = (list(dict.fromkeys(table[name])) for name in ("dataset", "model"))
+    editors = list(table.groupby("editor")["seconds"].mean().sort_values().index)
     size = (len(datasets) * WIDTH, 1.0 + 0.24 * len(editors))
-    figure, panels = plt.subplots(1, len(datasets), figsize=size, sharex=True, sharey=True)
-    models = table["model"].unique()
-    for axes, dataset in zip(np.atleast_1d(panels), datasets, strict=True):
-        sns.pointplot(
-            table[table["dataset"] == dataset],
-            x="seconds",
-            y="editor",
-            hue="model",
-            order=editors,
-            hue_order=models,
-            palette=COLOURS[: len(models)],
-            markers=list(MARKERS[: len(models)]),
-            linestyle="none",
-            dodge=0.3 if len(models) > 1 else False,
-            errorbar=("ci", 95),
-            seed=0,
-            err_kws={"linewidth": 1.0},
-            markersize=4,
-            ax=axes,
-        )
-        axes.set(xscale="log", xlabel="Seconds per edit", ylabel="", title=dataset)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.get_legend().remove()
+    figure, grid = plt.subplots(1, len(datasets), figsize=size, sharex=True, sharey=True)
+    for axes, dataset in zip(np.atleast_1d(grid), datasets, strict=True):
+        calls = table[table["dataset"] == dataset].groupby(["editor", "model"], sort=False)
+        for (editor, model), seconds in calls["seconds"]:
+            k = models.index(model)
+            mean, low, high = bootstrap(seconds.to_numpy(), resamples=1000, seed=0)
+            y = editors.index(editor) + 0.3 * ((k + 0.5) / len(models) - 0.5)
+            bar = [[mean - low], [high - mean]]
+            style = {"fmt": MARKERS[k], "color": styles[editor].colour, "elinewidth": 1.0}
+            axes.errorbar(mean, y, xerr=bar, **style)
+        axes.set(xscale="log", xlabel="Seconds per edit", ylim=(len(editors), -1))
+        axes.set_yticks(range(len(editors)), editors)
+        axes.set_title(f"{dataset} · {edits(table[table['dataset'] == dataset])}")
+        seconds_axis(axes)
     if len(models) > 1:
-        _legend_below(figure, axes, 4)
+        marks = [Line2D([], [], color="0.4", marker=m, ls="none") for m in MARKERS[: len(models)]]
+        figure.legend(marks, models, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -100,8 +84,8 @@ def node_importance(table: pd.DataFrame) -> Figure:
     Columns: model, dataset, layer, matrix (key | value), rank, importance, low, high: share of the
     impact of T+ in percent, mean over requests with its interval.
     """
-    figure, panels = _panels(table, "model", "dataset", sharex=False, wide=1.5)
-    for axes, part in panels:
+    figure, drawn = panels(table, "model", "dataset", sharex=False, wide=1.5)
+    for axes, part in drawn:
         for offset, (matrix, nodes) in zip((-0.15, 0.15), part.groupby("matrix"), strict=False):
             colour = COLOURS[0] if matrix == "key" else COLOURS[1]
             x = nodes["layer"] + offset
@@ -122,42 +106,94 @@ def sweep(table: pd.DataFrame, parameter: str) -> Figure:
 
     Columns: model, dataset, value, metric, mean, low, high (percent).
     """
-    figure, panels = _panels(table, "model", "dataset", sharey=True)
+    figure, drawn = panels(table, "model", "dataset", sharey=True)
     values = list(dict.fromkeys(table["value"]))
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     values = sorted(values) if numbers else values
     labels = [metric.label for metric in metrics_of("request", tabled=True)]
-    for axes, part in panels:
+    for axes, part in drawn:
         for index, metric in enumerate(labels):
             points = part[part["metric"] == metric].set_index("value").reindex(values)
             x = np.arange(len(values)) + 0.06 * (index - 1.5)
-            _line(axes, x, points, index, metric, linestyle="-" if numbers else "none")
+            style = Style(COLOURS[index], MARKERS[index])
+            _line(axes, x, points, style, metric, linestyle="-" if numbers else "none")
         axes.set(xlabel=parameter, ylabel="Percent", ylim=(-4, 104))
         axes.set_xticks(range(len(values)), [str(v) for v in values])
-    _legend_below(figure, panels[0][0], 4)
+    legend_below(figure, drawn[0][0], 4)
     return figure
 
 
-def along_edits(table: pd.DataFrame) -> Figure:
+def layer_impact(table: pd.DataFrame) -> Figure:
+    """In which layers the critical paths lie: one row per record, above them the mean.
+
+    Columns: model, dataset, record, layer, share: percent of the impact of T+. Records are sorted
+    by the layer in which half of their impact has come together.
+    """
+    figure, drawn = panels(table, "model", "dataset", sharex=False, high=1.2)
+    limit = table["share"].quantile(0.99)
+    means = table.groupby(["model", "dataset", "layer"])["share"].mean()
+    for axes, part in drawn:
+        grid = part.pivot(index="record", columns="layer", values="share").to_numpy()
+        half = (grid.cumsum(axis=1) < grid.sum(axis=1, keepdims=True) / 2).sum(axis=1)
+        records = grid[np.argsort(half, kind="stable")]
+        image = axes.imshow(records, aspect="auto", cmap="cividis", vmin=0, vmax=limit)
+        axes.set(xlabel="Layer", ylabel=f"{len(grid)} records", yticks=[])
+        axes.grid(visible=False)
+        above = axes.inset_axes((0, 1.03, 1, 0.25), sharex=axes)
+        above.bar(range(grid.shape[1]), grid.mean(axis=0), 0.8, color="0.45")
+        above.tick_params(labelbottom=False)
+        above.set(ylabel="Mean (%)", ylim=(0, 1.05 * means.max()))
+        above.set_title(axes.get_title(loc="left"))
+        axes.set_title("", loc="left")
+    bar = figure.colorbar(image, ax=[axes for axes, _ in drawn], extend="max", pad=0.02)
+    bar.set_label("Share of the impact of T+ (%)")
+    return figure
+
+
+def along_edits(table: pd.DataFrame, styles: Styles) -> Figure:
     """Metrics against the number of consecutive edits made, one row of panels for each.
 
-    Columns: model, dataset, editor, edits_done, metric, mean, low, high (in the metric's unit).
+    Columns: cell, editor, edits_done, metric, mean, low, high (in the metric's unit). A point
+    after k edits is of those k edits. Names stand at the ends of the lines.
     """
-    table = table.assign(cell=table["model"] + "\n" + table["dataset"])
-    editors = list(dict.fromkeys(table["editor"]))
     by_label = {metric.label: metric for metric in METRICS.values()}
-    figure, panels = _panels(table, "metric", "cell", sharey="row")
-    for axes, part in panels:
-        for index, editor in enumerate(editors):
-            points = part[part["editor"] == editor].sort_values("edits_done")
-            _line(axes, points["edits_done"], points, index, editor)
-        axes.set(xscale="log", xlabel="Edits")
+    figure, drawn = panels(table, "metric", "cell", sharey="row")
+    for axes, part in drawn:
+        for editor, points in part.groupby("editor", sort=False):
+            points = points.sort_values("edits_done")
+            _line(axes, points["edits_done"], points, styles[editor], editor)
+        axes.set(xscale="log", xlabel="Edits made and asked")
+        left, right = axes.get_xlim()
+        axes.axvspan(left, min(ENOUGH_EDITS, right), color="0.96", linewidth=0, zorder=0)
+        axes.set_xlim(left, right)
         _scale(axes, by_label[part["metric"].iloc[0]])
         done = sorted(part["edits_done"].unique())
         axes.set_xticks(done, [str(n) for n in done])
         axes.minorticks_off()
-    _legend_below(figure, panels[0][0], 6)
+        axes.label_outer()
+    _name_ends(figure, drawn, styles)
     return figure
+
+
+def _name_ends(figure: Figure, drawn: Panels, styles: Styles) -> None:
+    """Write the name of every editor at the end of its line, without overlaps."""
+    line = {"arrowstyle": "-", "color": "0.7", "lw": 0.4, "shrinkA": 0, "shrinkB": 3}
+    text = {"textcoords": "offset points", "fontsize": 7, "va": "center", "arrowprops": line}
+    notes = []
+    for axes, part in drawn:
+        ends = part.sort_values("edits_done", kind="stable").groupby("editor", sort=False).last()
+        places = zip(ends.index, ends["edits_done"], ends["mean"], strict=True)
+        notes.append(
+            [axes.annotate(e, at, (12, 0), color=styles[e].colour, **text) for e, *at in places]
+        )
+    figure.draw_without_rendering()  # the layout makes room for names, and decides where lines end
+    figure.set_layout_engine("none")
+    points = 72 / figure.dpi  # of a pixel
+    for (axes, _), names in zip(drawn, notes, strict=True):
+        ends = axes.transData.transform([note.xy for note in names])[:, 1] * points
+        low, high = axes.bbox.y0 * points, axes.bbox.y1 * points
+        for note, offset in zip(names, spread(ends, 8, low, high) - ends, strict=True):
+            note.xyann = (12, offset)
 
 
 def _scale(axes: Axes, metric: Metric) -> None:
@@ -176,8 +212,8 @@ def paper_scatter(table: pd.DataFrame) -> Figure:
 
     Columns: table, dataset, editor, metric, mean, low, high, paper (percent).
     """
-    figure, panels = _panels(table, "table", "dataset", sharey=True)
-    for axes, part in panels:
+    figure, drawn = panels(table, "table", "dataset", sharey=True)
+    for axes, part in drawn:
         axes.axline((0, 0), slope=1, color="0.6", linewidth=0.8, zorder=1)
         for index, (metric, points) in enumerate(part.groupby("metric", sort=False)):
             bars = (points["mean"] - points["low"], points["high"] - points["mean"])
@@ -185,11 +221,9 @@ def paper_scatter(table: pd.DataFrame) -> Figure:
             axes.errorbar(points["paper"], points["mean"], bars, label=metric, **style)
         for row in part[part["metric"] == "Score"].to_dict("records"):
             place = (row["paper"], row["mean"])
-            axes.annotate(
-                row["editor"], place, (3, 3), textcoords="offset points", fontsize="x-small"
-            )
+            axes.annotate(row["editor"], place, (3, 3), textcoords="offset points", fontsize=7)
         axes.set(xlabel="Paper (%)", ylabel="Here (%)", xlim=(-4, 104), ylim=(-4, 104))
-    _legend_below(figure, panels[0][0], 4)
+    legend_below(figure, drawn[0][0], 4)
     return figure
 
 
@@ -198,11 +232,11 @@ def weight_norms(table: pd.DataFrame) -> Figure:
 
     Columns: model, dataset, editor, layer, norm; one row per call, layer and editor.
     """
-    figure, panels = _panels(table, "model", "dataset", sharex=False, wide=1.5)
+    figure, drawn = panels(table, "model", "dataset", sharex=False, wide=1.5)
     positive = table["norm"][table["norm"] > 0]
     scale = LogNorm(positive.min(), positive.max())
     editors = list(dict.fromkeys(table["editor"]))
-    for axes, part in panels:
+    for axes, part in drawn:
         median = part.groupby(["editor", "layer"])["norm"].median().unstack("layer")
         layers = range(int(part["layer"].max()) + 1)
         grid = median.reindex(index=editors, columns=layers)
@@ -217,33 +251,6 @@ def weight_norms(table: pd.DataFrame) -> Figure:
         axes.set(xlabel="Layer", ylabel="")
         axes.tick_params(axis="x", rotation=0)
         axes.grid(visible=False)
-    return figure
-
-
-def one_against_another(table: pd.DataFrame, x: str, y: str, *, diagonal: bool = False) -> Figure:
-    """One number of every editor against another, with both 95% intervals.
-
-    Columns: model, dataset, editor, and for both numbers their name, ``_low``, ``_high`` (percent).
-    """
-    figure, panels = _panels(table, "model", "dataset", sharey=True)
-    editors = list(dict.fromkeys(table["editor"]))
-    for axes, part in panels:
-        if diagonal:
-            axes.axline((0, 0), slope=1, color="0.6", linewidth=0.8, zorder=1)
-        for row in part.to_dict("records"):
-            place = editors.index(row["editor"])
-            bars = {
-                f"{name}err": [[row[n] - row[f"{n}_low"]], [row[f"{n}_high"] - row[n]]]
-                for name, n in (("x", x), ("y", y))
-            }
-            style = {"color": COLOURS[place % len(COLOURS)], "fmt": MARKERS[place % len(MARKERS)]}
-            hollow = {"mfc": "none", "elinewidth": 0.7}  # equal points are all seen
-            axes.errorbar(row[x], row[y], **bars, **style, **hollow, label=row["editor"])
-        axes.set(xlabel=f"{x} (%)", ylabel=f"{y} (%)", xlim=(-4, 104), ylim=(-4, 104))
-    handles = {h.get_label(): h for axes, _ in panels for h in axes.containers}
-    figure.legend(
-        [handles[editor] for editor in editors], editors, loc="outside lower center", ncols=4
-    )
     return figure
 
 
@@ -278,7 +285,7 @@ def paired_matrix(table: pd.DataFrame) -> Figure:
             vmax=limit,
             annot=note.fillna(""),
             fmt="",
-            annot_kws={"fontsize": 6},
+            annot_kws={"fontsize": 7},
             linewidths=0.5,
             cbar_kws={"label": "Row - column (points)"},
             ax=axes,
@@ -289,64 +296,26 @@ def paired_matrix(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _panels(
-    table: pd.DataFrame,
-    rows: str,
-    columns: str,
-    *,
-    sharex: bool = True,
-    sharey: bool | Literal["row"] = False,
-    wide: float = 1.0,
-) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """One panel per value of ``rows`` and ``columns``, titled; empty cells stay blank.
-
-    Raises:
-        KMEBenchError: the table has no rows.
-    """
-    if table.empty:
-        raise KMEBenchError("There is nothing to draw: no run has the numbers of this figure.")
-    down, across = (list(dict.fromkeys(table[name])) for name in (rows, columns))
-    size = (wide * WIDTH * len(across), HEIGHT * len(down))
-    figure, grid = plt.subplots(
-        len(down), len(across), figsize=size, sharex=sharex, sharey=sharey, squeeze=False
-    )
-    panels = []
-    for row, above in enumerate(down):
-        for column, beside in enumerate(across):
-            axes = grid[row, column]
-            part = table[(table[rows] == above) & (table[columns] == beside)]
-            if part.empty:
-                axes.set_axis_off()
-                continue
-            axes.set_title(f"{above}, {beside}" if len(down) > 1 else str(beside))
-            panels.append((axes, part))
-    return figure, panels
-
-
 def _line(
     axes: Axes,
     x: Sequence[float] | np.ndarray,
     points: pd.DataFrame,
-    index: int,
+    style: Style,
     label: str,
-    linestyle: str | None = None,
+    linestyle: str = "-",
 ) -> None:
-    """A line with intervals whose colour, marker and dashes tell the ``index``-th series."""
+    """A line with intervals."""
     bars = (points["mean"] - points["low"], points["high"] - points["mean"])
     axes.errorbar(
         x,
         points["mean"],
         bars,
-        color=COLOURS[index % len(COLOURS)],
-        marker=MARKERS[index % len(MARKERS)],
-        linestyle=linestyle or DASHES[index // len(COLOURS) % len(DASHES)],
+        color=style.colour,
+        marker=style.marker,
+        linestyle=linestyle,
+        ecolor=(style.colour, 0.4),
         elinewidth=0.7,
+        markeredgecolor="white",
+        markeredgewidth=0.4,
         label=label,
     )
-
-
-def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
-    """One legend for all panels, with as many columns as the figure is wide enough for."""
-    handles, labels = axes.get_legend_handles_labels()
-    columns = min(columns, int(figure.get_figwidth() / 1.2))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)

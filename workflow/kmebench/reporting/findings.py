@@ -1,7 +1,7 @@
 """Does what the paper claims hold here? Every verdict with its numbers. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,12 @@ import numpy as np
 import pandas as pd
 
 from kmebench.evaluation.score import read_predictions
-from kmebench.evaluation.statistics import bootstrap, paired_difference, request_values
+from kmebench.evaluation.statistics import (
+    ENOUGH_EDITS,
+    bootstrap,
+    paired_difference,
+    request_values,
+)
 from kmebench.io.checked_files import read_json
 from kmebench.planning.claims import Claim
 from kmebench.reporting.figure_tables import layer_shares
@@ -78,8 +83,18 @@ class Runs:
 def judge(claim: Claim, sides: Mapping[str, str], names: Mapping[str, str], runs: Runs) -> Verdict:
     """Decide one claim for one model and data set.
 
-    ``sides``: file or run folder by role; ``names``: what readers see of them.
+    ``sides``: file or run folder by role; ``names``: what readers see of them. Fewer than
+    :data:`ENOUGH_EDITS` edits decide nothing: their verdict says so.
     """
+    verdict = _judged(claim, sides, names, runs)
+    if verdict.n < ENOUGH_EDITS:
+        return replace(verdict, verdict=f"too few edits ({verdict.n})")
+    return verdict
+
+
+def _judged(
+    claim: Claim, sides: Mapping[str, str], names: Mapping[str, str], runs: Runs
+) -> Verdict:
     test = claim.test
     kind, metric = test["kind"], test.get("metric", "")
     if kind in ("above", "below"):
@@ -165,8 +180,8 @@ def findings_markdown(table: pd.DataFrame) -> str:
         "**What the paper claims and what was found here. Protocol token, final model; differences "
         "in percentage points with 95% paired bootstrap intervals over edits. A claim holds where "
         "the interval lies on its side of zero (or of the number it names), fails where it lies on "
-        "the other, and is undecided in between; other models and fewer edits than the paper's "
-        "limit what either says about the paper.**"
+        f"the other, and is undecided in between; from {ENOUGH_EDITS} edits on. Other models and "
+        "fewer edits than the paper's limit what either says about the paper.**"
     )
     lines = [["Claim", "Paper", "Model", "Data set", "Edits (paper)", "Found", "Verdict"]]
     for row in table.to_dict("records"):

@@ -3,15 +3,24 @@
 A page needs no network: style and script stand in it.
 """
 
+from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import mistune
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from kmebench.io.checked_files import read_json
+from kmebench.reporting import overview
+from kmebench.reporting.headlines import Headline
+from kmebench.reporting.one_fact import Fact
+from kmebench.reporting.overview import Panel
 
 _PAGES = Environment(
     loader=PackageLoader("kmebench.reporting"), autoescape=True, undefined=StrictUndefined
@@ -30,36 +39,64 @@ def page(title: str, markdown: str) -> str:
     return _PAGES.get_template("page.html.j2").render(title=title, body=body)
 
 
-def index(
-    title: str,
-    findings: str,
-    tables: Mapping[str, str],
-    figures: Mapping[str, str],
-    notebooks: Sequence[str],
-    provenance: Mapping[str, str],
-) -> str:
-    """Make the summary page of a results folder; links are relative to that folder.
+@dataclass(frozen=True)
+class Summary:
+    """What stands on the page of a results folder; what is empty is left out.
 
-    ``findings`` and ``tables`` (by path without ending, as ``tables/table1``) are Markdown,
-    ``figures`` titles by name; ``provenance`` comes from :func:`provenance_of`.
+    ``tables``: title and Markdown by path without ending, as ``tables/table1``; ``costs`` is
+    Markdown, too.
+    ``figures``: caption and PNG file by name. ``findings``: rows of ``tables/findings.csv``.
+    ``place``: words on where ``fact`` was edited. ``files``: SHA-256 of files beside the page.
     """
-    shown = [
-        {"name": path.rpartition("/")[2], "html": fragment(text), "csv": f"{path}.csv"}
-        for path, text in tables.items()
+
+    title: str
+    panels: Sequence[Panel]
+    headlines: Sequence[Headline]
+    explorer: Mapping[str, Any]
+    tables: Mapping[str, tuple[str, str]]
+    figures: Mapping[str, tuple[str, str | Path]]
+    findings: Sequence[Mapping[str, Any]]
+    costs: str
+    fact: Fact | None
+    place: str
+    notebooks: Sequence[str]
+    provenance: Mapping[str, str]
+    files: Mapping[str, str]
+    config: str
+
+
+def index(summary: Summary) -> str:
+    """Make the page of a results folder: one file that needs nothing beside it.
+
+    Links lead to the files below that folder, relative to it.
+    """
+    shown = {field.name: getattr(summary, field.name) for field in fields(summary)}
+    shown["tables"] = [
+        {"id": path.replace("/", "-"), "title": title, "html": fragment(text), "csv": f"{path}.csv"}
+        for path, (title, text) in summary.tables.items()
     ]
+    shown["figures"] = [
+        {"name": name, "caption": caption} | _embedded(png)
+        for name, (caption, png) in summary.figures.items()
+    ]
+    costs = fragment(summary.costs) if summary.costs else ""
+    verdicts = Counter(row["verdict"] for row in summary.findings)
     return _PAGES.get_template("index.html.j2").render(
-        title=title,
-        summary=f"{provenance['Runs']} runs, {provenance['Edits']} edits.",
-        findings=fragment(findings),
-        tables=shown,
-        figures=[
-            {"name": name, "title": text}
-            | {kind: f"figures/{name}.{kind}" for kind in ("pdf", "png", "csv")}
-            for name, text in figures.items()
-        ],
-        notebooks=[{"name": n, "html": f"notebooks/{n}.html"} for n in notebooks],
-        provenance=provenance,
+        **shown | {"costs": costs}, verdicts=verdicts, frame=overview
     )
+
+
+def _embedded(png: str | Path) -> dict[str, Any]:
+    """Return a picture as an address that holds it, shown at half its size for fine screens.
+
+    256 colours are enough for a figure, and take a third of its bytes.
+    """
+    kept = BytesIO()
+    with Image.open(png) as picture:
+        picture.convert("RGB").quantize(256).save(kept, "PNG", optimize=True)
+        width, height = (length // 2 for length in picture.size)
+    address = f"data:image/png;base64,{b64encode(kept.getvalue()).decode()}"
+    return {"data": address, "width": width, "height": height}
 
 
 def provenance_of(runs: Sequence[str | Path], timings: Sequence[str | Path]) -> dict[str, str]:
@@ -75,6 +112,9 @@ def provenance_of(runs: Sequence[str | Path], timings: Sequence[str | Path]) -> 
         "Time spent loading models": f"{sum(t['model_load_seconds'] for t in spent) / 60:.1f} min",
         "KME-Bench": _joined(run["kmebench"] for run in made),
         "Commit": _joined(run["git_commit"] for run in made),
+        "Requests (SHA-256)": _joined(
+            f"{run['requests']['count']}: {run['requests']['sha256']}" for run in made
+        ),
         "Seed": _joined(run["settings"]["seed"] for run in made),
         "Device": _joined(f"{t['device']}, {t['dtype']}, {t['threads']} threads" for t in spent),
         "Machine": _joined(f"{run['machine']}, Python {run['python']}" for run in made),

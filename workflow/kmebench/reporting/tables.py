@@ -1,6 +1,7 @@
 """Tables 1 and 2 in the paper's layout, with intervals and the paper's numbers beside ours."""
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import pandas as pd
 
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import HEALTH, Metric, table_columns
+from kmebench.evaluation.statistics import ENOUGH_EDITS
 from kmebench.reporting.paper import ORIGINAL
 
 MISSING = "–"
@@ -42,9 +44,10 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
 
     Columns: for every tabled metric of requests its value, ``_low``, ``_high``, ``_paper`` and
     ``_difference`` (ours − paper), and ``_tied``: not the best, but not distinguishable from the
-    best (the 95% paired interval of the difference holds zero); ``write_efficacy`` (consecutive:
-    right after each edit); n, seconds_per_edit, failed_edits, protocol, mode, variant, seed; and
-    every tabled metric of the final model's state that any run has, in its own unit.
+    best (of enough edits, the 95% paired interval of the difference holds zero);
+    ``write_efficacy`` (consecutive: right after each edit); n, seconds_per_edit, failed_edits,
+    protocol, mode, variant, seed; and every tabled metric of the final model's state that any run
+    has, in its own unit.
     Missing runs are rows of NaN. The paper's numbers stand beside the variant ``default`` only.
     """
     of_mode = metrics[metrics["mode"] == layout.mode]
@@ -87,7 +90,7 @@ def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]
         for end, column in (("", "value"), ("_low", "low"), ("_high", "high")):
             row[name + end] = float("nan") if found is None else metric.scale * found[column]
         row[f"{name}_tied"] = found is not None and bool(
-            found["behind_low"] <= 0 < found["behind_high"]
+            found["n"] >= ENOUGH_EDITS and found["behind_low"] <= 0 < found["behind_high"]
         )
         row[f"{name}_paper"] = published.get(name, float("nan"))
         row[f"{name}_difference"] = row[name] - row[f"{name}_paper"]
@@ -130,6 +133,8 @@ def caption(table: pd.DataFrame, layout: Layout) -> str:
         text += "; evaluated on the final model, Write: efficacy right after each edit"
     if table[[f"{m.name}_tied" for m in table_columns("request")]].any(axis=None):
         text += "; bold: the best, ≈: not distinguishable from it (paired interval holds zero)"
+    if table["n"].between(1, ENOUGH_EDITS - 1).any():
+        text += f"; no best is marked among fewer than {ENOUGH_EDITS} edits"
     if table[[f"{m.name}_paper" for m in table_columns("request")]].notna().any(axis=None):
         text += "; in brackets the paper's number"
     for metric in _states(table):
@@ -163,9 +168,12 @@ def _state_label(metric: Metric) -> str:
 
 
 def _best(table: pd.DataFrame, metric: Metric, layout: Layout) -> pd.Series:
-    """Mark the best edited model of each model and data set; a control is no rival."""
-    edited = ~table["editor"].isin(["original", *layout.controls])
-    groups = (metric.direction * table.loc[edited, metric.name]).groupby(
+    """Mark the best edited model of each model and data set; a control is no rival.
+
+    Too few edits have no best.
+    """
+    rivals = ~table["editor"].isin(["original", *layout.controls]) & (table["n"] >= ENOUGH_EDITS)
+    groups = (metric.direction * table.loc[rivals, metric.name]).groupby(
         [table["model"], table["dataset"]]
     )
     best = metric.direction * groups.transform("max").reindex(table.index)
@@ -215,14 +223,23 @@ def _markdown_cell(row: pd.Series, metric: str, best: bool) -> str:
 
 
 def markdown_table(lines: list[list[str]]) -> str:
-    """Lay cells out as a Markdown table that is aligned in plain text too; the head first."""
+    """Lay cells out as a Markdown table that is aligned in plain text too; the head first.
+
+    Columns of numbers are aligned on the right where Markdown is rendered.
+    """
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     rows = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
         for line in lines
     ]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    ends = [":" if _is_numbers(column) else "-" for column in zip(*lines[1:], strict=True)]
+    rule = "|" + "|".join("-" * (w + 1) + e for w, e in zip(widths, ends, strict=True)) + "|"
     return "\n".join([rows[0], rule, *rows[1:]])
+
+
+def _is_numbers(cells: Iterable[str]) -> bool:
+    """Whether every cell of a column begins with a number, or misses one."""
+    return all(cell == MISSING or re.match(r"\**[-+]?\d", cell) for cell in cells)
 
 
 _LATEX = {

@@ -15,6 +15,7 @@ CARDS = [
         NoneHparams,
         "control",
         "the floor: the unedited model",
+        summary="Leaves the model as it is.",
         control=True,
     )
 ]

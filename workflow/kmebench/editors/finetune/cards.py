@@ -53,6 +53,7 @@ CARDS = [
         FullCHparams,
         "finetune",
         "Zhu et al. 2021, Modifying memories in transformer models",
+        summary="Fine-tunes the FFN, and lets no weight change by more than a bound.",
     ),
     Card(
         "lora",
@@ -60,5 +61,6 @@ CARDS = [
         LoRAHparams,
         "finetune",
         "Hu et al. 2022, LoRA: low-rank adaptation of large language models",
+        summary="Fine-tunes low-rank adapters and merges them into the weights.",
     ),
 ]

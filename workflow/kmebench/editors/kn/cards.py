@@ -32,5 +32,6 @@ CARDS = [
         KNHparams,
         "kn",
         "Dai et al. 2022, Knowledge neurons in pretrained transformers",
+        summary="Finds the FFN neurons that tell the fact and adds embeddings to their values.",
     )
 ]

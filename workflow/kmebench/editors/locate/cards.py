@@ -122,8 +122,9 @@ def spread(site: Site) -> Any:
     return needs
 
 
-def _card(name: str, place: str, hparams: type, citation: str, needs: Any) -> Card:
-    return Card(name, f"kmebench.editors.locate.{place}", hparams, "locate", citation, needs=needs)
+def _card(name: str, place: str, hparams: type, citation: str, summary: str, needs: Any) -> Card:
+    implementation = f"kmebench.editors.locate.{place}"
+    return Card(name, implementation, hparams, "locate", citation, needs, summary)
 
 
 CARDS = [
@@ -132,14 +133,23 @@ CARDS = [
         "rome:ROME",
         ROMEHparams,
         "Meng et al. 2022, Locating and editing factual associations in GPT",
+        "Writes one key and one value into W2 of one layer, against a covariance.",
         _rome,
     ),
-    _card("r-rome", "r_rome:RROME", ROMEHparams, "Gupta et al. 2024, Rebuilding ROME", _rome),
+    _card(
+        "r-rome",
+        "r_rome:RROME",
+        ROMEHparams,
+        "Gupta et al. 2024, Rebuilding ROME",
+        "ROME with the same key, averaged over contexts, on both sides of its equation.",
+        _rome,
+    ),
     _card(
         "memit",
         "memit:MEMIT",
         MEMITHparams,
         "Meng et al. 2023, Mass-editing memory in a transformer",
+        "Writes many facts at once into W2 of several layers, by least squares.",
         spread("layer"),
     ),
     _card(
@@ -147,6 +157,7 @@ CARDS = [
         "pmet:PMET",
         PMETHparams,
         "Li et al. 2024, PMET: precise model editing in a transformer",
+        "MEMIT with targets of the FFN alone, found while the attention's output moves too.",
         spread("attention-value"),
     ),
     _card(
@@ -154,6 +165,7 @@ CARDS = [
         "emmet:EMMET",
         EMMETHparams,
         "Gupta et al. 2024, A unified framework for model editing",
+        "Writes many facts under an equality constraint, as ROME does one.",
         spread("layer"),
     ),
     _card(
@@ -161,6 +173,7 @@ CARDS = [
         "alphaedit:AlphaEdit",
         AlphaEditHparams,
         "Fang et al. 2025, AlphaEdit: null-space constrained knowledge editing",
+        "MEMIT within the null space of what the model knows.",
         spread("layer"),
     ),
     _card(
@@ -168,6 +181,7 @@ CARDS = [
         "prune:PRUNE",
         PRUNEHparams,
         "Ma et al. 2025, Perturbation-restrained sequential model editing",
+        "MEMIT; at the end, singular values above the weight's largest are restrained.",
         spread("layer"),
     ),
     _card(
@@ -175,6 +189,7 @@ CARDS = [
         "rect:RECT",
         RECTHparams,
         "Gu et al. 2024, Model editing harms general abilities of large language models",
+        "MEMIT; of its change only the entries that are largest against the weight are kept.",
         spread("layer"),
     ),
 ]

@@ -35,5 +35,6 @@ CARDS = [
         "memory",
         "Hartvigsen et al. 2023, Aging with GRACE: lifelong model editing with discrete key-value "
         "adaptors",
+        summary="Keeps edits in a codebook beside the weights, which answers near their prompts.",
     )
 ]

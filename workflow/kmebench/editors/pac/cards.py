@@ -88,6 +88,7 @@ CARDS = [
         "pac",
         _CITATION,
         needs=_paths,
+        summary="Trains the FFN's critical paths alone, those of largest impact on the fact.",
         single={"trace_on": "current"},
     ),
     Card(
@@ -96,5 +97,6 @@ CARDS = [
         PACReleasedHparams,
         "pac",
         _CITATION + " (the schedule of its released code)",
+        summary="PAC in passes over all facts, as its released code edits.",
     ),
 ]

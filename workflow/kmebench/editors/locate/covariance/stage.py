@@ -164,7 +164,8 @@ def measure_covariance(
     }
     partial = Path(f"{path}.partial")
     reading = Pass(partial, identity, Sums(model, layers), settings)
-    for _ in track(_thousands(reading.run(model)), "thousand tokens", -(-settings.tokens // 1000)):
+    thousands = -(-settings.tokens // 1000)
+    for _ in track(_thousands(reading.run(model)), "thousand tokens of the covariance", thousands):
         pass
     if not reading.tokens:
         raise DataError(f"covariance: the text of {dict(settings.text)} has no tokens.")

@@ -1,0 +1,76 @@
+"""The numbers of README.md and docs/*.md are those of the reference results."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kmebench.errors import KMEBenchError
+from kmebench.reporting.quotes import filled, pages, quote, without_quotes
+
+EDITORS = Path("results/reference/smollm2-135m-editors")
+PAGES = [pytest.param(page.read_text(encoding="utf-8"), id=str(page)) for page in pages()]
+INTERVAL = re.compile(r"\[[+−-]?\d+(\.\d+)?, ?[+−-]?\d+(\.\d+)?\]")
+
+
+def numbers(text):
+    return [float(x) for x in re.findall(r"[+-]?\d+\.\d+", text.replace("−", "-"))]
+
+
+@pytest.mark.parametrize("text", PAGES)
+def test_quoted_numbers_are_those_of_the_reference_results(text):
+    assert filled(text) == text, "python -m kmebench.reporting.quotes"
+
+
+@pytest.mark.parametrize("text", PAGES)
+def test_no_interval_stands_in_prose_without_its_source(text):
+    prose = re.sub(r"```.*?```|`[^`]*`", "", without_quotes(text), flags=re.DOTALL)
+    assert not INTERVAL.search(prose), INTERVAL.search(prose)
+
+
+@pytest.mark.parametrize("text", PAGES)
+def test_a_quote_inside_a_paragraph_never_begins_a_line(text):
+    """Markdown would take the whole line for HTML."""
+    assert not re.search(r"^<!--= .*-->.+", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("metric", ["efficacy", "generality", "locality", "score"])
+def test_a_quoted_mean_is_what_make_tables_prints(metric):
+    """The tables are made from the metrics' files, quotes from the predictions."""
+    for number in (1, 2):
+        table = pd.read_csv(EDITORS / f"tables/table{number}.csv")
+        for row in table[table["editor"] != "original"].to_dict("records"):
+            run = f"{row['dataset']}/{row['mode']}/{row['editor']}"
+            cell = [row[metric + end] for end in ("", "_low", "_high")]
+            assert numbers(quote(f"editors {run} {metric}")) == pytest.approx(cell, abs=0.051), run
+            assert quote(f"editors {run} n") == str(row["n"])
+
+
+def test_a_quoted_difference_is_what_make_tables_prints():
+    found = pd.read_csv(EDITORS / "tables/findings.csv")["found"].astype(str)
+    (printed,) = found[found.str.startswith("R-ROME − ROME")]
+    shown = quote("editors zsre/consecutive/r-rome - zsre/consecutive/rome score")
+    assert numbers(shown) == pytest.approx(numbers(printed), abs=0.051)
+
+
+@pytest.mark.parametrize(
+    "source", ["scores", "editors zsre/batch/pac speed", "table results/reference"]
+)
+def test_a_quote_of_nothing_is_one_sentence(source):
+    with pytest.raises(KMEBenchError, match=re.escape(repr(source))):
+        filled(f"<!--= {source} -->1<!--/-->")
+
+
+def test_what_the_readme_finds_in_words_holds():
+    table = pd.read_csv(EDITORS / "tables/table2.csv").query("editor not in ['original', 'none']")
+    for dataset, cells in table.groupby("dataset"):
+        cells = cells.set_index("editor")
+        assert cells["score"].idxmax() == "alphaedit"
+        assert list(cells.index[cells["score_tied"]]) == ["rect"]
+        run = f"{dataset}/consecutive"
+        assert min(numbers(quote(f"editors {run}/alphaedit - {run}/pac score"))) > 0
+        epochs = f"{dataset}/breadth_first/pac-released"
+        assert min(numbers(quote(f"audit {epochs} - {run}/pac-released score"))) > 0
+    floor = quote("editors counterfact/consecutive/pac - counterfact/consecutive/none score")
+    assert numbers(floor)[1] < 0 < numbers(floor)[2]

@@ -1,0 +1,34 @@
+"""What a reader must know of each kind of figure. Imports no torch."""
+
+from collections.abc import Iterable
+
+_INTERVALS = "bars are 95% bootstrap intervals over edits"
+#: How to read a figure, by its kind in the config.
+_READ = {
+    "overview": "One mark per editor, coloured by family; its area is Generality. Dashed: the "
+    f"unedited model; {_INTERVALS}",
+    "cost": f"Colours are families of editors. Dashed: the unedited model; {_INTERVALS}",
+    "time": f"Mean over calls of the editor; {_INTERVALS}",
+    "nodes": "Share of each critical node in the impact of T+, mean over records; bars are 95% "
+    "bootstrap intervals over records",
+    "layers": "One row per record, sorted by the layer in which half of the impact has come "
+    "together. Above: the mean over records",
+    "sweep": f"Metrics on the final model; {_INTERVALS}",
+    "edits": "A point after k edits is of those k edits; grey: too few to compare editors; "
+    f"{_INTERVALS}",
+    "norms": "Frobenius norm of an edit in each layer, median over calls of the editor",
+    "paper": "On the diagonal both numbers are equal; bars are 95% bootstrap intervals of ours",
+}
+#: Kinds that show metrics, which are of one protocol.
+_SCORED = ("overview", "cost", "sweep", "edits")
+
+
+def caption(title: str, kind: str, protocol: str, n: Iterable[int]) -> str:
+    """Return the caption of a figure; ``n``: how many edits its cells hold."""
+    counts = sorted(set(n))
+    said = [title, _READ[kind]]
+    if counts:
+        scored = f"Protocol {protocol}, " if kind in _SCORED else ""
+        cells = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        said.append(f"{scored}{cells} edits per cell")
+    return ". ".join(said) + "."
