@@ -277,8 +277,7 @@ def test_what_only_the_arguments_tell_is_said_before_anything_slow_is_imported()
     command = [sys.executable, "-c", REFUSES, json.dumps(WRONG)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"(kmebench: .*\n)+", done.stderr)
-    assert done.stderr.count("\n") == len(WRONG)
+    assert re.fullmatch("(kmebench: .*\n){13}", done.stderr)
 
 
 def test_a_fact_is_edited_with_an_overlay_over_the_config(folder, tmp_path, capsys):
