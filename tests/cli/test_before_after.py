@@ -26,6 +26,13 @@ def test_what_is_written_stays_or_changes_is_said():
     assert "--neighbour" in summary(found[:1])
 
 
+def test_what_follows_the_natural_stop_of_an_answer_does_not_count():
+    before = ["Paris.", "Anguila. Anguila is a country", "Lima is big", "Oslo"]
+    after = ["Rome. Rome is", "Anguila. Anguila is a tropical", "Lima is small", "the Oslo!"]
+    assert verdicts("Rome", before, after) == ["written", "same", "changed", "same"]
+    assert verdicts("Rom", before, after)[0] == "not written"
+
+
 def test_a_row_holds_a_prompt_both_answers_and_the_verdict():
     rows = text(answers(["a", "b", "[/c]"], BEFORE, AFTER, ["written", "same", "changed"]))
     assert [line.split() for line in rows if "changed" in line] == [

@@ -11,6 +11,7 @@ from kmebench.reporting.quotes import filled, pages, quote, without_quotes
 
 EDITORS = Path("results/reference/smollm2-135m-editors")
 PAGES = [pytest.param(page.read_text(encoding="utf-8"), id=str(page)) for page in pages()]
+README = Path("README.md").read_text(encoding="utf-8")
 INTERVAL = re.compile(r"\[[+−-]?\d+(\.\d+)?, ?[+−-]?\d+(\.\d+)?\]")
 
 
@@ -60,6 +61,15 @@ def test_a_quoted_difference_is_what_make_tables_prints():
 def test_a_quote_of_nothing_is_one_sentence(source):
     with pytest.raises(KMEBenchError, match=re.escape(repr(source))):
         filled(f"<!--= {source} -->1<!--/-->")
+
+
+def test_the_readme_prints_the_metrics_that_it_quotes(capsys):
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    exec(code, {})
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:-1])
+    for kind, metric in (("edit", "efficacy"), ("paraphrase", "generality"), ("locality",) * 2):
+        (mean, *_) = numbers(quote(f"editors zsre/consecutive/pac {metric}"))
+        assert 100 * float(printed[kind]) == pytest.approx(mean, abs=0.051)
 
 
 def test_what_the_readme_finds_in_words_holds():

@@ -7,6 +7,7 @@ from typing import Literal
 from rich.text import Text
 
 from kmebench.cli.terminal import Table, table
+from kmebench.evaluation.answers import begins_with, natural_stop, normalise
 
 #: Columns of a bar of probability 1.
 _BAR = 14
@@ -46,12 +47,19 @@ def _token(token: str, probability: float, target: str) -> tuple[Text, Text, Tex
 
 
 def verdicts(target: str, before: Sequence[str], after: Sequence[str]) -> list[Verdict]:
-    """Whether the edited prompt goes on by the target, and which neighbours changed."""
-    first: Verdict = "written" if after[0].startswith(target) else "not written"
-    rest: list[Verdict] = [
-        "same" if old == new else "changed" for old, new in zip(before[1:], after[1:], strict=True)
-    ]
+    """Whether the edited prompt goes on by the target, and which neighbours changed.
+
+    Answers are compared up to their natural stop, as by the protocol `wild`.
+    """
+    written = begins_with(natural_stop(after[0], target), target)
+    first: Verdict = "written" if written else "not written"
+    pairs = zip(before[1:], after[1:], strict=True)
+    rest: list[Verdict] = ["same" if _answer(a) == _answer(b) else "changed" for a, b in pairs]
     return [first, *rest]
+
+
+def _answer(text: str) -> str:
+    return normalise(natural_stop(text))
 
 
 def answers(prompts: Sequence[str], before: Look, after: Look, found: Sequence[Verdict]) -> Table:
