@@ -1,6 +1,9 @@
 """Small random models of every supported family, requests for them, and the name of a run."""
 
 import gc
+
+gc.disable()  # until all is imported, of which nothing is garbage
+
 import os
 from collections.abc import Callable
 
@@ -21,7 +24,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish():
-    gc.freeze()  # half a million objects of imported modules, which no test makes garbage
+    gc.freeze()
+    gc.enable()
 
 
 FAMILIES = ("gptj", "llama", "gpt2")

@@ -341,11 +341,11 @@ def test_check_config_lists_the_grid_and_names_what_is_wrong(tmp_path, capsys):
 def test_check_config_explains_where_values_come_from(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("kmebench.cli.terminal.console.width", 200)
     mine = tmp_path / "mine.yaml"
-    mine.write_text("methods: {memit: {hparams: {steps: 7}}}")
+    mine.write_text("models: {smollm2-135m: {hparams: {memit: {steps: 7}}}}")
     explain = ["check-config", "--configfile", str(mine), "--explain"]
     assert main([*explain, "smollm2-135m/memit/batch"]) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["steps", "7", str(mine), "methods.memit.hparams.steps"] in shown
+    assert ["steps", "7", str(mine), "models.smollm2-135m.hparams.memit.steps"] in shown
     key = "models.smollm2-135m.hparams.memit.kl_factor"
     assert ["kl_factor", "0.0625", "config/tuned/locate-memit.yaml", key] in shown
     assert ["clamp_factor", "4.0", *["default", "of", "the", "editor", "memit"]] in shown
