@@ -270,8 +270,8 @@ def test_what_is_trained_needs_a_development_split(tmp_path, monkeypatch):
 
 
 def test_a_model_of_ones_own_is_four_lines_and_plans_only_itself(tmp_path):
-    page = Path("docs/extending.md").read_text(encoding="utf-8")
-    (lines,) = re.findall(r"^```yaml\n(models:\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    page = Path("README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```yaml\n# my.yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(lines.splitlines()) == 4
     (tmp_path / "mine.yaml").write_text(lines)
     config = read_checked_config(Path("config.yaml"), [tmp_path / "mine.yaml"])
