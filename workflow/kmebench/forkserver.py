@@ -1,10 +1,11 @@
-"""One process imports torch and transformers once, and forks for each local job.
+"""One process imports torch and what else is slow to import, and forks for each local job.
 
 Snakemake starts every script in a Python of its own. Importing torch and transformers there takes
-about five seconds, longer than many an edit of a small model. So such a script first calls
-`hand_over`: it sends itself to the server of its Snakemake, which runs it in a fork that has the
-imports already, with the same arguments, folder, environment and open files. The script's own
-process waits, passes signals on, and ends as the fork ends. Killing it kills the fork.
+about five seconds, longer than many an edit of a small model; pandas and matplotlib take two. So
+the scripts of many jobs first call `hand_over`: it sends a script to the server of its Snakemake,
+which runs it in a fork that has the imports already, with the same arguments, folder, environment
+and open files. The script's own process waits, passes signals on, and ends as the fork ends.
+Killing it kills the fork.
 
 Without a server (`--use-conda`, a cluster, a GPU, which no fork may use after its parent has, or an
 operating system other than Linux) `hand_over` returns, and the script goes on by itself.

@@ -1,5 +1,9 @@
 """Draw one figure as PDF, SVG and PNG, with the numbers behind it as CSV (kmebench.reporting)."""
 
+from kmebench.forkserver import hand_over
+
+hand_over("kmebench.reporting.drawing")
+
 from kmebench.io.files import atomic_path
 from kmebench.io.logs import script_log
 from kmebench.reporting.drawing import drawn

@@ -1,5 +1,9 @@
 """Score all runs of one experiment by all protocols (kmebench.evaluation)."""
 
+from kmebench.forkserver import hand_over
+
+hand_over("kmebench.evaluation.score")
+
 from kmebench.evaluation.score import score_experiment
 from kmebench.io.files import atomic_path
 from kmebench.io.logs import script_log

@@ -1,5 +1,9 @@
 """Select transmission paths from cached impact scores (kmebench.editors.pac.paths)."""
 
+from kmebench.forkserver import hand_over
+
+hand_over("kmebench.editors.pac.cache")
+
 from kmebench.editors.pac.cache import GradientCache, select_groups, write_paths
 from kmebench.io.logs import script_log
 

@@ -1,5 +1,9 @@
 """Write one table as CSV, Markdown, LaTeX and HTML (kmebench.reporting)."""
 
+from kmebench.forkserver import hand_over
+
+hand_over("kmebench.reporting.tables")
+
 from kmebench.io.checked_files import read_parquet
 from kmebench.io.files import atomic_path, write_text
 from kmebench.io.logs import script_log
