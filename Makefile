@@ -49,10 +49,11 @@ $(READY): constraints.txt pyproject.toml
 .venv-report/.ready: constraints.txt envs/report.yaml
 	$(call venv,.venv-report,snakemake $$(sed -n 's/^ *- *\([A-Za-z0-9_.-]*==[^ ]*\)$$/\1/p' envs/report.yaml))
 
+# Modules are compiled when they are first imported, which most never are.
 define venv
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --constraint constraints.txt $(2)
+	$(1)/bin/python -m pip install --no-compile --constraint constraints.txt $(2)
 	touch $(1)/.ready
 endef
 

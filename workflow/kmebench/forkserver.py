@@ -12,6 +12,7 @@ operating system other than Linux) `hand_over` returns, and the script goes on b
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -112,6 +113,7 @@ def _wait(answers: TextIO) -> NoReturn:
 def serve(listener: socket.socket) -> None:
     """Fork for every script that connects, until standard input ends."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    gc.disable()  # in forks alone is there garbage
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
         with connection, contextlib.suppress(ConnectionError):
@@ -132,12 +134,14 @@ def _read(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     for name in job["modules"]:
         with contextlib.suppress(ImportError):  # the script itself tells what is missing
             importlib.import_module(name)
+    gc.freeze()  # forks need not search what is imported, nor copy its pages
     return job, files
 
 
 def _run(job: dict[str, Any], files: Sequence[int], connection: socket.socket) -> NoReturn:
     """Be the script of a job: its files, folder, environment and end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    gc.enable()
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
