@@ -6,8 +6,15 @@ import pytest
 
 from kmebench.cli.editors import needs
 from kmebench.cli.main import main
+from kmebench.cli.terminal import console
 from kmebench.editors.cards import registered
 from kmebench.editors.needs import Covariance
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    """A row is a line, however wide the terminal is that runs the tests."""
+    monkeypatch.setattr(console, "width", 1000)
 
 
 def test_every_editor_is_listed_on_a_line(capsys):
