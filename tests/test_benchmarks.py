@@ -331,3 +331,23 @@ def test_summary_without_a_gpu_counts_the_innermost_operators(gpu):
     found = gpu.kernels.summary(events)
     assert (found["of"], found["kernels"]) == ("cpu", 2)
     assert {entry["name"] for entry in found["top"]} == {"aten::mm", "aten::add"}
+
+
+def test_first_run_counts_every_job_once(benchmark, capsys, tmp_path):
+    metadata = tmp_path / ".snakemake/metadata"
+    (metadata / "@long").mkdir(parents=True)
+    job = {"rule": "edit", "starttime": 100.0, "endtime": 104.0}
+    for name, record in {
+        "a": job,
+        "@long/b": job | {"endtime": 103.9},  # another output of the same job
+        "c": job | {"starttime": 102.0, "endtime": 110.0},
+        "d": {"rule": "score", "starttime": 110.0, "endtime": 111.0},
+        "e": {"rule": "score", "starttime": 110.0, "endtime": None},
+    }.items():
+        (metadata / name).write_text(json.dumps(record))
+    benchmark("first_run", str(tmp_path))
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert ["edit", "2", "12", "6.0", "92%"] in cells
+    assert ["score", "1", "1", "1.0", "8%"] in cells
+    assert cells[-1][:3] == ["by the clock", "3", "11"]
