@@ -19,15 +19,15 @@ HEADER = ["rule", "jobs", "seconds", "a job", "share"]
 def jobs(folder: Path) -> list[tuple[str, float, float]]:
     """Return rule, start and end of every job, in seconds since 1970.
 
-    There is a record for every output. Those of one job have one start, and nearly one end.
+    There is a record for every output; those of one job have one log.
     """
-    ends: dict[tuple[str, float], float] = {}
+    found: dict[tuple[str, ...], tuple[str, float, float]] = {}
     for path in (folder / ".snakemake/metadata").rglob("*"):
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if record.get("endtime"):
-            job = record["rule"], record["starttime"]
-            ends[job] = max(record["endtime"], ends.get(job, 0.0))
-    return [(*job, end) for job, end in ends.items()]
+            rule, times = record["rule"], (record["starttime"], record["endtime"])
+            found[rule, *record["log"]] = (rule, *times)
+    return list(found.values())
 
 
 def rows(done: list[tuple[str, float, float]]) -> list[list[str]]:

@@ -333,19 +333,22 @@ def test_summary_without_a_gpu_counts_the_innermost_operators(gpu):
     assert {entry["name"] for entry in found["top"]} == {"aten::mm", "aten::add"}
 
 
-def test_first_run_counts_every_job_once(benchmark, capsys, tmp_path):
+def test_first_run_counts_every_job_once(monkeypatch, capsys, tmp_path):
     metadata = tmp_path / ".snakemake/metadata"
     (metadata / "@long").mkdir(parents=True)
-    job = {"rule": "edit", "starttime": 100.0, "endtime": 104.0}
+    job = {"rule": "edit", "log": ["logs/a"], "starttime": 100.0, "endtime": 104.0}
+    score = job | {"rule": "score", "starttime": 110.0}
     for name, record in {
         "a": job,
-        "@long/b": job | {"endtime": 103.9},  # another output of the same job
-        "c": job | {"starttime": 102.0, "endtime": 110.0},
-        "d": {"rule": "score", "starttime": 110.0, "endtime": 111.0},
-        "e": {"rule": "score", "starttime": 110.0, "endtime": None},
+        "@long/b": job | {"starttime": 100.1},  # another output of the same job
+        "c": job | {"log": ["logs/b"], "starttime": 102.0, "endtime": 110.0},
+        "d": score | {"endtime": 111.0},
+        "e": score | {"log": ["logs/b"], "endtime": None},
     }.items():
         (metadata / name).write_text(json.dumps(record))
-    benchmark("first_run", str(tmp_path))
+    monkeypatch.syspath_prepend("benchmarks")
+    monkeypatch.setattr(sys, "argv", ["first_run", str(tmp_path)])
+    importlib.import_module("first_run").main()
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     cells = [[cell.strip() for cell in line] for line in lines]
     assert ["edit", "2", "12", "6.0", "92%"] in cells
