@@ -250,11 +250,16 @@ def test_without_a_success_or_an_answer_there_is_no_fact(text):
     assert look_at({"PAC": predictions([text])}, "PAC", None) is None
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(("group", "place"), [(1, 1), (2, 0)])
-def test_impact_by_layer_is_of_the_group_of_the_fact(group, place, tmp_path):
+def test_impact_by_layer_is_of_the_group_of_the_fact(group, place, version, tmp_path):
     scores = np.ones((3, 2, 2, 1), np.float32)  # groups, layers, keys | values, paths
     scores[place, 1, 0, 0] = -5.0  # of eight in all, whatever its sign
-    about = {"case_ids": json.dumps(["1", "2", "3"]), "settings": json.dumps({"group": group})}
+    facts = {"case_ids": ["1", "2", "3"], "settings": {"group": group}}
+    about = {"kmebench.paths.v2": json.dumps({"facts": facts})}
+    if version == 1:
+        about = {name: json.dumps(value) for name, value in facts.items()}
+        about["format"] = "kmebench.paths.v1"
     save_file({"positive_scores": scores}, tmp_path / "paths.safetensors", about)
     fact = look_at({"PAC": PAC}, "PAC", tmp_path / "paths.safetensors")
     assert fact.shares == [[12.5, 12.5], [62.5, 12.5]]
