@@ -239,3 +239,9 @@ def test_the_same_figure_is_the_same_bytes(tmp_path):
 def test_a_table_without_rows_is_said_so():
     with pytest.raises(KMEBenchError, match="nothing to draw"):
         figures.paper_scatter(figure_tables.against_paper({}, LABELS))
+
+
+@pytest.mark.parametrize("table", [figure_tables.nodes, figure_tables.layers])
+def test_a_figure_of_paths_without_runs_that_have_them_says_what_to_do(table):
+    with pytest.raises(KMEBenchError, match="set the figure to null"):
+        table([], [], {})

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
+from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import HEALTH, METRICS, metrics_of
 from kmebench.evaluation.score import RUN
 from kmebench.evaluation.statistics import bootstrap
@@ -177,7 +178,7 @@ def nodes(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
         read_parquet(path).assign(**_named(run, labels))
         for path, run in zip(files, runs, strict=True)
     ]
-    return pd.concat(parts, ignore_index=True)
+    return _together(parts)
 
 
 def layers(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
@@ -188,7 +189,21 @@ def layers(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
         record, layer = (index.ravel() for index in np.indices(shares.shape))
         columns = {"record": record, "layer": layer, "share": shares.ravel()}
         parts.append(pd.DataFrame(columns).assign(n=len(shares), **_named(run, labels)))
-    return with_cells(pd.concat(parts, ignore_index=True))
+    return with_cells(_together(parts))
+
+
+def _together(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Join the tables of runs with critical paths.
+
+    Raises:
+        KMEBenchError: there is none.
+    """
+    if not parts:
+        raise KMEBenchError(
+            "No run of this figure has critical paths: give its experiment an editor with paths "
+            "(pac), or set the figure to null in the config."
+        )
+    return pd.concat(parts, ignore_index=True)
 
 
 def _named(run: Mapping[str, Any], labels: Labels) -> dict[str, str]:
