@@ -43,6 +43,7 @@ class Paths(Need):
 
     asset: ClassVar[str] = "paths"
     rule: ClassVar[str] = "select_paths"
+    form: ClassVar[str] = "kmebench.paths.v2"  # what the file's header calls it
 
     @property
     def name(self) -> str:

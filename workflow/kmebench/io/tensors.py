@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kmebench.errors import KMEBenchError
 from kmebench.io.checked_files import set_aside, trusted
 from kmebench.io.files import atomic_path
+from kmebench.io.headers import read_header
 
 
 def write_tensors(
@@ -61,22 +61,6 @@ class TensorFile:
         if _digest(tensor) != self.digests.get(name):
             raise set_aside(self.path, f"the checksum of {name} differs")
         return tensor
-
-
-def read_header(path: str | Path, form: str) -> Any:
-    """Return what is written, as JSON, under ``form`` in the header of a safetensors file.
-
-    Raises:
-        KMEBenchError: nothing is, or the file is damaged.
-    """
-    with trusted(path), safe_open(str(path), framework="pt") as stream:
-        metadata = stream.metadata() or {}
-    if form not in metadata:
-        raise KMEBenchError(
-            f"{path} is not a file of format {form}; delete it and run the workflow again."
-        )
-    with trusted(path):
-        return json.loads(metadata[form])
 
 
 def _digest(tensor: Tensor) -> str:

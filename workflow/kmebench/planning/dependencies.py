@@ -21,7 +21,13 @@ _CODE = _LIBRARY / PACKAGE
 #: planning says, which reaches a job as its parameters and the names of its inputs.
 _NO_RESULT = (
     *("__init__.py", "errors.py", "forkserver.py", "names.py", "io/logs.py"),
-    *("editors/cards.py", "editors/needs.py", "editors/*/cards.py", "planning/grid.py"),
+    *(
+        "editors/__init__.py",
+        "editors/cards.py",
+        "editors/needs.py",
+        "editors/*/cards.py",
+        "planning/grid.py",
+    ),
 )
 #: What modules read as their own.
 _BESIDE = {"reporting/html.py": "templates/*.j2", "reporting/panels.py": "*.mplstyle"}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from kmebench.evaluation.statistics import ENOUGH_EDITS
+from kmebench.reporting.tables import shown_difference
 
 _NAMED = 4  # editors that a sentence lists
 
@@ -54,7 +55,7 @@ def _place(row: pd.Series, models: int, *, mode: bool = True) -> str:
 
 
 def _points(row: pd.Series) -> str:
-    return f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]".replace("-", "−")
+    return shown_difference(*row[["difference", "low", "high"]])
 
 
 def _best(cells: pd.DataFrame, models: int) -> list[str]:

@@ -31,6 +31,11 @@ def together(marks: np.ndarray) -> list[list[int]]:
     return groups
 
 
+def joined(names: Sequence[str]) -> str:
+    """Return one name for several marks, two of theirs a line."""
+    return ",\n".join(", ".join(names[k : k + 2]) for k in range(0, len(names), 2))
+
+
 def place(
     marks: np.ndarray, radii: np.ndarray, sizes: np.ndarray, frame: Sequence[float]
 ) -> np.ndarray:

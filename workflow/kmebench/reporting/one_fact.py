@@ -3,7 +3,6 @@
 Imports no torch.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
 
+from kmebench.editors.needs import Paths
 from kmebench.evaluation.protocols import PROTOCOLS
-from kmebench.io.checked_files import trusted
+from kmebench.io.headers import read_header
 from kmebench.reporting.figure_tables import node_shares
 
 #: Prompts that are shown of a record, by kind, with what they are called and how many at most.
@@ -94,16 +93,6 @@ def _answer(row: Mapping[str, Any]) -> Answer:
 
 def _shares(path: str | Path, case_id: str) -> np.ndarray:
     """Share of keys and values of every layer in the impact of T+ of one record, [L, 2]."""
-    with trusted(path), safe_open(path, "np") as file:
-        about = _facts(file.metadata())
-    place = about["case_ids"].index(case_id) // about["settings"]["group"]
+    facts = read_header(path, Paths.form)["facts"]
+    place = facts["case_ids"].index(case_id) // facts["settings"]["group"]
     return node_shares(path)[place].sum(axis=-1)
-
-
-def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the records and settings of a file of paths, of this version or of its first."""
-    if metadata.get("format") == "kmebench.paths.v1":  # the reference results'
-        return {name: json.loads(metadata[name]) for name in ("case_ids", "settings")}
-    (header,) = metadata.values()
-    facts: dict[str, Any] = json.loads(header)["facts"]
-    return facts

@@ -11,20 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from kmebench.reporting.labels import place, together
+from kmebench.reporting.labels import joined, place, together
 
 WIDTH, HEIGHT = 400, 330
 LEFT, RIGHT, TOP, BOTTOM = 46, 392, 8, 286  # of the frame
 _MARGIN = 14  # from the frame to 0 and 100 percent, so that no mark is cut
-_SMALL, _CAPITAL, _LINE = 7.0, 9.0, 14.0  # widths of a name's letters, and its height
+_SMALL, _CAPITAL = 7.0, 9.0  # widths of a name's letters
+LINE = 14.0  # height of a name's line
 _NEAR = 8.0  # a name that is nearer to its mark needs no line
 
 
 @dataclass(frozen=True)
 class Name:
-    """The name of one or more marks: its centre, and where a line from the mark ends."""
+    """The name of one or more marks: its lines, the first one's centre, and a line's end."""
 
-    text: str
+    lines: tuple[str, ...]
     x: float
     y: float
     line: tuple[float, float] | None
@@ -111,15 +112,15 @@ def _names(editors: Sequence[str], centres: np.ndarray, radii: np.ndarray) -> di
     """Place one name for all marks that lie on one another, by the first one's index."""
     groups = together(centres)
     firsts = [group[0] for group in groups]
-    texts = [", ".join(editors[index] for index in group) for group in groups]
-    sizes = np.array([(_width(text), _LINE) for text in texts])
+    texts = [joined([editors[index] for index in group]).split("\n") for group in groups]
+    sizes = np.array([(max(map(_width, lines)), LINE * len(lines)) for lines in texts])
     marks = centres[firsts]
     places = place(marks, radii[firsts], sizes, (LEFT, TOP, RIGHT, BOTTOM))
     ends = np.clip(marks, places - sizes / 2, places + sizes / 2)  # of lines from marks to names
     far = np.hypot(*(ends - marks).T) - radii[firsts] > _NEAR
     found = [
-        Name(text, x, y, (*end,) if led else None)
-        for text, (x, y), end, led in zip(
+        Name(tuple(lines), x, y - LINE * (len(lines) - 1) / 2, (*end,) if led else None)
+        for lines, (x, y), end, led in zip(
             texts, places.round(1).tolist(), ends.round(1).tolist(), far, strict=True
         )
     ]

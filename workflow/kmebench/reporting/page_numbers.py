@@ -7,9 +7,9 @@ import pandas as pd
 
 from kmebench.evaluation.protocols import METRICS, table_columns
 from kmebench.evaluation.score import RUN
+from kmebench.reporting.tables import DEFAULT, tied
 
 Labels = Mapping[str, Mapping[str, str]]  # section -> name -> what readers see
-DEFAULT = "default"
 #: What readers see of the moments at which a model was asked.
 MOMENTS = {"final": "after all edits", "write": "right after each edit"}
 _CELL = ["model", "dataset", "mode", "method"]
@@ -48,7 +48,8 @@ def main_cells(
     ``metrics`` has the columns of :func:`kmebench.evaluation.score.score_experiment`. Only runs of
     the configured hyper-parameters and ``seed`` count. Columns: model, dataset, mode, editor
     (labels), method, control, n; of every tabled request metric its value, ``_low``, ``_high``; and
-    ``tied``: whether its Score cannot be told from the best one's. Empty without any run.
+    ``tied``: whether its Score is behind the best one's and cannot be told from it. Empty without
+    any run.
     """
     kept = metrics["protocol"].eq("token") & metrics["moment"].eq("final")
     kept &= metrics["variant"].eq(DEFAULT) & metrics["seed"].eq(seed)
@@ -63,7 +64,7 @@ def main_cells(
                 ends = (f"{metric.name}{end}" for end in ("", "_low", "_high"))
                 row |= dict(zip(ends, numbers, strict=True))
         score = found.loc["score"]
-        row |= {"n": int(score["n"]), "tied": score["behind_low"] <= 0 <= score["behind_high"]}
+        row |= {"n": int(score["n"]), "tied": tied(score)}
         rows.append(row | {"control": row["method"] in controls})
     return _in_words(pd.DataFrame(rows), labels) if rows else pd.DataFrame()
 

@@ -28,7 +28,7 @@ from kmebench.io.files import write_text
 from kmebench.planning import cost
 from kmebench.planning.config import read_checked_config
 from kmebench.reporting.findings import Runs
-from kmebench.reporting.tables import DEFAULT, markdown_table
+from kmebench.reporting.tables import DEFAULT, markdown_table, shown_difference
 
 REFERENCE = Path("results/reference")
 PAGES = ("README.md", "docs/*.md", "results/reference/*/README.md")
@@ -63,7 +63,7 @@ def quote(source: str) -> str:
             mean, low, high, _ = _runs(folder).mean(_path(run), metric)
             return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
         case [folder, a, "-", b, metric] if metric in _metrics():
-            return _difference(*_runs(folder).difference(_path(a), _path(b), metric)[:3])
+            return shown_difference(*_runs(folder).difference(_path(a), _path(b), metric)[:3])
     raise KMEBenchError(
         f"Nothing is quoted by {source!r}: name a folder, one or two runs, a metric."
     )
@@ -83,10 +83,6 @@ def _path(run: str) -> str:
     """``zsre/batch/pac`` -> ``runs/smollm2-135m/zsre/batch/pac/default/seed0``."""
     variant = "" if run.count("/") > 2 else f"/{DEFAULT}"
     return f"runs/{MODEL}/{run}{variant}/seed0"
-
-
-def _difference(mean: float, low: float, high: float) -> str:
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
 
 
 def scores(folder: Path) -> str:
@@ -131,7 +127,9 @@ def differences(folder: Path) -> str:
 
 
 def _bold_difference(cell: pd.Series) -> str:
-    mean, _, interval = _difference(cell["difference"], cell["low"], cell["high"]).partition(" ")
+    mean, _, interval = shown_difference(cell["difference"], cell["low"], cell["high"]).partition(
+        " "
+    )
     away = cell["low"] > 0 or cell["high"] < 0
     return f"**{mean}** {interval}" if away else f"{mean} {interval}"
 

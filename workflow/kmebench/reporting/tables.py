@@ -13,7 +13,7 @@ from kmebench.evaluation.statistics import ENOUGH_EDITS
 from kmebench.reporting.paper import ORIGINAL
 
 MISSING = "–"
-DEFAULT = "default"
+DEFAULT = "default"  # planning.grid's, which depends on the editors
 Labels = Mapping[str, Mapping[str, str | None]]  # name -> {label, paper_name}
 
 
@@ -89,9 +89,7 @@ def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]
         found = final.loc[name] if name in final.index else None
         for end, column in (("", "value"), ("_low", "low"), ("_high", "high")):
             row[name + end] = float("nan") if found is None else metric.scale * found[column]
-        row[f"{name}_tied"] = found is not None and bool(
-            found["n"] >= ENOUGH_EDITS and found["behind_low"] <= 0 < found["behind_high"]
-        )
+        row[f"{name}_tied"] = found is not None and tied(found)
         row[f"{name}_paper"] = published.get(name, float("nan"))
         row[f"{name}_difference"] = row[name] - row[f"{name}_paper"]
     has_write = "efficacy" in written.index
@@ -220,6 +218,16 @@ def _markdown_cell(row: pd.Series, metric: str, best: bool) -> str:
     text = f"{value} [{_number(row[f'{metric}_low'])}, {_number(row[f'{metric}_high'])}]"
     published = row[f"{metric}_paper"]
     return text if pd.isna(published) else f"{text} (paper {published:.2f})"
+
+
+def tied(cell: Mapping[str, Any]) -> bool:
+    """Whether a metric is behind the best one, and of enough edits cannot be told from it."""
+    return bool(cell["n"] >= ENOUGH_EDITS and cell["behind_low"] <= 0 < cell["behind_high"])
+
+
+def shown_difference(difference: float, low: float, high: float) -> str:
+    """Return a difference with its interval, in points."""
+    return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]".replace("-", "−")
 
 
 def markdown_table(lines: list[list[str]]) -> str:

@@ -4,7 +4,7 @@ Tables are those of :func:`kmebench.reporting.figure_tables.trade_offs`. Numbers
 the ends of their 95% intervals, ``_low`` and ``_high``. ``styles`` are by editor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kmebench.reporting.appearance import Style
-from kmebench.reporting.labels import place, together
+from kmebench.reporting.labels import joined, place, together
 from kmebench.reporting.panels import Panels, panels, seconds_axis
 
 Styles = Mapping[str, Style]
@@ -133,7 +133,7 @@ def _name(figure: Figure, drawn: Panels, x: str, y: str, styles: Styles) -> None
         groups = together(marks)
         named = part.iloc[[group[0] for group in groups]]
         radii = np.array([part["diameter"].iloc[group].max() / 2 for group in groups])
-        texts = [_joined(part["editor"].iloc[group].tolist()) for group in groups]
+        texts = [joined(part["editor"].iloc[group].tolist()) for group in groups]
         sizes = np.array([_size(figure, text) for text in texts]) * points
         marks, frame = marks[[group[0] for group in groups]], axes.bbox.extents * points
         offsets = place(marks, radii, sizes, frame) - marks
@@ -159,8 +159,3 @@ def _size(figure: Figure, text: str) -> tuple[float, float]:
     box = note.get_window_extent()
     note.remove()
     return box.width, box.height
-
-
-def _joined(names: Sequence[str]) -> str:
-    """Two names a line."""
-    return ",\n".join(", ".join(names[k : k + 2]) for k in range(0, len(names), 2))

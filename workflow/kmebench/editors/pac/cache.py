@@ -23,16 +23,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
+from kmebench.editors import needs
 from kmebench.editors.pac.impact import Impact, trace
 from kmebench.editors.pac.paths import Paths, Selection, select_paths
 from kmebench.errors import KMEBenchError
 from kmebench.io.checked_files import set_aside, trusted
 from kmebench.io.files import atomic_path
+from kmebench.io.headers import read_header
 from kmebench.io.logs import track
-from kmebench.io.tensors import TensorFile, read_header, write_tensors
+from kmebench.io.tensors import TensorFile, write_tensors
 from kmebench.models.editable import EditableModel
 
-_GRADIENTS, _PATHS = "kmebench.gradients.v2", "kmebench.paths.v2"
+_GRADIENTS = "kmebench.gradients.v2"
 #: Shape and dtype of the tensors of a file, by name.
 _Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
 _NAMES = {np.dtype("float32"): "F32", np.dtype("int32"): "I32", np.dtype("int64"): "I64"}
@@ -192,7 +194,7 @@ def write_paths(
         "seconds": cache.seconds(),
     }
     facts = {"case_ids": cache.case_ids, "settings": dict(settings)}
-    write_tensors(path, tensors, _PATHS, facts)
+    write_tensors(path, tensors, needs.Paths.form, facts)
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ class PathFile:
         Raises:
             KMEBenchError: the file is no path file, or damaged.
         """
-        file = TensorFile.open(path, _PATHS)
+        file = TensorFile.open(path, needs.Paths.form)
         self.path = file.path
         self._row = {c: row for row, c in enumerate(file.facts["case_ids"])}
         self._group = file.facts["settings"]["group"]
