@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
+from kmebench.reporting import overview
 from kmebench.reporting.headlines import headlines
 from kmebench.reporting.one_fact import look_at
 from kmebench.reporting.overview import BOTTOM, LEFT, RIGHT, TOP, panels, place_x, radius
@@ -193,11 +194,20 @@ def test_marks_lie_where_their_numbers_say():
         assert TOP < found.y - found.radius < found.y + found.radius < BOTTOM
     assert "Efficacy 50.0 [45.0, 55.0]" in marks["B"].says
     assert radius(-1) == radius(0) < radius(1)
+    assert radius(25) - radius(0) == pytest.approx((radius(100) - radius(0)) / 2, abs=0.1)
 
 
 def test_marks_on_one_another_share_a_name():
     _, marks = drawn(mark("A", 90, 90), mark("B", 90, 90), mark("C", 10, 10))
     assert [m.name and m.name.lines for m in map(marks.get, "ABC")] == [("A, B",), None, ("C",)]
+
+
+def test_a_long_name_takes_lines_around_its_place(monkeypatch):
+    monkeypatch.setattr(overview, "place", lambda *_: np.array([[200.0, 150.0]]))
+    _, marks = drawn(*(mark(editor, 90, 90) for editor in "ABCDE"))
+    name = marks["A"].name
+    assert name.lines == ("A, B,", "C, D,", "E")
+    assert [name.y + k * overview.LINE for k in range(3)] == [136, 150, 164]
 
 
 def test_an_editor_without_locality_is_not_drawn():

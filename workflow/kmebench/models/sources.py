@@ -199,7 +199,6 @@ def _read_gguf(path: Path) -> tuple[PreTrainedModel, Tokenizer]:
     with torch.device("meta"):  # neither filled at random nor held twice
         model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantised.state_dict(), assign=True)
-    model.tie_weights()
     return model, tokenizer
 
 
