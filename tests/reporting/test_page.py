@@ -204,10 +204,10 @@ def test_marks_on_one_another_share_a_name():
 
 def test_a_long_name_takes_lines_around_its_place(monkeypatch):
     monkeypatch.setattr(overview, "place", lambda *_: np.array([[200.0, 150.0]]))
-    _, marks = drawn(*(mark(editor, 90, 90) for editor in "ABCDE"))
+    _, marks = drawn(*(mark(editor, 90, 90) for editor in "ABC"))
     name = marks["A"].name
-    assert name.lines == ("A, B,", "C, D,", "E")
-    assert [name.y + k * overview.LINE for k in range(3)] == [136, 150, 164]
+    assert name.lines == ("A, B,", "C")
+    assert [name.y + k * overview.LINE for k in range(2)] == [143, 157]
 
 
 def test_an_editor_without_locality_is_not_drawn():
