@@ -191,11 +191,11 @@ class _Reader(gguf.GGUFReader):
             return super()._get_field_parts(orig_offs, raw_type)
         return end - orig_offs, parts, list(range(count)), [kinds.ARRAY, kind]
 
-    def _strings(self, offset: int, count: int) -> tuple[int, list[bytes]]:
+    def _strings(self, offset: int, count: int) -> tuple[int, list[memoryview]]:
         """Return where an array of strings ends, and the strings."""
         data, length_of, strings = self.data.data, struct.Struct("=Q").unpack_from, []
         for _ in range(count):
             (length,) = length_of(data, offset)
             offset += 8 + length
-            strings.append(bytes(data[offset - length : offset]))
+            strings.append(data[offset - length : offset])
         return offset, strings

