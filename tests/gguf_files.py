@@ -18,6 +18,14 @@ _COMMON = {
 _LAYER = {
     "llama": _COMMON | {"post_attention_layernorm": "ffn_norm"},
     "qwen2": _COMMON | {"post_attention_layernorm": "ffn_norm"},
+    "gpt2": {
+        "attn.c_attn": "attn_qkv",
+        "attn.c_proj": "attn_output",
+        "mlp.c_fc": "ffn_up",
+        "mlp.c_proj": "ffn_down",
+        "ln_1": "attn_norm",
+        "ln_2": "ffn_norm",
+    },
     "gemma3": _COMMON
     | {
         "post_attention_layernorm": "post_attention_norm",
@@ -27,11 +35,18 @@ _LAYER = {
         "self_attn.k_norm": "attn_k_norm",
     },
 }
-_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_TOP = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+    "lm_head": "output",
+}
 
 
 def write_gguf(path, model, tokenizer=None, *, words=(), left_out=(), added=(), **options):
-    """Write a Llama, Qwen2 or Gemma 3 of transformers.
+    """Write a Llama, Qwen2, Gemma 3 or GPT-2 of transformers.
 
     The vocabulary is a byte-level ``tokenizer``'s or, in the way of sentencepiece, ``words``.
     Matrices are quantised to Q8_0 where their rows can be. ``options``: of the writer.
@@ -42,10 +57,14 @@ def write_gguf(path, model, tokenizer=None, *, words=(), left_out=(), added=(), 
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if architecture == "gpt2":
+        writer.add_feed_forward_length(4 * config.hidden_size)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if architecture == "gemma3":
         writer.add_key_length(config.head_dim)
         writer.add_sliding_window(config.sliding_window)
@@ -95,6 +114,8 @@ def _weights(model, architecture):
                 values = _interleaved(values, model.config, part)
         if architecture == "gemma3" and "norm" in module:
             values = values + 1
+        if architecture == "gpt2" and ".c_" in module:  # Conv1D: [in, out]
+            values = values.T
         yield f"{place}.{kind}", values
 
 

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -36,11 +37,11 @@ GEMMA = {"head_dim": 16, "num_hidden_layers": 7, "sliding_window": 4}
 def small(family, vocabulary, width=32, **other):
     """A random model; what is normalised is scaled at random, too."""
     configs = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma3": Gemma3TextConfig}
-    configs["qwen2_moe"] = Qwen2MoeConfig
+    configs |= {"gpt2": GPT2Config, "qwen2_moe": Qwen2MoeConfig}
     sizes = SIZES | (GEMMA if family == "gemma3" else {}) | other
-    config = configs[family](
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, **sizes
-    )
+    if family != "gpt2":  # whose FFN is four times as wide
+        sizes["intermediate_size"] = 2 * width
+    config = configs[family](vocab_size=vocabulary, hidden_size=width, **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -69,6 +70,8 @@ FAMILIES = {
     "llama": {"tie_word_embeddings": True},
     "qwen2": {"tie_word_embeddings": False},  # an output head of its own
     "gemma3": {},
+    # transformers' converter names the head itself, and its config has 1,024 positions.
+    "gpt2": {"tie_word_embeddings": False, "max_position_embeddings": 1024},
 }
 
 
@@ -152,7 +155,7 @@ def test_a_qwen_begins_with_no_token_and_splits_digits(written, tmp_path):
     ("changes", "complaint"),
     [
         ({"left_out": ["blk.1.ffn_up.weight"]}, r"it lacks model\.layers\.1\.mlp\.up_proj\.weight"),
-        ({"added": ["rope_freqs.weight"]}, r"does not read as they are \(rope_freqs\.weight\)"),
+        ({"added": ["rope_freqs.weight"]}, r"does not read \(rope_freqs\.weight\)"),
     ],
 )
 def test_a_file_is_read_whole_or_not_at_all(changes, complaint, written, tmp_path):
@@ -163,14 +166,21 @@ def test_a_file_is_read_whole_or_not_at_all(changes, complaint, written, tmp_pat
     assert not (tmp_path / "model").exists()
 
 
+def test_a_weight_of_another_shape_is_refused(written, tmp_path):
+    """transformers would load the folder of such a file with other positions, at random."""
+    _, path = written("gpt2")
+    with pytest.raises(ModelError, match=r"position_embd\.weight of .* has the shape \[64, 32\]"):
+        from_gguf(path, tmp_path / "model")
+
+
 def test_experts_that_transformers_puts_together_are_refused():
     sizes = {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
     model = small("qwen2_moe", 16, **sizes)
     tensors = [SimpleNamespace(name=f"blk.0.ffn_{kind}_exps.weight") for kind in ("gate", "up")]
     architecture = SimpleNamespace(contents=lambda: "qwen2moe")
     reader = SimpleNamespace(fields={"general.architecture": architecture}, tensors=tensors)
-    with pytest.raises(ModelError, match="not read as they are .those of experts"):
-        unpacked._Converter(reader, model).check("small.gguf")
+    with pytest.raises(ModelError, match=r"does not read \(blk\.0\.ffn_gate_exps"):
+        unpacked._Converter("small.gguf", reader, model).check()
 
 
 def test_a_file_that_is_cut_off_is_one_sentence(written, tmp_path):
@@ -206,9 +216,9 @@ def test_the_file_is_parsed_once(written, tmp_path, monkeypatch):
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == functions
 
 
-@pytest.mark.parametrize("endianess", gguf.GGUFEndian)
-def test_the_fast_reader_finds_what_gguf_s_own_finds(endianess, tokenizer, tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "all.gguf", "llama", endianess=endianess)
+@pytest.mark.parametrize("order", gguf.GGUFEndian)
+def test_the_fast_reader_finds_what_gguf_s_own_finds(order, tokenizer, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "all.gguf", "llama", False, order)
     add_words(writer, None, ["<bos>", "<eos>", "", "東京", "a b"], "default")
     writer.add_array("numbers.whole", [1, -2, 3])
     writer.add_array("numbers.real", [0.5, 1.5])

@@ -28,6 +28,7 @@ from kmebench.io.files import staged, write_json
 
 #: Bytes of float32 weights in one file of the folder, and in memory at once.
 _SHARD = 2**30
+_MEND = "take the maker's repository (source: hub)"
 
 
 def from_gguf(path: Path, folder: Path) -> None:
@@ -48,8 +49,8 @@ def unpack(path: Path, folder: Path) -> None:
         config = AutoConfig.from_pretrained(**where)
         with torch.device("meta"):  # names and shapes alone
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        converter = _Converter(reader, model)
-        converter.check(path.name)
+        converter = _Converter(path.name, reader, model)
+        converter.check()
         AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -60,31 +61,30 @@ def unpack(path: Path, folder: Path) -> None:
 class _Converter:
     """Makes transformers' tensors from a file's."""
 
-    def __init__(self, reader: gguf.GGUFReader, model: PreTrainedModel) -> None:
+    def __init__(self, file: str, reader: gguf.GGUFReader, model: PreTrainedModel) -> None:
+        self.file = file
         architecture = str(reader.fields["general.architecture"].contents())
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self.processor = processor(config=model.config.to_dict())
-        self.names = get_gguf_hf_weights_map(
-            model, self.processor
-        )  # of transformers, by the file's
+        self.names = get_gguf_hf_weights_map(model, self.processor)  # by the file's names
         self.held = [tensor.name for tensor in reader.tensors]
-        self.wanted = {name for name, _ in model.named_parameters()}  # what is tied, once
+        # What is tied, once.
+        self.wanted = {name: weight.shape for name, weight in model.named_parameters()}
 
-    def check(self, file: str) -> None:
+    def check(self) -> None:
         """Refuse a file of which something is not read, or that lacks something.
 
         transformers passes over the one, and fills the other at random.
         """
         unread = [name for name in self.held if name not in self.names]
         found = [self.names[name] for name in self.held if name in self.names]
-        if unread or len(set(found)) < len(found):
+        if unread:
             raise ModelError(
-                f"{file} holds weights that transformers does not read as they are "
-                f"({', '.join(unread[:3]) or 'those of experts'}), so the model would be another; "
-                "take the maker's repository (source: hub)."
+                f"{self.file} holds weights that transformers does not read "
+                f"({', '.join(unread[:3])}), so the model would be another: {_MEND}."
             )
-        if missing := sorted(self.wanted.difference(found)):
-            raise ModelError(f"{file} is no whole model: it lacks {', '.join(missing[:3])}.")
+        if missing := sorted(self.wanted.keys() - found):
+            raise ModelError(f"{self.file} is no whole model: it lacks {', '.join(missing[:3])}.")
 
     def __call__(self, tensor: ReaderTensor) -> tuple[str, torch.Tensor]:
         """Dequantise one tensor; return its name in transformers, too."""
@@ -96,9 +96,16 @@ class _Converter:
             tensor_key_mapping=self.names,
             parsed_parameters={"tensors": stored},
         )
-        if done.name is None:
-            return stored.popitem()
-        return self.names[tensor.name], torch.from_numpy(np.require(done.weights, None, ("C", "W")))
+        if done.name is not None:
+            own = np.require(done.weights, requirements=("C", "W"))
+            stored = {self.names[tensor.name]: torch.from_numpy(own)}
+        ((name, weight),) = stored.items()
+        if weight.shape != self.wanted.get(name):
+            raise ModelError(
+                f"{tensor.name} of {self.file} has the shape {list(weight.shape)}, and "
+                f"transformers expects {list(self.wanted.get(name, ()))}: {_MEND}."
+            )
+        return name, weight
 
 
 def _shards(tensors: Sequence[ReaderTensor]) -> list[list[ReaderTensor]]:
