@@ -51,9 +51,12 @@ def test_a_run_reads_its_own_stages_and_no_others(config):
     assert found["original"] == "<results>/original/tiny-gptj/openfacts-zsre.parquet"
     assert "workflow/kmebench/editors/locate/memit.py" in found["code"]
     assert "workflow/kmebench/editors/locate/pmet.py" not in found["code"]
-    assert set(stages(found)) == {"covariance", "targets"}
-    assert found["covariance"] == "<results>/covariance/tiny-gptj.safetensors"
-    assert stages(asked(config).edit(run("memit", "consecutive"))).keys() == {"covariance"}
+    assert set(stages(found)) == {"inverse1", "inverse2", "targets"}
+    assert found["inverse1"] == "<results>/covariance/tiny-gptj/inverse/1.safetensors"
+    consecutive = stages(asked(config).edit(run("memit", "consecutive")))
+    assert consecutive.keys() == {"inverse1", "inverse2"}
+    alphaedit = stages(asked(config).edit(run("alphaedit", "consecutive")))
+    assert alphaedit.keys() == {"spectrum1", "spectrum2"}
     assert stages(asked(config).edit(run("full-c"))) == {}
     paths = "<results>/trace/tiny-gptj/openfacts-zsre/paths/"
     assert stages(asked(config).edit(run("pac", variant="paths=5"))) == {

@@ -141,6 +141,33 @@ rule covariance:
         "../scripts/covariance.py"
 
 
+rule factorise_covariance:
+    "Invert the covariance of one layer, or find its eigenvectors, once for all runs that read it."
+    input:
+        covariance="<results>/covariance/{model}.safetensors",
+        code=code("factorise_covariance"),
+    output:
+        factor="<results>/covariance/{model}/{factor}/{layer}.safetensors",
+    log:
+        "<logs>/factorise_covariance/{model}.{factor}.{layer}.log",
+    wildcard_constraints:
+        factor="inverse|spectrum",
+        layer=r"\d+",
+    conda:
+        "../../envs/edit.yaml"
+    threads: config["threads"]
+    resources:
+        gpu=inputs.gpus,
+        mem_mb=inputs.memory,
+        runtime=minutes,
+    params:
+        device=inputs.device,
+    message:
+        "The {wildcards.factor} of the covariance of layer {wildcards.layer} of {wildcards.model}"
+    script:
+        "../scripts/factorise_covariance.py"
+
+
 rule optimise_targets:
     "Optimise what MEMIT's family wants the last edited layer to say, for every request."
     input:

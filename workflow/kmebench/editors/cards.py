@@ -59,6 +59,7 @@ def about(sentence: str, unit: str = "", **bounds: Any) -> Any:
 
 #: Numbers of hyper-parameters. Written as text, as YAML reads ``1e-4``, they are numbers too.
 Real = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
 Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Layers = Annotated[tuple[Whole, ...], Field(min_length=1)]

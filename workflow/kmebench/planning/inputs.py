@@ -101,6 +101,10 @@ class Inputs:
         """Return how a job's model is loaded."""
         return grid.load_of(self.config, wildcards.model)
 
+    def device(self, wildcards: Any) -> str:
+        """Return where a job's model lies."""
+        return self.load(wildcards)["device"]
+
     # -- cached stages --------------------------------------------------------------------------
 
     def askable(self, wildcards: Any) -> dict[str, Any]:
@@ -122,8 +126,8 @@ class Inputs:
         return asdict(Targets.parse(wildcards.target))
 
     def covariance_layers(self, wildcards: Any) -> list[int]:
-        """Return the layers whose covariance the runs of a model read."""
-        return grid.covariance_layers(self.config, wildcards.model)
+        """Return the layers whose covariance is measured for the runs of a model."""
+        return grid.measured_layers(self.config, wildcards.model)
 
     def text_content(self, wildcards: Any) -> str | None:
         """Return the content of the user's text, if the covariance is taken over one."""
@@ -162,7 +166,7 @@ class Inputs:
             "code": code("edit", module),
             **(neutral if grid.measures_health(self.config, run.mode) else {}),
         } | {
-            need.asset: f"<results>/{need.path(run.model, run.dataset)}"
+            need.key: f"<results>/{need.path(run.model, run.dataset)}"
             for need in grid.needs_of(self.config, run)
         }
 

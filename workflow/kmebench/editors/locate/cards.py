@@ -3,8 +3,17 @@
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from kmebench.editors.cards import Card, Count, Layers, Real, Whole, about, hyperparameters
-from kmebench.editors.needs import Covariance, Need, Pipeline, Targets
+from kmebench.editors.cards import (
+    Card,
+    Count,
+    Layers,
+    Positive,
+    Real,
+    Whole,
+    about,
+    hyperparameters,
+)
+from kmebench.editors.needs import Inverse, Need, Pipeline, Spectrum, Targets
 
 #: Where the KL loss looks: at the subject, as released, or after "is a".
 KLPosition = Literal["subject_last", "prompt_last"]
@@ -18,7 +27,7 @@ KLFactor = Annotated[Real, about("κ, weight of the KL divergence.")]
 Decay = Annotated[Real, about("ω, weight of ‖δ‖ / ‖h‖².")]
 Clamp = Annotated[Real, about("c, bound of ‖δ‖ / ‖h‖.")]
 Position = Annotated[KLPosition, about("Token after which the KL divergence is taken.")]
-Weight = Annotated[Real, about("λ, weight of the covariance C.")]
+Weight = Annotated[Positive, about("λ, weight of the covariance C.")]
 Edited = Annotated[Layers, about("Layers edited, from 0, in this order.")]
 
 
@@ -103,21 +112,21 @@ class RECTHparams(MEMITHparams):
 
 
 def _rome(hparams: ROMEHparams, pipeline: Pipeline) -> tuple[Need, ...]:
-    return (Covariance((hparams.layer,)),) if hparams.second_moment else ()
+    return (Inverse(hparams.layer),) if hparams.second_moment else ()
 
 
-def spread(site: Site) -> Any:
+def spread(site: Site, factor: type[Inverse | Spectrum] = Inverse) -> Any:
     """Return the needs of an editor of MEMIT's family whose targets stand at ``site``.
 
-    Targets are shared in batches alone, which start from the original model: on a model with
-    earlier edits they are others.
+    ``factor`` is what it reads of the covariance. Targets are shared in batches alone, which start
+    from the original model: on a model with earlier edits they are others.
     """
 
     def needs(hparams: MEMITHparams, pipeline: Pipeline) -> tuple[Need, ...]:
-        covariance = Covariance(tuple(hparams.layers))
+        factors = tuple(map(factor, hparams.layers))
         if pipeline.mode != "batch":
-            return (covariance,)
-        return covariance, Targets(site, hparams.layers[-1], **loss_of(hparams))
+            return factors
+        return *factors, Targets(site, hparams.layers[-1], **loss_of(hparams))
 
     return needs
 
@@ -174,7 +183,7 @@ CARDS = [
         AlphaEditHparams,
         "Fang et al. 2025, AlphaEdit: null-space constrained knowledge editing",
         "MEMIT within the null space of what the model knows.",
-        spread("layer"),
+        spread("layer", Spectrum),
     ),
     _card(
         "prune",
