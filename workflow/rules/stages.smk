@@ -160,6 +160,7 @@ rule factorise_covariance:
         gpu=inputs.gpus,
         mem_mb=inputs.memory,
         runtime=minutes,
+        models=1,
     params:
         device=inputs.device,
     message:
