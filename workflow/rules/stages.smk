@@ -79,7 +79,7 @@ rule cache_gradients:
     threads: config["threads"]
     resources:
         gpu=inputs.gpus,
-        mem_mb=inputs.memory,
+        mem_mb=inputs.tracing_memory,
         runtime=minutes,
         models=1,
     params:
@@ -127,7 +127,7 @@ rule covariance:
     threads: config["threads"]
     resources:
         gpu=inputs.gpus,
-        mem_mb=inputs.memory,
+        mem_mb=inputs.covariance_memory,
         runtime=minutes,
         models=1,
     params:
@@ -158,7 +158,7 @@ rule factorise_covariance:
     threads: config["threads"]
     resources:
         gpu=inputs.gpus,
-        mem_mb=inputs.memory,
+        mem_mb=inputs.factor_memory,
         runtime=minutes,
         models=1,
     params:
@@ -186,7 +186,7 @@ rule optimise_targets:
     threads: config["threads"]
     resources:
         gpu=inputs.gpus,
-        mem_mb=inputs.memory,
+        mem_mb=inputs.target_memory,
         runtime=minutes,
         models=1,
     params:
@@ -215,7 +215,7 @@ rule train_stage:
     threads: config["threads"]
     resources:
         gpu=inputs.gpus,
-        mem_mb=inputs.memory,
+        mem_mb=inputs.training_memory,
         runtime=minutes,
         models=1,
     params:

@@ -17,7 +17,7 @@ from kmebench.editors.needs import Inverse, Spectrum
 from kmebench.errors import EditError
 from kmebench.io.tensors import TensorFile, write_tensors
 
-_FORMAT = "kmebench.covariance-factor.v1"
+FORMAT = "kmebench.covariance-factor.v1"
 
 
 class Eigen(NamedTuple):
@@ -65,7 +65,7 @@ def cache_factor(
         tensors = spectrum_of(covariance)._asdict()
     else:
         tensors = {Inverse.asset: inverse_of(covariance)}
-    write_tensors(path, tensors, _FORMAT, {"layer": layer, "factor": kind})
+    write_tensors(path, tensors, FORMAT, {"layer": layer, "factor": kind})
 
 
 def read_inverse(path: str | Path) -> Tensor:
@@ -74,10 +74,10 @@ def read_inverse(path: str | Path) -> Tensor:
     Raises:
         KMEBenchError: the file is no such file, or damaged.
     """
-    return TensorFile.open(path, _FORMAT).tensor(Inverse.asset)
+    return TensorFile.open(path, FORMAT).tensor(Inverse.asset)
 
 
 def read_spectrum(path: str | Path) -> Eigen:
     """Read the spectrum of :func:`cache_factor`; raises as :func:`read_inverse`."""
-    file = TensorFile.open(path, _FORMAT)
+    file = TensorFile.open(path, FORMAT)
     return Eigen(*(file.tensor(name) for name in Eigen._fields))
