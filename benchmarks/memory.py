@@ -97,6 +97,7 @@ def asked(
 ) -> float:
     """Bytes that the rule asks for a run of so many requests."""
     name, dataset = arguments.model.name, next(iter(config["datasets"]))
+    config["models"].setdefault(name, {})
     config["models"][name] |= {"shape": shape_of(arguments.model), "dtype": arguments.dtype}
     config["datasets"][dataset]["n"] = size
     mode = "batch" if size > 1 else "consecutive"
