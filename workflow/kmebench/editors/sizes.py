@@ -9,8 +9,8 @@ from typing import Any
 
 #: Bytes of numbers that are computed with: masters, gradients and moments; factors of C.
 _SINGLE, _DOUBLE = 4, 8
-#: Tokens of a prompt with its target, and of the text that stands before it in a context.
-PROMPT, CONTEXT = 16, 10
+#: Tokens of a prompt with its target, and of those from the subject's last one on.
+PROMPT, SUFFIX = 16, 8
 #: Texts of which the loss of MEMIT's target is made: contexts, the bare prompt, that of the KL.
 _TEXTS = 7
 #: Copies of the logits at one answer: themselves, their softmax, and a gradient of each.
@@ -75,4 +75,4 @@ def as_much_again(hparams: Any, job: Job) -> float:
 
 def target_graph(job: Job, requests: int, layer: int) -> float:
     """Return the bytes of the graph of the targets of some requests, above ``layer``."""
-    return job.graph(_TEXTS * requests, job.layers - layer, CONTEXT + PROMPT)
+    return job.graph(_TEXTS * requests, job.layers - layer, SUFFIX)

@@ -12,7 +12,7 @@ from kmebench.editors.sizes import Job, as_much_again, target_graph
 from kmebench.planning import grid
 
 #: Bytes of Python and its libraries, a tokenizer, requests and predictions.
-_PROCESS = 0.75e9
+_PROCESS = 0.6e9
 #: Places at which the model is asked in one pass of an evaluation, for each prompt of it.
 _PLACES = 2
 #: Copies of [M, M] in float64 while C is inverted, and while its eigenvectors are computed.

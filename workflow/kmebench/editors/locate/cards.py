@@ -14,7 +14,7 @@ from kmebench.editors.cards import (
     hyperparameters,
 )
 from kmebench.editors.needs import Inverse, Need, Pipeline, Spectrum, Targets
-from kmebench.editors.sizes import CONTEXT, PROMPT, Job, target_graph
+from kmebench.editors.sizes import SUFFIX, Job, target_graph
 
 #: Where the KL loss looks: at the subject, as released, or after "is a".
 KLPosition = Literal["subject_last", "prompt_last"]
@@ -142,7 +142,7 @@ def _holds_one(hparams: ROMEHparams, job: Job) -> float:
     """C⁻¹, the ledger and the graph of one request's target."""
     factor = job.factor if hparams.second_moment else 0.0
     above = job.layers - hparams.layer
-    return factor + job.ledger(1) + job.graph(_TEXTS, above, CONTEXT + PROMPT)
+    return factor + job.ledger(1) + job.graph(_TEXTS, above, SUFFIX)
 
 
 def _holds(hparams: MEMITHparams, job: Job) -> float:
