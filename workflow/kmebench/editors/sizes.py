@@ -10,7 +10,7 @@ from typing import Any
 #: Bytes of numbers that are computed with: masters, gradients and moments; factors of C.
 _SINGLE, _DOUBLE = 4, 8
 #: Tokens of a prompt with its target, and of those from the subject's last one on.
-PROMPT, SUFFIX = 16, 8
+PROMPT, SUFFIX = 16, 10
 #: Texts of which the loss of MEMIT's target is made: contexts, the bare prompt, that of the KL.
 _TEXTS = 7
 #: Copies of the logits at one answer: themselves, their softmax, and a gradient of each.
@@ -52,10 +52,10 @@ class Job:
     def graph(self, texts: float, layers: float | None = None, tokens: float = PROMPT) -> float:
         """Bytes that a backward pass through ``layers`` (all) needs of texts, with their logits.
 
-        One target token each. Of a layer about 16 D numbers a token, and 5 M.
+        Two places with logits each. Of a layer about 8 D numbers a token, and 3 M.
         """
         depth = self.layers if layers is None else layers
-        states = depth * (16 * self.width + 5 * self.ffn_width) * _SINGLE
+        states = depth * (8 * self.width + 3 * self.ffn_width) * _SINGLE
         return texts * (tokens * states + 2 * self.logits)
 
     @property

@@ -91,9 +91,9 @@ def _segments(job: Job, chosen: int) -> float:
 
 
 def _pac(hparams: PACHparams, job: Job) -> float:
-    """The segments of all requests, and the graph of both losses."""
+    """The segments of all requests, and the graph; a single one passes twice, for both losses."""
     chosen = job.requests * (hparams.paths + hparams.negatives)
-    return _segments(job, chosen) + job.graph(2 * min(job.requests, hparams.micro_batch))
+    return _segments(job, chosen) + job.graph(max(2, min(job.requests, hparams.micro_batch)))
 
 
 def _released(hparams: PACReleasedHparams, job: Job) -> float:
