@@ -39,7 +39,7 @@ def test_every_editor_says_how_it_edits_and_what_its_values_are(card, capsys):
 
 def test_what_an_editor_needs_in_one_mode_alone_names_it():
     card = registered()["memit"]
-    assert needs(card) == "covariance, targets (batch)"
+    assert needs(card) == "inverse, targets (batch)"
     assert needs(registered()["full-c"]) == "nothing"
     always = dataclasses.replace(card, needs=lambda hparams, pipeline: (Covariance((1,)),))
     assert needs(always) == "covariance"

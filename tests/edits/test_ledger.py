@@ -149,7 +149,7 @@ def test_segments_are_never_written_through_a_transposed_view():
 
 def state_of(live, ledger):
     """Bits of the weights, and of masters and originals: all that a ledger knows."""
-    masters = {name: ledger.master(name) for name in live}
+    masters = {name: ledger.master(name).clone() for name in live}
     originals = {name: ledger.original(name) for name in live}
     bits = {name: p.detach().clone() for name, p in live.items()}
     return [bits, masters, originals, {k: t.clone() for k, t in ledger.state().items()}]

@@ -348,8 +348,8 @@ def test_only_what_runs_of_a_model_edit_asks_for_its_covariance(
     methods, hparams, grid_values, layers
 ):
     config = covariance_config(methods, hparams, **grid_values)
-    assert grid.covariance_layers(config, "small") == layers
-    assert grid.covariance_layers(config, "other") == [5]
+    assert grid.measured_layers(config, "small") == layers
+    assert grid.measured_layers(config, "other") == [5]
 
 
 def test_a_comparison_asks_for_its_covariance_too():
@@ -358,7 +358,7 @@ def test_a_comparison_asks_for_its_covariance_too():
     sides["b"] = {"method": "memit", "mode": "batch"}
     pairs = {"p": {"question": "?", **sides}}
     config["comparisons"] = {"c": {"models": ["small"], "datasets": ["d"], "pairs": pairs}}
-    assert grid.covariance_layers(config, "small") == [1, 2, 3]
+    assert grid.measured_layers(config, "small") == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,12 @@ def test_a_run_reads_its_own_stages_and_no_others(config):
     assert found["original"] == "<results>/original/tiny-gptj/openfacts-zsre.parquet"
     assert "workflow/kmebench/editors/locate/memit.py" in found["code"]
     assert "workflow/kmebench/editors/locate/pmet.py" not in found["code"]
-    assert set(stages(found)) == {"covariance", "targets"}
-    assert found["covariance"] == "<results>/covariance/tiny-gptj.safetensors"
-    assert stages(asked(config).edit(run("memit", "consecutive"))).keys() == {"covariance"}
+    assert set(stages(found)) == {"inverse1", "inverse2", "targets"}
+    assert found["inverse1"] == "<results>/covariance/tiny-gptj/inverse/1.safetensors"
+    consecutive = stages(asked(config).edit(run("memit", "consecutive")))
+    assert consecutive.keys() == {"inverse1", "inverse2"}
+    alphaedit = stages(asked(config).edit(run("alphaedit", "consecutive")))
+    assert alphaedit.keys() == {"spectrum1", "spectrum2"}
     assert stages(asked(config).edit(run("full-c"))) == {}
     paths = "<results>/trace/tiny-gptj/openfacts-zsre/paths/"
     assert stages(asked(config).edit(run("pac", variant="paths=5"))) == {
@@ -118,9 +121,16 @@ def test_models_are_trained_or_fetched_and_ask_for_what_they_take(config):
     config["models"]["tiny-gptj"]["device"] = "cpu"
     assert rules.gpus(wildcards(model="smollm2-135m")) == 1
     assert rules.gpus(wildcards(model="tiny-gptj")) == 0
-    parameters = config["models"]["smollm2-135m"]["shape"]["parameters"]
-    wanted = int(3000 + 2 * 4 * parameters / 1e6)
-    assert rules.memory(wildcards(model="smollm2-135m"), attempt=2) == 2 * wanted
+    asked_once = rules.memory(wildcards(model="smollm2-135m"), attempt=1)
+    assert rules.memory(wildcards(model="smollm2-135m"), attempt=2) == 2 * asked_once
+    weights = 4 * config["models"]["smollm2-135m"]["shape"]["parameters"] / 1e6
+    assert weights < asked_once < 3 * weights
+    small = {"dataset": "openfacts-zsre", "model": "smollm2-135m"}
+    editing = {
+        method: rules.editing_memory(run(method, "consecutive", **small), attempt=1)
+        for method in ("none", "pac", "memit", "full-c")
+    }
+    assert asked_once == editing["none"] < editing["pac"] < editing["memit"] < editing["full-c"]
 
 
 def test_a_users_data_file_is_known_by_its_content_unless_the_config_pins_it(config, tmp_path):

@@ -68,8 +68,8 @@ KILLED = {
         f"{stage} first"
         for stage in (
             *("fetch_dataset", "prepare_dataset", "train_model", "predict_original"),
-            *("cache_gradients", "select_paths", "covariance", "optimise_targets"),
-            "neutral_text",
+            *("cache_gradients", "select_paths", "covariance", "factorise_covariance"),
+            *("optimise_targets", "neutral_text"),
             *("score", "table", "costs", "findings", "node_importance", "figure", "index"),
             *("notebook",),
         )
@@ -109,7 +109,11 @@ PATHS = "results/trace/tiny-gptj/openfacts-zsre/paths/l2+edit+disjoint+paths=15+
     ("damaged", "target", "holds_times"),
     [
         ("trace/tiny-gptj/openfacts-zsre/gradients.safetensors", f"{PATHS}.safetensors", True),
-        ("covariance/tiny-gptj.safetensors", f"{RUN.replace('pac', 'rome')}/timing.json", False),
+        (
+            "covariance/tiny-gptj/inverse/1.safetensors",
+            f"{RUN.replace('pac', 'rome')}/timing.json",
+            False,
+        ),
         ("original/tiny-gptj/openfacts-zsre.parquet", f"{RUN}/timing.json", False),
         ("data/openfacts-zsre.jsonl", f"{RUN}/timing.json", False),
         (f"{RUN.removeprefix('results/')}/timing.json", "results/metrics/table2.parquet", True),

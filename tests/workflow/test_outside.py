@@ -167,12 +167,20 @@ def retrained(checkout):
     path = checkout.folder / "model/model.safetensors"
     save_file({name: 1.01 * weight for name, weight in load_file(path).items()}, path)
     of_both = {rule: 2 for rule in OF_DATA if rule != "prepare_dataset"}
-    return "results/models/mine", {"fetch_model": 1, "covariance": 1} | of_both
+    return "results/models/mine", {
+        "fetch_model": 1,
+        "covariance": 1,
+        "factorise_covariance": 1,
+    } | of_both
 
 
 def other_text(checkout):
     write_text(checkout, skipped=8)
-    return "results/covariance/mine.safetensors", {"covariance": 1, "edit": 2}
+    return "results/covariance/mine.safetensors", {
+        "covariance": 1,
+        "factorise_covariance": 1,
+        "edit": 2,
+    }
 
 
 @pytest.mark.parametrize("change", [other_data, retrained, other_text])
@@ -208,7 +216,7 @@ def test_a_further_method_asks_for_its_layers_and_leaves_the_bytes_of_the_others
         experiments={"table1": {"datasets": ["openfacts-zsre"], "methods": ["memit", "emmet"]}},
     )
     configs = (*CONFIGS, further)
-    expected = {"covariance": 1, "optimise_targets": 1, "edit": 2}
+    expected = {"covariance": 1, "factorise_covariance": 2, "optimise_targets": 1, "edit": 2}
     assert copy_of_outside.planned(TABLE, configs=configs) == expected | SCORED
     copy_of_outside.run("results/covariance/mine.safetensors", configs=configs)
     after = load_file(path)

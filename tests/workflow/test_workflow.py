@@ -86,7 +86,7 @@ def apart(planned):
         ("editors/locate/targets.py", {"optimise_targets": 4, "edit": 8}),
         (
             "editors/locate/covariance/texts.py",
-            {"covariance": 1, "edit": 8},
+            {"covariance": 1, "factorise_covariance": 2, "edit": 8},
         ),
         # PAC: two more consecutive runs in the ablations.
         ("editors/pac/pac.py", {"edit": 6}),

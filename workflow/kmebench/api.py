@@ -12,10 +12,11 @@ from typing import Any
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor, Result, build_editor
+from kmebench.editors.locate.covariance.factors import cache_factor
 from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.store import Covariances, check_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
-from kmebench.editors.needs import Covariance, Trained
+from kmebench.editors.needs import Covariance, Inverse, Spectrum, Trained
 from kmebench.edits.edit import Edit
 from kmebench.errors import ConfigError, KMEBenchError, ModelError
 from kmebench.io import origins
@@ -31,7 +32,15 @@ from kmebench.pipelines.one_fact import (
     next_token,
     says,
 )
-from kmebench.planning.by_hand import Kind, Source, fact, find_model, method_of, trained_path
+from kmebench.planning.by_hand import (
+    Kind,
+    MadeByHand,
+    Source,
+    fact,
+    find_model,
+    method_of,
+    trained_path,
+)
 from kmebench.planning.workflow import make
 
 __all__ = [
@@ -110,7 +119,8 @@ def editor(
     if not isinstance(method, str):
         raise ConfigError(f"A method is a name; not {method!r}.")
     chosen = method_of(model.source, method, hparams, mode)
-    files = {need.asset: _file(model, need, covariance) for need in chosen.needs}
+    layers = sorted(layer for need in chosen.needs for layer in _layers(need))
+    files = {need.key: _file(model, need, layers, covariance) for need in chosen.needs}
     return build_editor(chosen.editor, chosen.hparams, files)
 
 
@@ -215,28 +225,59 @@ def _folder(source: Source) -> Path:
     return folder
 
 
-def _file(model: Model, need: Covariance | Trained, covariance: str | Path | None) -> Path:
-    """Return the file of what an editor needs; it is made if it is not there."""
+def _layers(need: MadeByHand) -> tuple[int, ...]:
+    """Return the layers whose covariance a need is about."""
+    if isinstance(need, Trained):
+        return ()
+    return need.layers if isinstance(need, Covariance) else (need.layer,)
+
+
+def _file(
+    model: Model, need: MadeByHand, layers: Sequence[int], covariance: str | Path | None
+) -> Path:
+    """Return the file of what an editor needs; it is made if it is not there.
+
+    ``layers`` are those whose covariance all needs of the editor are about.
+    """
     if isinstance(need, Trained):
         path = trained_path(model.source, need)
         make(path, model.source.configfiles)
         return path
-    if covariance is None:
-        return _workflows_covariance(model, need) or _measured_covariance(model, need)
-    check_covariance(covariance)
-    return Path(covariance)
+    if covariance is not None:
+        check_covariance(covariance)
+    given = Path(covariance) if covariance else _covariance(model, tuple(layers))
+    return given if isinstance(need, Covariance) else _factor(model, need, given)
 
 
-def _workflows_covariance(model: Model, need: Covariance) -> Path | None:
-    """Return the workflow's file, if there is one and it holds the layers."""
+def _factor(model: Model, need: Inverse | Spectrum, covariance: Path) -> Path:
+    """Return the file of what is computed of C of a layer: the workflow's, or one in the cache."""
+    done = model.source.results / need.path(model.source.name, "")
+    if covariance == _workflows(model) and done.is_file():
+        return done
+    name = hashlib.sha256(origins.digest(covariance).encode()).hexdigest()[:16]
+    path = _cache() / need.path(name, "")
+    if not path.is_file():
+        what = f"computing the {need.asset} of the covariance of layer {need.layer} (once)"
+        with doing(what), users_own(covariance):
+            cache_factor(path, covariance, need.asset, need.layer, str(model.device))
+    return path
+
+
+def _covariance(model: Model, layers: tuple[int, ...]) -> Path:
+    """Return the workflow's covariance, if it holds the layers, else that of the cache."""
+    path = _workflows(model)
+    held = Covariances.open(path).layers if path and path.is_file() else ()
+    return path if path and set(layers) <= set(held) else _measured_covariance(model, layers)
+
+
+def _workflows(model: Model) -> Path | None:
+    """Return where the workflow's covariance lies, for a model of the config."""
     if model.source.kind is not Kind.CONFIG:
         return None
-    path = model.source.results / need.path(model.source.name, "")
-    held = Covariances.open(path).layers if path.is_file() else ()
-    return path if set(need.layers) <= set(held) else None
+    return model.source.results / Covariance(()).path(model.source.name, "")
 
 
-def _measured_covariance(model: Model, need: Covariance) -> Path:
+def _measured_covariance(model: Model, layers: tuple[int, ...]) -> Path:
     """Return the cached file of these layers of this model, measured if it is not there."""
     if model.folder is None:
         raise ConfigError(
@@ -245,11 +286,11 @@ def _measured_covariance(model: Model, need: Covariance) -> Path:
         )
     settings = dict(model.source.config.get("covariance", {}))
     force = settings.pop("force", False)
-    identity = [origins.digest(model.folder), model.source.dtype, need.layers, settings]
+    identity = [origins.digest(model.folder), model.source.dtype, layers, settings]
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = _cache() / "covariance" / f"{name}.safetensors"
     if not path.is_file():
         with model.edits.savepoint():
             model.revert()
-            measure_covariance(path, model, need.layers, TextSettings(**settings), force=force)
+            measure_covariance(path, model, layers, TextSettings(**settings), force=force)
     return path

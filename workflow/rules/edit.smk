@@ -22,7 +22,7 @@ rule edit:
     threads: config["threads"]
     resources:
         gpu=inputs.gpus,
-        mem_mb=inputs.memory,
+        mem_mb=inputs.editing_memory,
         runtime=minutes,
         models=1,
     params:

@@ -79,7 +79,7 @@ rule cache_gradients:
     threads: config["threads"]
     resources:
         gpu=inputs.gpus,
-        mem_mb=inputs.memory,
+        mem_mb=inputs.tracing_memory,
         runtime=minutes,
         models=1,
     params:
@@ -127,7 +127,7 @@ rule covariance:
     threads: config["threads"]
     resources:
         gpu=inputs.gpus,
-        mem_mb=inputs.memory,
+        mem_mb=inputs.covariance_memory,
         runtime=minutes,
         models=1,
     params:
@@ -139,6 +139,34 @@ rule covariance:
         "Covariance of {wildcards.model}"
     script:
         "../scripts/covariance.py"
+
+
+rule factorise_covariance:
+    "Invert the covariance of one layer, or find its eigenvectors, once for all runs that read it."
+    input:
+        covariance="<results>/covariance/{model}.safetensors",
+        code=code("factorise_covariance"),
+    output:
+        factor="<results>/covariance/{model}/{factor}/{layer}.safetensors",
+    log:
+        "<logs>/factorise_covariance/{model}.{factor}.{layer}.log",
+    wildcard_constraints:
+        factor="inverse|spectrum",
+        layer=r"\d+",
+    conda:
+        "../../envs/edit.yaml"
+    threads: config["threads"]
+    resources:
+        gpu=inputs.gpus,
+        mem_mb=inputs.factor_memory,
+        runtime=minutes,
+        models=1,
+    params:
+        device=inputs.device,
+    message:
+        "The {wildcards.factor} of the covariance of layer {wildcards.layer} of {wildcards.model}"
+    script:
+        "../scripts/factorise_covariance.py"
 
 
 rule optimise_targets:
@@ -158,7 +186,7 @@ rule optimise_targets:
     threads: config["threads"]
     resources:
         gpu=inputs.gpus,
-        mem_mb=inputs.memory,
+        mem_mb=inputs.target_memory,
         runtime=minutes,
         models=1,
     params:
@@ -187,7 +215,7 @@ rule train_stage:
     threads: config["threads"]
     resources:
         gpu=inputs.gpus,
-        mem_mb=inputs.memory,
+        mem_mb=inputs.training_memory,
         runtime=minutes,
         models=1,
     params:

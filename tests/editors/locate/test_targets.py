@@ -372,3 +372,12 @@ def test_a_delta_that_is_no_number_is_refused(make_model, requests):
     model, settings = make_model("gptj"), replace(SETTINGS, learning_rate=float("inf"), steps=2)
     with pytest.raises(EditError, match=r"rome: .* 'a' at layer 1 .* \(now inf\)"):
         optimise_targets(model, requests[:1], CONTEXTS, settings, "rome")
+
+
+def test_one_large_batch_shows_its_passes_and_one_request_does_not(make_model, requests, caplog):
+    model = make_model("llama")
+    caplog.set_level("INFO", "kmebench")
+    optimise_targets(model, requests[:1], CONTEXTS, SETTINGS, "memit")
+    assert not caplog.messages
+    optimise_targets(model, requests[:2], CONTEXTS, SETTINGS, "memit")
+    assert "passes of the targets: 4 of 8" in caplog.messages

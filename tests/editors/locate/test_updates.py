@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from kmebench.editors.locate.covariance.factors import inverse_of, spectrum_of
 from kmebench.editors.locate.updates import (
     DependentKeysError,
     alphaedit_update,
-    covariance_factor,
     emmet_update,
     largest_relative,
     memit_update,
-    null_space,
     restraint,
     rome_update,
     spread,
@@ -44,8 +43,8 @@ def test_rome_maps_the_probe_to_the_value_by_rank_one(given, with_moment):
     key, probe, value = given["keys"][:, 0], given["keys"][:, 1], given["residual"][:, 0]
     bias = given["residual"][:, 1]
     output = given["weight"] @ probe + bias
-    factor = covariance_factor(given["moment"], 1.0) if with_moment else None
-    u, v = rome_update(value, output, key, probe, factor)
+    inverse = inverse_of(given["moment"]) if with_moment else None
+    u, v = rome_update(value, output, key, probe, inverse)
     close((given["weight"] + u @ v) @ probe + bias, value)
     assert torch.linalg.matrix_rank(u @ v) == 1
     direction = torch.linalg.solve(given["moment"], key) if with_moment else key
@@ -61,7 +60,7 @@ def test_rome_refuses_a_probe_that_the_key_does_not_reach():
 def test_memit_minimises_its_least_squares_objective(given):
     weight, keys, residual = given["weight"], given["keys"], given["residual"]
     penalty = 2.5 * given["moment"]
-    u, v = memit_update(residual, keys, covariance_factor(given["moment"], 2.5))
+    u, v = memit_update(residual, keys, inverse_of(given["moment"]), 2.5)
     delta = (u @ v).requires_grad_()
     missing = (weight + delta) @ keys - (weight @ keys + residual)
     objective = missing.square().sum() + (delta @ penalty @ delta.T).trace()
@@ -73,7 +72,7 @@ def test_memit_minimises_its_least_squares_objective(given):
 
 def test_emmet_meets_its_equality_constraints_at_the_least_cost(given):
     keys, residual, penalty = given["keys"], given["residual"], 2.5 * given["moment"]
-    u, v = emmet_update(residual, keys, covariance_factor(given["moment"], 2.5), 0.0)
+    u, v = emmet_update(residual, keys, inverse_of(given["moment"]), 2.5, 0.0)
     close(u @ v @ keys, residual)
     # Lagrange: Δ C0 = Λ Kᵀ, Δ K = R, one linear system for each row of Δ.
     system = torch.zeros(M + B, M + B, dtype=torch.float64)
@@ -85,7 +84,7 @@ def test_emmet_meets_its_equality_constraints_at_the_least_cost(given):
 def test_emmets_epsilon_damps_the_gram_matrix(given):
     keys, residual = given["keys"], given["residual"]
     inverse = torch.linalg.inv(given["moment"])
-    u, v = emmet_update(residual, keys, covariance_factor(given["moment"], 1.0), 0.1)
+    u, v = emmet_update(residual, keys, inverse_of(given["moment"]), 1.0, 0.1)
     gram = keys.T @ inverse @ keys + 0.1 * torch.eye(B, dtype=torch.float64)
     close(u @ v, residual @ torch.linalg.inv(gram) @ keys.T @ inverse)
 
@@ -96,23 +95,23 @@ def test_emmet_refuses_keys_that_are_nearly_the_same_whatever_their_length(given
     """Two keys equal up to 1e-7 used to pass, with a change of norm 7e6."""
     keys = given["keys"].clone()
     keys[:, 2] = length * (keys[:, 0] + gap * keys[:, 2])
-    factor = covariance_factor(given["moment"], 1.0)
+    inverse = inverse_of(given["moment"])
     with pytest.raises(DependentKeysError, match=r"dependent.*condition number.*epsilon") as caught:
-        emmet_update(given["residual"], keys, factor, 0.0)
+        emmet_update(given["residual"], keys, inverse, 1.0, 0.0)
     assert caught.value.pair == (0, 2)
-    assert all(f.isfinite().all() for f in emmet_update(given["residual"], keys, factor, 0.1))
+    assert all(f.isfinite().all() for f in emmet_update(given["residual"], keys, inverse, 1.0, 0.1))
 
 
 def test_emmet_takes_keys_that_differ_by_a_hundredth(given):
     keys = given["keys"].clone()
     keys[:, 2] = keys[:, 0] + 0.01 * keys[:, 2]
-    u, v = emmet_update(given["residual"], keys, covariance_factor(given["moment"], 1.0), 0.0)
+    u, v = emmet_update(given["residual"], keys, inverse_of(given["moment"]), 1.0, 0.0)
     torch.testing.assert_close(u @ v @ keys, given["residual"], rtol=1e-7, atol=1e-7)
 
 
 def test_emmet_takes_keys_of_very_different_lengths(given):
     keys = given["keys"] * torch.tensor([1.0, 1e-3, 1e3], dtype=torch.float64)
-    u, v = emmet_update(given["residual"], keys, covariance_factor(given["moment"], 1.0), 0.0)
+    u, v = emmet_update(given["residual"], keys, inverse_of(given["moment"]), 1.0, 0.0)
     torch.testing.assert_close(u @ v @ keys, given["residual"], rtol=1e-7, atol=1e-7)
 
 
@@ -121,7 +120,8 @@ def test_alphaedit_solves_its_equation_and_spares_the_preserved_directions(given
     keys, residual, moment = given["keys"], given["residual"], given["moment"]
     values, vectors = torch.linalg.eigh(moment)
     threshold = float((values[4] + values[5]) / 2)
-    basis = null_space(moment, threshold)
+    spectrum = spectrum_of(moment)
+    basis = spectrum.vectors[spectrum.values < threshold].T
     projector = vectors[:, :5] @ vectors[:, :5].T
     close(basis @ basis.T, projector)
     earlier = torch.randn(M, n_earlier, dtype=torch.float64)
@@ -163,11 +163,3 @@ def test_residuals_are_spread_over_the_layers_left(given):
     zero = torch.zeros_like(given["residual"])
     close(spread(given["residual"], zero, 4), given["residual"] / 4)
     close(spread(given["residual"], zero, 4, root=True), given["residual"] / 2)
-
-
-def test_a_singular_moment_is_named_with_its_smallest_eigenvalue(given):
-    singular = given["keys"] @ given["keys"].T
-    with pytest.raises(EditError, match=r"smallest eigenvalue .* raise covariance.tokens"):
-        covariance_factor(singular, 1.0)
-    factor = covariance_factor(singular, 2.0, ridge=0.5)
-    close(factor @ factor.T, 2 * singular + 0.5 * torch.eye(M, dtype=torch.float64))

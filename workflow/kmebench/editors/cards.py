@@ -17,6 +17,7 @@ import pydantic
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from kmebench.editors.needs import Need, Pipeline
+from kmebench.editors.sizes import Job, as_much_again
 from kmebench.errors import ConfigError, KMEBenchError
 from kmebench.names import nearest
 
@@ -59,6 +60,7 @@ def about(sentence: str, unit: str = "", **bounds: Any) -> Any:
 
 #: Numbers of hyper-parameters. Written as text, as YAML reads ``1e-4``, they are numbers too.
 Real = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
 Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Layers = Annotated[tuple[Whole, ...], Field(min_length=1)]
@@ -76,6 +78,7 @@ class Card:
     ``summary`` says in a sentence how it edits.
     ``single`` holds the values that differ for one fact by itself, of which no stage of a data
     set is cached. A ``control`` is a row to compare with, never a rival.
+    ``holds`` says how many bytes of memory an edit takes beside the weights.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Card:
     summary: str = ""
     single: Mapping[str, Any] = field(default_factory=dict)
     control: bool = False
+    holds: Callable[[Any, Job], float] = as_much_again
 
     def needs_of(self, values: Any, pipeline: Pipeline) -> tuple[Need, ...]:
         """Return which cached stages a run reads.

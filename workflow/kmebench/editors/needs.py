@@ -1,7 +1,7 @@
 """What editors need of cached stages. Imports no torch.
 
 A need names its rule and spells its file; a rule reads the settings of its job back from the
-name. An editor finds the file under ``assets[need.asset]``.
+name. An editor finds the file under ``assets[need.key]``.
 """
 
 from abc import ABC, abstractmethod
@@ -21,10 +21,15 @@ class Pipeline:
 
 
 class Need(ABC):
-    """One file of a cached stage."""
+    """One file of a cached stage; ``asset`` says what it holds."""
 
     asset: ClassVar[str]
     rule: ClassVar[str]
+
+    @property
+    def key(self) -> str:
+        """Name of the file among the assets of an editor."""
+        return self.asset
 
     @abstractmethod
     def path(self, model: str, dataset: str) -> str:
@@ -76,6 +81,38 @@ class Covariance(Need):
     def path(self, model: str, dataset: str) -> str:
         """Return where the file lies below the results."""
         return f"covariance/{model}.safetensors"
+
+
+@dataclass(frozen=True)
+class _OfCovariance(Need):
+    """What is computed of C of one layer: a file of its own, since it takes minutes."""
+
+    layer: int
+
+    rule: ClassVar[str] = "factorise_covariance"
+
+    @property
+    def key(self) -> str:
+        """Name of the file among the assets of an editor, e.g. ``inverse5``."""
+        return f"{self.asset}{self.layer}"
+
+    def path(self, model: str, dataset: str) -> str:
+        """Return where the file lies below the results."""
+        return f"covariance/{model}/{self.asset}/{self.layer}.safetensors"
+
+
+@dataclass(frozen=True)
+class Inverse(_OfCovariance):
+    """C⁻¹ of one layer."""
+
+    asset: ClassVar[str] = "inverse"
+
+
+@dataclass(frozen=True)
+class Spectrum(_OfCovariance):
+    """Eigenvalues and eigenvectors of C of one layer."""
+
+    asset: ClassVar[str] = "spectrum"
 
 
 @dataclass(frozen=True)
@@ -141,4 +178,4 @@ class Trained(Need):
 
 
 #: The rules that make stages.
-RULES = tuple(need.rule for need in (Paths, Covariance, Targets, Trained))
+RULES = tuple(need.rule for need in (Paths, Covariance, Inverse, Targets, Trained))

@@ -97,8 +97,13 @@ class Ledger:
         return entry.full_original()
 
     def master(self, name: str) -> Tensor:
-        """Return a whole parameter at master precision (a copy)."""
+        """Return a whole parameter at master precision; not to be changed in place.
+
+        It is no copy where there is a master of all of it: the next edit adds to that.
+        """
         entry = self._entries.get(name)
+        if isinstance(entry, _Whole):
+            return entry.master
         live = at_least_float32(self._parameters[name].detach()).clone()
         return live if entry is None else entry.full_master(live)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.cards import card_of, plain, registered
-from kmebench.editors.needs import Covariance, Need, Pipeline, Trained
+from kmebench.editors.needs import Covariance, Inverse, Need, Pipeline, Spectrum, Trained
 from kmebench.errors import ConfigError, ModelError
 from kmebench.names import near_name, nearest
 from kmebench.planning import grid
@@ -19,6 +19,8 @@ from kmebench.planning.workflow import SNAKEFILE
 DEVICES = ("auto", "cpu", "mps", "cuda", "balanced", "sequential")
 #: Facts are given by hand, so no stage of a data set is cached for them.
 _PIPELINE = Pipeline("consecutive", 1)
+#: Needs that can be met without a data set.
+MadeByHand = Covariance | Inverse | Spectrum | Trained
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -150,7 +152,7 @@ class Method:
 
     editor: str
     hparams: Mapping[str, Any]
-    needs: tuple[Covariance | Trained, ...]
+    needs: tuple[MadeByHand, ...]
 
 
 def method_of(
@@ -179,9 +181,9 @@ def method_of(
     return Method(editor, plain(values), needs)
 
 
-def _can_be_met(source: Source, method: str, need: Need) -> Covariance | Trained:
+def _can_be_met(source: Source, method: str, need: Need) -> MadeByHand:
     """Return a need, but refuse one of a data set; what is trained once, the workflow trains."""
-    if isinstance(need, Covariance):
+    if isinstance(need, Covariance | Inverse | Spectrum):
         return need
     if isinstance(need, Trained) and source.kind is Kind.CONFIG:
         return need

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kmebench.editors.needs import Covariance, Paths
+from kmebench.editors.needs import Inverse, Paths, Spectrum
 from kmebench.io.checked_files import read_json
 from kmebench.planning import grid
 
 PAPER_TIMES = Path("resources/paper/time.csv")
-_MASTER = 4  # bytes of a float32
+_MASTER, _FACTOR = 4, 8  # bytes of a float32, and of a float64
 _RUN = ("model", "dataset", "mode", "method", "variant")
 
 
@@ -109,7 +109,8 @@ def wall_hours(costs: pd.DataFrame, devices: int) -> float:
 def disk(config: Mapping[str, Any], measured: pd.DataFrame) -> pd.DataFrame:
     """Estimate the bytes below ``results``: one row per model.
 
-    Columns: model, weights, gradients, covariance, deltas (at most), predictions. Models without
+    Columns: model, weights, gradients, covariance (with its inverses and spectra), deltas (at
+    most), predictions. Models without
     ``shape`` in the config have NaN where it is needed.
     """
     sizes, per_edit = grid.datasets(config), measured["predictions"].median()
@@ -124,10 +125,12 @@ def disk(config: Mapping[str, Any], measured: pd.DataFrame) -> pd.DataFrame:
             width, layers = shape["ffn_width"], shape["layers"]
             matrix = shape["width"] * width * _MASTER
             traced = {run.dataset for run in runs if grid.needed(config, run, Paths)}
-            covered = grid.covariance_layers(config, name)
+            covered = grid.measured_layers(config, name)
+            needs = {need for run in runs for need in grid.needs_of(config, run)}
+            factors = [need for need in needs if isinstance(need, Inverse | Spectrum)]
             row["weights"] = shape["parameters"] * grid.BYTES[spec["dtype"]]
             row["gradients"] = sum(sizes[d] for d in traced) * 2 * 2 * layers * width * _MASTER
-            row["covariance"] = len(covered) * width**2 * _MASTER
+            row["covariance"] = (len(covered) * _MASTER + len(factors) * _FACTOR) * width**2
             row["deltas"] = matrix * sum(_matrices(config, run, layers) for run in runs)
         rows.append(row)
     columns = ["model", "weights", "gradients", "covariance", "deltas", "predictions"]
@@ -142,8 +145,8 @@ def _matrices(config: Mapping[str, Any], run: grid.Run, layers: int) -> int:
     """
     if run.mode == "batch":
         return 0
-    if covariance := grid.needed(config, run, Covariance):
-        return len(covariance.layers)
+    if covered := grid.covariance_layers(config, run):
+        return len(covered)
     hparams = grid.hparams_of(config, run)
     edited = 1 if "layer" in hparams else len(hparams.get("layers") or range(layers))
     return edited * (1 if hparams.get("projections", "both") == "value" else 2)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kmebench.editors.cards import Card, card_of, plain
-from kmebench.editors.needs import Covariance, Need, Pipeline
+from kmebench.editors.needs import Covariance, Inverse, Need, Pipeline, Spectrum
 from kmebench.errors import ConfigError
 from kmebench.names import nearest
 from kmebench.values import DEVELOPMENT, read_all, spell_all
@@ -271,10 +271,21 @@ def needed(config: Mapping[str, Any], run: Run, kind: type[N]) -> N | None:
     return next((need for need in needs_of(config, run) if isinstance(need, kind)), None)
 
 
-def covariance_layers(config: Mapping[str, Any], model: str) -> list[int]:
-    """Return the layers of a model whose covariance its runs read."""
-    needs = (needed(config, run, Covariance) for run in all_runs(config) if run.model == model)
-    return sorted({layer for need in needs if need for layer in need.layers})
+def covariance_layers(config: Mapping[str, Any], run: Run) -> set[int]:
+    """Return the layers whose covariance, or what is computed of it, a run reads."""
+    layers = set[int]()
+    for need in needs_of(config, run):
+        if isinstance(need, Covariance):
+            layers |= set(need.layers)
+        elif isinstance(need, Inverse | Spectrum):
+            layers.add(need.layer)
+    return layers
+
+
+def measured_layers(config: Mapping[str, Any], model: str) -> list[int]:
+    """Return the layers of a model whose covariance is measured for its runs."""
+    runs = (run for run in all_runs(config) if run.model == model)
+    return sorted(set[int]().union(*(covariance_layers(config, run) for run in runs)))
 
 
 def describe(config: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ A rule names a method of :class:`Inputs` where Snakemake takes a function of the
 Paths begin with Snakemake's own ``<results>``.
 """
 
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 from kmebench.editors.needs import Paths, Targets, Trained
 from kmebench.io import origins
-from kmebench.planning import grid
+from kmebench.planning import grid, memory
 from kmebench.planning.dependencies import code
 
 OPENFACTS = "resources/openfacts"
@@ -101,6 +102,10 @@ class Inputs:
         """Return how a job's model is loaded."""
         return grid.load_of(self.config, wildcards.model)
 
+    def device(self, wildcards: Any) -> str:
+        """Return where a job's model lies."""
+        return self.load(wildcards)["device"]
+
     # -- cached stages --------------------------------------------------------------------------
 
     def askable(self, wildcards: Any) -> dict[str, Any]:
@@ -122,8 +127,8 @@ class Inputs:
         return asdict(Targets.parse(wildcards.target))
 
     def covariance_layers(self, wildcards: Any) -> list[int]:
-        """Return the layers whose covariance the runs of a model read."""
-        return grid.covariance_layers(self.config, wildcards.model)
+        """Return the layers whose covariance is measured for the runs of a model."""
+        return grid.measured_layers(self.config, wildcards.model)
 
     def text_content(self, wildcards: Any) -> str | None:
         """Return the content of the user's text, if the covariance is taken over one."""
@@ -162,7 +167,7 @@ class Inputs:
             "code": code("edit", module),
             **(neutral if grid.measures_health(self.config, run.mode) else {}),
         } | {
-            need.asset: f"<results>/{need.path(run.model, run.dataset)}"
+            need.key: f"<results>/{need.path(run.model, run.dataset)}"
             for need in grid.needs_of(self.config, run)
         }
 
@@ -194,14 +199,42 @@ class Inputs:
         return int(device not in ("auto", "cpu") or (device == "auto" and _HAS_GPU))
 
     def memory(self, wildcards: Any, attempt: int) -> int:
-        """Return the main memory in MB that a job with a model asks for; more after a failure."""
+        """Return the main memory in MB that a job which asks a model takes; more after a failure.
+
+        So do the methods below, for jobs that do more.
+        """
         return self.memory_of(wildcards.model, attempt)
 
     def memory_of(self, model: str, attempt: int) -> int:
-        """Return 3 GB for Python, torch and the results, and twice the weights, in MB."""
-        spec = self.config["models"][model]
-        parameters = spec.get("shape", {}).get("parameters", 5e8)
-        return attempt * int(3000 + 2 * parameters * grid.BYTES[spec["dtype"]] / 1e6)
+        """Return the memory of a job that asks a model."""
+        return _megabytes(memory.asked_by_model(self.config, model), attempt)
+
+    def tracing_memory(self, wildcards: Any, attempt: int) -> int:
+        """Return the memory of tracing requests."""
+        return _megabytes(memory.asked_by_trace(self.config, wildcards.model), attempt)
+
+    def covariance_memory(self, wildcards: Any, attempt: int) -> int:
+        """Return the memory of measuring the covariance of all layers that runs read."""
+        layers = len(self.covariance_layers(wildcards))
+        return _megabytes(memory.asked_by_covariance(self.config, wildcards.model, layers), attempt)
+
+    def factor_memory(self, wildcards: Any, attempt: int) -> int:
+        """Return the memory of inverting the covariance, or of finding its eigenvectors."""
+        w = wildcards
+        return _megabytes(memory.asked_by_factor(self.config, w.model, w.factor), attempt)
+
+    def target_memory(self, wildcards: Any, attempt: int) -> int:
+        """Return the memory of optimising targets."""
+        layer = Targets.parse(wildcards.target).layer
+        return _megabytes(memory.asked_by_targets(self.config, wildcards.model, layer), attempt)
+
+    def training_memory(self, wildcards: Any, attempt: int) -> int:
+        """Return the memory of training what an editor learns."""
+        return _megabytes(memory.asked_by_training(self.config, wildcards.model), attempt)
+
+    def editing_memory(self, wildcards: Any, attempt: int) -> int:
+        """Return the memory of a run."""
+        return _megabytes(memory.asked_by_run(self.config, _run_of(wildcards)), attempt)
 
 
 def minutes(wildcards: Any, attempt: int) -> int:
@@ -210,6 +243,10 @@ def minutes(wildcards: Any, attempt: int) -> int:
     An edit run that takes longer saves what it has done, and its retry goes on.
     """
     return attempt * 720
+
+
+def _megabytes(size: float, attempt: int) -> int:
+    return attempt * math.ceil(size / 1e6)
 
 
 def _run_of(wildcards: Any) -> grid.Run:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kmebench.editors.cards import Card, Count, Layers, Real, Whole, about, hyperparameters
+from kmebench.editors.sizes import Job
 
 
 @hyperparameters
@@ -46,6 +47,20 @@ class LoRAHparams:
     micro_batch: Annotated[Count, about("Requests in one forward pass.")] = 50
 
 
+def _full_c(hparams: FullCHparams, job: Job) -> float:
+    """Where training starts, gradients and Adam's two moments; W0 too, once there were edits."""
+    layers = job.layers if hparams.layers is None else len(hparams.layers)
+    matrices = layers * (2 if hparams.projections == "both" else 1)
+    copies = 5 if job.consecutive else 4
+    return copies * matrices * job.matrix + job.graph(min(job.requests, hparams.micro_batch))
+
+
+def _lora(hparams: LoRAHparams, job: Job) -> float:
+    """The ledger of what adapters were merged into: q and v, or the FFN where it has no gate."""
+    matrices = 2 * job.layers * (job.width / job.ffn_width if job.gated else 1)
+    return job.ledger(matrices) + job.graph(min(job.requests, hparams.micro_batch))
+
+
 CARDS = [
     Card(
         "full-c",
@@ -54,6 +69,7 @@ CARDS = [
         "finetune",
         "Zhu et al. 2021, Modifying memories in transformer models",
         summary="Fine-tunes the FFN, and lets no weight change by more than a bound.",
+        holds=_full_c,
     ),
     Card(
         "lora",
@@ -62,5 +78,6 @@ CARDS = [
         "finetune",
         "Hu et al. 2022, LoRA: low-rank adaptation of large language models",
         summary="Fine-tunes low-rank adapters and merges them into the weights.",
+        holds=_lora,
     ),
 ]

@@ -65,8 +65,7 @@ class FullC(EpochEditor):
             for name, p in live.items()
         }
         optimiser = torch.optim.Adam(masters.values(), lr=self.hparams.learning_rate, fused=True)
-        bounded = self.hparams.norm_constraint is not None
-        originals = {name: model.edits.original(name) for name in start} if bounded else {}
+        originals = self._originals(model, start)
         done, state = self.resumed()
         load_adam_state(optimiser, "adam", state)
         for name, master in masters.items() if state else ():
@@ -85,6 +84,13 @@ class FullC(EpochEditor):
                 break
             self.keep(epoch + 1, lambda: masters | adam_state(optimiser, "adam"))
         return masters
+
+    def _originals(self, model: EditableModel, start: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return W0, if it bounds the weights: what no edit has touched starts from it."""
+        if self.hparams.norm_constraint is None:
+            return {}
+        touched = model.edits.touched
+        return {n: model.edits.original(n) if n in touched else w for n, w in start.items()}
 
     def _step(
         self,

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from kmebench.editors.cards import Card, Count, Real, Whole, about, hyperparameters
+from kmebench.editors.sizes import Job
 
 
 @hyperparameters
@@ -25,6 +26,11 @@ class KNHparams:
     ] = 100
 
 
+def _kn(hparams: KNHparams, job: Job) -> float:
+    """The graph of the last token of all points, and what attention keeps of the others."""
+    return job.graph(hparams.micro_batch, tokens=2)
+
+
 CARDS = [
     Card(
         "kn",
@@ -33,5 +39,6 @@ CARDS = [
         "kn",
         "Dai et al. 2022, Knowledge neurons in pretrained transformers",
         summary="Finds the FFN neurons that tell the fact and adds embeddings to their values.",
+        holds=_kn,
     )
 ]

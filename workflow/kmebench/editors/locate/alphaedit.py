@@ -13,8 +13,10 @@ from torch import Tensor
 
 from kmebench.editors.base import Assets
 from kmebench.editors.locate.cards import AlphaEditHparams
+from kmebench.editors.locate.covariance.factors import read_spectrum, spectrum_of
 from kmebench.editors.locate.memit import MEMIT
-from kmebench.editors.locate.updates import Factors, alphaedit_update, null_space
+from kmebench.editors.locate.updates import Factors, alphaedit_update
+from kmebench.editors.needs import Spectrum
 from kmebench.errors import EditError
 from kmebench.models.editable import EditableModel
 
@@ -40,16 +42,20 @@ class AlphaEdit(MEMIT):
 
     def _basis(self, model: EditableModel, layer: int) -> Tensor:
         if layer not in self._bases:
-            covariance = self.covariance.of(layer).to(model.ffn[layer].value.weight.device)
-            basis = null_space(covariance, self.hparams.threshold)
-            if not basis.shape[1]:
+            cached = self.assets.get(Spectrum(layer).key)
+            spectrum = (
+                read_spectrum(cached) if cached else spectrum_of(self.covariance(model, layer))
+            )
+            unused = int((spectrum.values < self.hparams.threshold).sum())
+            if not unused:
                 raise EditError(
                     f"no eigenvalue of the covariance is below {self.hparams.threshold:g}, so "
                     "nothing may be changed; raise threshold."
                 )
-            free, width = basis.shape[::-1]
-            logger.info("%s: layer %d: %d of %d directions free", self.name, layer, free, width)
-            self._bases[layer] = basis
+            width = len(spectrum.values)
+            logger.info("%s: layer %d: %d of %d directions free", self.name, layer, unused, width)
+            device = model.ffn[layer].value.weight.device
+            self._bases[layer] = spectrum.vectors[:unused].T.to(device)
         return self._bases[layer]
 
     def state_dict(self) -> dict[str, Tensor]:

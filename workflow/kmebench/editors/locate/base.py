@@ -1,8 +1,7 @@
-"""What the locate-and-edit editors share: contexts, covariance, drafts of W2."""
+"""What the locate-and-edit editors share: contexts, what they read of C, changes of W2."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -15,8 +14,10 @@ from kmebench.editors.contexts import (
     contexts_state,
     sample_contexts,
 )
+from kmebench.editors.locate.covariance.factors import inverse_of, read_inverse
 from kmebench.editors.locate.covariance.store import Covariances
-from kmebench.editors.locate.updates import DependentKeysError, Factors, covariance_factor
+from kmebench.editors.locate.updates import DependentKeysError, Factors
+from kmebench.editors.needs import Covariance, Inverse
 from kmebench.edits.weights import LowRank, WeightDelta
 from kmebench.errors import ConfigError, EditError
 from kmebench.models.editable import EditableModel
@@ -33,7 +34,7 @@ class LocateAndEdit(Editor):
 
     def __init__(self, hparams: Any, assets: Assets) -> None:
         super().__init__(hparams, assets)
-        self._factors: dict[tuple[int, float], Tensor] = {}
+        self._inverses: dict[int, Tensor] = {}
 
     def contexts(self, model: EditableModel) -> Contexts:
         """Return the contexts; the first call samples them."""
@@ -41,17 +42,18 @@ class LocateAndEdit(Editor):
             self._contexts = sample_contexts(model, self.lengths, seed=0)
         return self._contexts
 
-    @cached_property
-    def covariance(self) -> Covariances:
-        """The cached covariance of every layer."""
-        return Covariances.open(self.assets["covariance"])
+    def inverse(self, model: EditableModel, layer: int) -> Tensor:
+        """Return C⁻¹ of a layer, [M, M] float64: of the cached stage, or made of C, once."""
+        if layer not in self._inverses:
+            cached = self.assets.get(Inverse(layer).key)
+            made = read_inverse(cached) if cached else inverse_of(self.covariance(model, layer))
+            self._inverses[layer] = made.to(model.ffn[layer].value.weight.device)
+        return self._inverses[layer]
 
-    def factor(self, model: EditableModel, layer: int, weight: float) -> Tensor:
-        """Return the Cholesky factor of weight·C of a layer, made once."""
-        if (layer, weight) not in self._factors:
-            covariance = self.covariance.of(layer).to(model.ffn[layer].value.weight.device)
-            self._factors[layer, weight] = covariance_factor(covariance, weight)
-        return self._factors[layer, weight]
+    def covariance(self, model: EditableModel, layer: int) -> Tensor:
+        """Return C of a layer, [M, M] float32, on the device of the layer."""
+        covariance = Covariances.open(self.assets[Covariance.asset]).of(layer)
+        return covariance.to(model.ffn[layer].value.weight.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the contexts."""

@@ -3,8 +3,18 @@
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from kmebench.editors.cards import Card, Count, Layers, Real, Whole, about, hyperparameters
-from kmebench.editors.needs import Covariance, Need, Pipeline, Targets
+from kmebench.editors.cards import (
+    Card,
+    Count,
+    Layers,
+    Positive,
+    Real,
+    Whole,
+    about,
+    hyperparameters,
+)
+from kmebench.editors.needs import Inverse, Need, Pipeline, Spectrum, Targets
+from kmebench.editors.sizes import SUFFIX, Job, target_graph
 
 #: Where the KL loss looks: at the subject, as released, or after "is a".
 KLPosition = Literal["subject_last", "prompt_last"]
@@ -18,7 +28,7 @@ KLFactor = Annotated[Real, about("κ, weight of the KL divergence.")]
 Decay = Annotated[Real, about("ω, weight of ‖δ‖ / ‖h‖².")]
 Clamp = Annotated[Real, about("c, bound of ‖δ‖ / ‖h‖.")]
 Position = Annotated[KLPosition, about("Token after which the KL divergence is taken.")]
-Weight = Annotated[Real, about("λ, weight of the covariance C.")]
+Weight = Annotated[Positive, about("λ, weight of the covariance C.")]
 Edited = Annotated[Layers, about("Layers edited, from 0, in this order.")]
 
 
@@ -103,28 +113,64 @@ class RECTHparams(MEMITHparams):
 
 
 def _rome(hparams: ROMEHparams, pipeline: Pipeline) -> tuple[Need, ...]:
-    return (Covariance((hparams.layer,)),) if hparams.second_moment else ()
+    return (Inverse(hparams.layer),) if hparams.second_moment else ()
 
 
-def spread(site: Site) -> Any:
+def spread(site: Site, factor: type[Inverse | Spectrum] = Inverse) -> Any:
     """Return the needs of an editor of MEMIT's family whose targets stand at ``site``.
 
-    Targets are shared in batches alone, which start from the original model: on a model with
-    earlier edits they are others.
+    ``factor`` is what it reads of the covariance. Targets are shared in batches alone, which start
+    from the original model: on a model with earlier edits they are others.
     """
 
     def needs(hparams: MEMITHparams, pipeline: Pipeline) -> tuple[Need, ...]:
-        covariance = Covariance(tuple(hparams.layers))
+        factors = tuple(map(factor, hparams.layers))
         if pipeline.mode != "batch":
-            return (covariance,)
-        return covariance, Targets(site, hparams.layers[-1], **loss_of(hparams))
+            return factors
+        return *factors, Targets(site, hparams.layers[-1], **loss_of(hparams))
 
     return needs
 
 
-def _card(name: str, place: str, hparams: type, citation: str, summary: str, needs: Any) -> Card:
+#: Texts of which the loss of ROME's target is made: contexts, and that of the KL.
+_TEXTS = 22
+#: Matrices that RECT's sorting of a change takes, and PRUNE's singular values in float64.
+_SORTED, _DECOMPOSED = 10, 10
+
+
+def _holds_one(hparams: ROMEHparams, job: Job) -> float:
+    """C⁻¹, the ledger and the graph of one request's target."""
+    factor = job.factor if hparams.second_moment else 0.0
+    above = job.layers - hparams.layer
+    return factor + job.ledger(1) + job.graph(_TEXTS, above, SUFFIX)
+
+
+def _holds(hparams: MEMITHparams, job: Job) -> float:
+    """A factor of C and the ledger for every layer, and the graph of some requests' targets."""
+    layers, together = hparams.layers, min(job.requests, hparams.micro_batch)
+    targets = target_graph(job, together, layers[-1])
+    return len(layers) * job.factor + job.ledger(len(layers)) + targets
+
+
+def _holds_dense(hparams: RECTHparams, job: Job) -> float:
+    return _holds(hparams, job) + (len(hparams.layers) + _SORTED) * job.matrix
+
+
+def _holds_total(hparams: PRUNEHparams, job: Job) -> float:
+    return _holds(hparams, job) + _DECOMPOSED * job.matrix
+
+
+def _card(
+    name: str,
+    place: str,
+    hparams: type,
+    citation: str,
+    summary: str,
+    needs: Any,
+    holds: Any = _holds,
+) -> Card:
     implementation = f"kmebench.editors.locate.{place}"
-    return Card(name, implementation, hparams, "locate", citation, needs, summary)
+    return Card(name, implementation, hparams, "locate", citation, needs, summary, holds=holds)
 
 
 CARDS = [
@@ -135,6 +181,7 @@ CARDS = [
         "Meng et al. 2022, Locating and editing factual associations in GPT",
         "Writes one key and one value into W2 of one layer, against a covariance.",
         _rome,
+        _holds_one,
     ),
     _card(
         "r-rome",
@@ -143,6 +190,7 @@ CARDS = [
         "Gupta et al. 2024, Rebuilding ROME",
         "ROME with the same key, averaged over contexts, on both sides of its equation.",
         _rome,
+        _holds_one,
     ),
     _card(
         "memit",
@@ -174,7 +222,7 @@ CARDS = [
         AlphaEditHparams,
         "Fang et al. 2025, AlphaEdit: null-space constrained knowledge editing",
         "MEMIT within the null space of what the model knows.",
-        spread("layer"),
+        spread("layer", Spectrum),
     ),
     _card(
         "prune",
@@ -183,6 +231,7 @@ CARDS = [
         "Ma et al. 2025, Perturbation-restrained sequential model editing",
         "MEMIT; at the end, singular values above the weight's largest are restrained.",
         spread("layer"),
+        _holds_total,
     ),
     _card(
         "rect",
@@ -191,5 +240,6 @@ CARDS = [
         "Gu et al. 2024, Model editing harms general abilities of large language models",
         "MEMIT; of its change only the entries that are largest against the weight are kept.",
         spread("layer"),
+        _holds_dense,
     ),
 ]

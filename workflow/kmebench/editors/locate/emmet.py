@@ -19,6 +19,7 @@ class EMMET(MEMIT):
     hparams: EMMETHparams
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
-        factor = self.factor(model, layer, self.hparams.moment_weight)
         damped = keys.shape[1] > 1 or self.hparams.epsilon_single
-        return emmet_update(residual, keys, factor, self.hparams.epsilon if damped else 0.0)
+        epsilon = self.hparams.epsilon if damped else 0.0
+        inverse = self.inverse(model, layer)
+        return emmet_update(residual, keys, inverse, self.hparams.moment_weight, epsilon)

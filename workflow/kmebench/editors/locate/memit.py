@@ -68,5 +68,5 @@ class MEMIT(LocateAndEdit):
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
         """Return Δ for residuals [D, B] and keys [M, B]."""
-        factor = self.factor(model, layer, self.hparams.moment_weight)
-        return memit_update(residual, keys, factor)
+        inverse = self.inverse(model, layer)
+        return memit_update(residual, keys, inverse, self.hparams.moment_weight)

@@ -48,9 +48,9 @@ class ROME(LocateAndEdit):
         with self.stopwatch("solve"), naming(self.name, layer, [request]):
             averaged = subject_activations(model, [request], contexts, layer, 1)
             probe = self._probe(model, request, averaged)
-            factor = self.factor(model, layer, 1.0) if self.hparams.second_moment else None
+            inverse = self.inverse(model, layer) if self.hparams.second_moment else None
             factors = rome_update(
-                targets.values[0], probe.outputs[0], averaged.keys[0], probe.keys[0], factor
+                targets.values[0], probe.outputs[0], averaged.keys[0], probe.keys[0], inverse
             )
             return low_rank(model.ffn[layer].value, factors)
 

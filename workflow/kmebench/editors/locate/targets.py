@@ -13,7 +13,7 @@ Requests are independent: they share forward passes of their upper layers (see
 :mod:`kmebench.models.suffix_cache`) and nothing else, and leave the batch when they are learnt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,7 +95,10 @@ def optimise_targets(
     for chunk in track(chunks, "batches of targets", len(chunks)) if len(chunks) > 1 else chunks:
         rows = TargetRows.of(model, [encoded[i] for i in chunk], settings.layer, settings.site)
         run = _Run(settings, start[:, chunk], [requests[i] for i in chunk], editor)
-        losses[:, chunk] = run.optimise(rows)
+        passes: Iterable[int] = range(settings.steps)
+        if len(chunks) == 1 and len(requests) > 1:  # otherwise batches, or edits, show progress
+            passes = track(passes, "passes of the targets", settings.steps)
+        losses[:, chunk] = run.optimise(rows, passes)
         deltas[:, chunk], steps[chunk] = run.deltas.detach(), run.steps.cpu()
     return Targets(start[0] + deltas[0], start[0], steps, losses)
 
@@ -137,11 +140,11 @@ class _Run:
         self.share = torch.ones_like(self.norms[0])  # [b], of L(y*) in the loss
         self.steps = torch.zeros_like(self.norms[0], dtype=torch.long)  # [b]
 
-    def optimise(self, rows: TargetRows) -> Tensor:
-        """Move the deltas; return the losses of each forward pass, [steps, b]."""
+    def optimise(self, rows: TargetRows, passes: Iterable[int]) -> Tensor:
+        """Move the deltas in all ``passes``; return the losses of each, [steps, b]."""
         losses = self.norms.new_full((self.settings.steps, len(self.requests)), torch.nan)
         learning = torch.arange(len(self.requests), device=losses.device)
-        for step in range(self.settings.steps):
+        for step in passes:
             with torch.enable_grad():
                 loss, parts = self._loss(rows, learning)
             losses[step, learning] = loss.detach()

@@ -36,37 +36,19 @@ class Factors(NamedTuple):
     v: Tensor  # [r, M]
 
 
-def covariance_factor(covariance: Tensor, weight: float, ridge: float = 0.0) -> Tensor:
-    """Return the lower Cholesky factor of weight·C + ridge·I, [M, M] float64.
-
-    Raises:
-        EditError: the matrix is not positive definite.
-    """
-    matrix = weight * covariance.double()
-    matrix.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if info:
-        smallest = float(torch.linalg.eigvalsh(matrix)[0])
-        raise EditError(
-            f"The covariance is singular (smallest eigenvalue {smallest:.2g}): it was made "
-            "from too few tokens; raise covariance.tokens."
-        )
-    return factor
-
-
 def rome_update(
-    value: Tensor, output: Tensor, key: Tensor, probe: Tensor, factor: Tensor | None
+    value: Tensor, output: Tensor, key: Tensor, probe: Tensor, inverse: Tensor | None
 ) -> Factors:
     """Return the rank-one Δ with (W + Δ) probe = value, where W probe = ``output`` (with bias).
 
     Δ = (value − output) uᵀ / (probeᵀ u), u = C⁻¹ key normalised (Meng et al. 2022, eq. 2);
-    ``factor`` is that of C, none for C = I. R-ROME (Gupta et al. 2024) probes with the key itself.
+    ``inverse`` is C⁻¹, none for C = I. R-ROME (Gupta et al. 2024) probes with the key itself.
 
     Raises:
         EditError: probe and u are orthogonal.
     """
     key, probe = key.double(), probe.double()
-    u = key if factor is None else torch.cholesky_solve(key[:, None], factor)[:, 0]
+    u = key if inverse is None else inverse @ key
     u = u / u.norm()
     scale = probe @ u
     if scale.abs() <= 1e-12 * probe.norm():
@@ -74,30 +56,32 @@ def rome_update(
     return Factors(((value.double() - output.double()) / scale)[:, None], u[None])
 
 
-def memit_update(residual: Tensor, keys: Tensor, factor: Tensor) -> Factors:
+def memit_update(residual: Tensor, keys: Tensor, inverse: Tensor, weight: float) -> Factors:
     """Return Δ = R (I + Kᵀ (λC)⁻¹ K)⁻¹ Kᵀ (λC)⁻¹ (Meng et al. 2023, eq. 14, by Woodbury).
 
-    It minimises ‖(W + Δ) K − (W K + R)‖² + tr(Δ λC Δᵀ). ``factor`` is that of λC.
+    It minimises ‖(W + Δ) K − (W K + R)‖² + tr(Δ λC Δᵀ). ``inverse`` is C⁻¹, ``weight`` λ.
     """
-    return _weighted(residual, *_gram(keys, factor, 1.0))
+    return _weighted(residual, *_gram(keys, inverse, weight, 1.0))
 
 
-def emmet_update(residual: Tensor, keys: Tensor, factor: Tensor, epsilon: float) -> Factors:
-    """Return Δ = R (Kᵀ C0⁻¹ K + ε I)⁻¹ Kᵀ C0⁻¹ (Gupta et al. 2024).
+def emmet_update(
+    residual: Tensor, keys: Tensor, inverse: Tensor, weight: float, epsilon: float
+) -> Factors:
+    """Return Δ = R (Kᵀ C0⁻¹ K + ε I)⁻¹ Kᵀ C0⁻¹ with C0 = λC (Gupta et al. 2024).
 
-    With ε = 0 it meets (W + Δ) K = W K + R. ``factor`` is that of C0.
+    With ε = 0 it meets (W + Δ) K = W K + R. ``inverse`` is C⁻¹, ``weight`` λ.
 
     Raises:
         DependentKeysError: the keys are nearly linearly dependent (with ε at or near 0).
     """
-    solved, gram = _gram(keys, factor, epsilon)
+    solved, gram = _gram(keys, inverse, weight, epsilon)
     _check_independent(gram)
     return _weighted(residual, solved, gram)
 
 
-def _gram(keys: Tensor, factor: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return A⁻¹ K [M, B] and Kᵀ A⁻¹ K + ridge I [B, B], with A = factor factorᵀ."""
-    solved = torch.cholesky_solve(keys.double(), factor)
+def _gram(keys: Tensor, inverse: Tensor, weight: float, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return (λC)⁻¹ K [M, B] and Kᵀ (λC)⁻¹ K + ridge I [B, B]."""
+    solved = inverse @ keys.double() / weight
     gram = keys.double().T @ solved
     gram.diagonal().add_(ridge)
     return solved, gram
@@ -117,12 +101,6 @@ def _check_independent(gram: Tensor) -> None:
     if condition > MAX_CONDITION:
         first, second = sorted(vectors[:, 0].abs().topk(2).indices.tolist())
         raise DependentKeysError((first, second), condition)
-
-
-def null_space(covariance: Tensor, threshold: float) -> Tensor:
-    """Return the eigenvectors of C with eigenvalues below ``threshold``, [M, n] float64."""
-    values, vectors = torch.linalg.eigh(covariance.double())
-    return vectors[:, values < threshold]
 
 
 def alphaedit_update(

@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from kmebench.editors.cards import Card, Count, Real, Whole, about, hyperparameters
+from kmebench.editors.sizes import Job
 
 
 @hyperparameters
@@ -27,6 +28,11 @@ class GRACEHparams:
     micro_batch: Annotated[Count, about("Requests in one forward pass.")] = 50
 
 
+def _grace(hparams: GRACEHparams, job: Job) -> float:
+    """The graph of the layers above the codebook."""
+    return job.graph(min(job.requests, hparams.micro_batch), job.layers - hparams.layer)
+
+
 CARDS = [
     Card(
         "grace",
@@ -36,5 +42,6 @@ CARDS = [
         "Hartvigsen et al. 2023, Aging with GRACE: lifelong model editing with discrete key-value "
         "adaptors",
         summary="Keeps edits in a codebook beside the weights, which answers near their prompts.",
+        holds=_grace,
     )
 ]

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from kmebench.editors.cards import Card, Count, Real, Whole, about, hyperparameters
 from kmebench.editors.needs import Need, Paths, Pipeline
+from kmebench.editors.sizes import Job
 
 _CITATION = (
     "Zhai et al. 2025, Parameter-aware contrastive knowledge editing: tracing and rectifying based "
@@ -80,6 +81,30 @@ def _paths(hparams: PACHparams, pipeline: Pipeline) -> tuple[Need, ...]:
     return (Paths(h.score, group, h.selection, h.paths, h.negatives),)
 
 
+#: Copies of a segment: before, at the start, now, its gradient, Adam's moments, the ledger's.
+_COPIES = 9
+
+
+def _segments(job: Job, chosen: int) -> float:
+    """Bytes of what is kept of ``chosen`` segments of every matrix."""
+    return _COPIES * 2 * job.layers * job.matrix * min(chosen / job.ffn_width, 1)
+
+
+def _pac(hparams: PACHparams, job: Job) -> float:
+    """The segments of all requests, and the graph; a single one passes twice, for both losses."""
+    chosen = job.requests * (hparams.paths + hparams.negatives)
+    return _segments(job, chosen) + job.graph(max(2, min(job.requests, hparams.micro_batch)))
+
+
+def _released(hparams: PACReleasedHparams, job: Job) -> float:
+    """The segments of all scorings, and the gradients that are summed over several requests."""
+    scorings = -(-hparams.epochs // hparams.rescore_every)
+    chosen = scorings * (hparams.paths + hparams.negatives)
+    scored = min(hparams.layers_per_pass or job.layers, job.layers) if job.requests > 1 else 1
+    graph = job.graph(min(job.requests, hparams.mini_batch))
+    return _segments(job, chosen) + 2 * scored * job.matrix + graph
+
+
 CARDS = [
     Card(
         "pac",
@@ -90,6 +115,7 @@ CARDS = [
         needs=_paths,
         summary="Trains the FFN's critical paths alone, those of largest impact on the fact.",
         single={"trace_on": "current"},
+        holds=_pac,
     ),
     Card(
         "pac-released",
@@ -98,5 +124,6 @@ CARDS = [
         "pac",
         _CITATION + " (the schedule of its released code)",
         summary="PAC in passes over all facts, as its released code edits.",
+        holds=_released,
     ),
 ]

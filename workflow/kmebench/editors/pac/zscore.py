@@ -34,7 +34,8 @@ def released_scores(
 
     The loss of a batch is the mean cross-entropy of all its target tokens; gradients are
     summed over ``batches``. Memory: 2·D·M numbers for each of ``layers_per_pass`` layers
-    (none given: all). Time: one pass over ``batches`` for each such group of layers.
+    (none given: all), or for one matrix where there is one batch. Time: one pass over ``batches``
+    for each such group of layers.
     """
     size = layers_per_pass or model.n_layers
     groups = [range(model.n_layers)[i : i + size] for i in range(0, model.n_layers, size)]
@@ -42,7 +43,7 @@ def released_scores(
 
 
 def _score_layers(model: EditableModel, batches: Sequence[Batch], layers: range) -> Tensor:
-    sums: dict[tuple[int, int], Tensor] = {}
+    sums, scores = dict[tuple[int, int], Tensor](), dict[tuple[int, int], Tensor]()
 
     def add(layer: int, matrix: int, residual: Tensor, inner: Tensor) -> None:
         residual, inner = (at_least_float32(x.flatten(0, 1)) for x in (residual, inner))
@@ -50,12 +51,11 @@ def _score_layers(model: EditableModel, batches: Sequence[Batch], layers: range)
             sums[layer, matrix].addmm_(residual.T, inner)
         else:
             sums[layer, matrix] = residual.T @ inner
+        if batch is batches[-1]:
+            scores[layer, matrix] = abs_zscore(sums.pop((layer, matrix))).to(model.device)
 
     with observed(model, add, layers):
         for batch in batches:
             cross_entropy(model.answer_logits(batch), batch.labels).backward()
-    scores = [
-        [abs_zscore(sums[layer, matrix]).to(model.device) for matrix in (KEY, VALUE)]
-        for layer in layers
-    ]
-    return torch.stack([torch.stack(pair) for pair in scores])
+    pairs = [torch.stack([scores[layer, KEY], scores[layer, VALUE]]) for layer in layers]
+    return torch.stack(pairs)

@@ -1,0 +1,61 @@
+"""What jobs ask for, against what was measured on real models and the terms written out."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from kmebench.editors.cards import card_of, registered
+from kmebench.editors.sizes import Job
+from kmebench.planning import grid, memory
+from kmebench.planning.config import read_checked_config
+
+CONFIG = read_checked_config(Path("config.yaml"))
+QWEN_05B = {"layers": 24, "width": 896, "ffn_width": 4864, "parameters": 630_167_424}
+QWEN_15B = {"layers": 28, "width": 1536, "ffn_width": 8960, "parameters": 1_543_714_304}
+
+
+def asked(shape, method, requests, dtype="float32"):
+    """GB that a run on a model of this shape asks for."""
+    config = copy.deepcopy(CONFIG)
+    config["models"] = {"m": {"shape": shape, "dtype": dtype}}
+    config["datasets"]["openfacts-zsre"]["n"] = requests
+    mode = "batch" if requests > 1 else "consecutive"
+    run = grid.Run("m", "openfacts-zsre", mode, method, "default", 0)
+    return memory.asked_by_run(config, run) / 1e9
+
+
+def test_full_fine_tuning_asks_for_what_it_took():
+    """W, and of the FFN where it starts, W0, gradients and two moments: 22 GB were measured."""
+    trained = 4 * 28 * 2 * 1536 * 8960 / 1e9
+    at_least = 4 * QWEN_15B["parameters"] / 1e9 + 5 * trained
+    assert at_least == pytest.approx(21.6, abs=0.1)
+    assert at_least < asked(QWEN_15B, "full-c", 1) < 1.2 * at_least
+
+
+def test_one_edit_by_pac_asks_for_little_more_than_the_weights():
+    weights = 4 * QWEN_15B["parameters"] / 1e9
+    assert weights < asked(QWEN_15B, "pac", 1) < 1.3 * weights
+
+
+def test_factors_of_the_covariance_are_counted_by_layer():
+    """C⁻¹ of five layers in float64 against that of one."""
+    job = Job(**QWEN_15B, requests=1, consecutive=True)
+    five, one = (card_of("memit").values({"layers": layers}) for layers in ([4, 5, 6, 7, 8], [8]))
+    more = card_of("memit").holds(five, job) - card_of("memit").holds(one, job)
+    assert more == pytest.approx(4 * (8 * 8960**2 + 3 * 4 * 1536 * 8960))
+
+
+@pytest.mark.parametrize("name", registered())
+def test_more_requests_never_hold_less_and_half_the_bytes_ask_for_less(name):
+    method = next(m for m in CONFIG["methods"] if grid.editor_of(CONFIG, m) == name)
+    assert asked(QWEN_05B, method, 4) <= asked(QWEN_05B, method, 20)
+    halved = asked(QWEN_05B, method, 4) - asked(QWEN_05B, method, 4, "bfloat16")
+    assert halved <= 2 * QWEN_05B["parameters"] / 1e9 + 1e-9
+    assert halved > 0
+
+
+def test_a_model_without_a_shape_asks_for_one_of_half_a_billion():
+    config = copy.deepcopy(CONFIG)
+    config["models"] = {"m": {"dtype": "float32"}}
+    assert 2e9 < memory.asked_by_model(config, "m") < 4e9

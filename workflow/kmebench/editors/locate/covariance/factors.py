@@ -1,0 +1,83 @@
+"""What editors read of C, made once for each model and layer: its inverse, or its spectrum.
+
+    C⁻¹ = (L Lᵀ)⁻¹,   C = V diag(w) Vᵀ
+
+An edit then costs products with [M, M] instead of factorisations, M³ operations each. C is
+ill-conditioned, so all is computed and kept in float64, 8 M² bytes for each file.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kmebench.editors.locate.covariance.store import Covariances
+from kmebench.editors.needs import Inverse, Spectrum
+from kmebench.errors import EditError
+from kmebench.io.tensors import TensorFile, write_tensors
+
+FORMAT = "kmebench.covariance-factor.v1"
+
+
+class Eigen(NamedTuple):
+    """Eigenvalues [M], ascending, and eigenvectors [M, M], one in each row; float64."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+def inverse_of(covariance: Tensor) -> Tensor:
+    """Return C⁻¹, [M, M] float64.
+
+    Raises:
+        EditError: C is not positive definite.
+    """
+    factor, info = torch.linalg.cholesky_ex(covariance.double())
+    if info:
+        smallest = float(torch.linalg.eigvalsh(covariance.double())[0])
+        raise EditError(
+            f"The covariance is singular (smallest eigenvalue {smallest:.2g}): it was made "
+            "from too few tokens; raise covariance.tokens."
+        )
+    return torch.cholesky_inverse(factor).contiguous()  # laid out as it is read
+
+
+def spectrum_of(covariance: Tensor) -> Eigen:
+    """Return eigenvalues and eigenvectors of C; a prefix of them needs no copy."""
+    values, vectors = torch.linalg.eigh(covariance.double())
+    return Eigen(values, vectors.T.contiguous())
+
+
+def cache_factor(
+    path: str | Path, covariances: str | Path, kind: str, layer: int, device: str = "cpu"
+) -> None:
+    """Write the factor of a layer that ``kind`` names, the asset of its need.
+
+    Computed on the model's GPU, if there is one (mps has no float64).
+
+    Raises:
+        EditError: the file of covariances does not hold this layer, or C is singular.
+    """
+    place = "cpu" if device in ("cpu", "mps") or not torch.cuda.is_available() else "cuda"
+    covariance = Covariances.open(covariances).of(layer).to(place)
+    if kind == Spectrum.asset:
+        tensors = spectrum_of(covariance)._asdict()
+    else:
+        tensors = {Inverse.asset: inverse_of(covariance)}
+    write_tensors(path, tensors, FORMAT, {"layer": layer, "factor": kind})
+
+
+def read_inverse(path: str | Path) -> Tensor:
+    """Read C⁻¹ of :func:`cache_factor`.
+
+    Raises:
+        KMEBenchError: the file is no such file, or damaged.
+    """
+    return TensorFile.open(path, FORMAT).tensor(Inverse.asset)
+
+
+def read_spectrum(path: str | Path) -> Eigen:
+    """Read the spectrum of :func:`cache_factor`; raises as :func:`read_inverse`."""
+    file = TensorFile.open(path, FORMAT)
+    return Eigen(*(file.tensor(name) for name in Eigen._fields))

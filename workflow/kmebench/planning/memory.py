@@ -1,0 +1,75 @@
+"""How much main memory a job with a model asks for. Imports no torch.
+
+Python, torch and the results, the weights, what is asked of the model, and what the editor's card
+says that it holds beside them. ``benchmarks/memory.py`` compares it with what runs take.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kmebench.editors.needs import Spectrum
+from kmebench.editors.sizes import Job, as_much_again, target_graph
+from kmebench.planning import grid
+
+#: Bytes of Python and its libraries, a tokenizer, requests and predictions.
+_PROCESS = 0.6e9
+#: Places at which the model is asked in one pass of an evaluation, for each prompt of it.
+_PLACES = 2
+#: Copies of [M, M] in float64 while C is inverted, and while its eigenvectors are computed.
+_INVERTING, _DECOMPOSING = 4, 6
+#: A model whose shape the config does not say is taken for one of half a billion parameters.
+_SHAPE = {"layers": 24, "width": 1024, "ffn_width": 4096, "parameters": 500_000_000}
+#: Requests that are traced, or whose targets are optimised, together.
+_STAGE = 20
+
+
+def job_of(config: Mapping[str, Any], model: str, requests: int, *, consecutive: bool) -> Job:
+    """Return the sizes of a model, and how it is edited."""
+    shape = config["models"][model].get("shape", _SHAPE)
+    return Job(**shape, requests=requests, consecutive=consecutive)
+
+
+def asked_by_run(config: Mapping[str, Any], run: grid.Run) -> float:
+    """Return the bytes that a run of the grid takes at most."""
+    size = grid.datasets(config)[run.dataset]
+    together = {"consecutive": 1, "batch": min(size, config["batch_size"])}.get(run.mode, size)
+    card, values = grid.card_of_method(config, run.method), grid.values_of(config, run)
+    job = job_of(config, run.model, together, consecutive=run.mode != "batch")
+    return asked_by_model(config, run.model) + card.holds(values, job)
+
+
+def asked_by_model(config: Mapping[str, Any], model: str) -> float:
+    """Return the bytes of a process that asks a model."""
+    spec, job = config["models"][model], job_of(config, model, 1, consecutive=False)
+    weights = job.parameters * grid.BYTES[spec["dtype"]]
+    return _PROCESS + weights + _PLACES * config["evaluation"]["batch_size"] * job.logits / 2
+
+
+def asked_by_trace(config: Mapping[str, Any], model: str) -> float:
+    """Return the bytes of a process that traces requests one by one."""
+    job = job_of(config, model, 1, consecutive=False)
+    return asked_by_model(config, model) + job.graph(1)
+
+
+def asked_by_covariance(config: Mapping[str, Any], model: str, layers: int) -> float:
+    """Return the bytes of the pass that sums k kᵀ of some layers, of what it adds and writes."""
+    job = job_of(config, model, 1, consecutive=False)
+    return asked_by_model(config, model) + (1.5 * layers + 1) * job.factor
+
+
+def asked_by_factor(config: Mapping[str, Any], model: str, kind: str) -> float:
+    """Return the bytes of a process, without the model, that computes a factor of C."""
+    copies = _DECOMPOSING if kind == Spectrum.asset else _INVERTING
+    return _PROCESS + copies * job_of(config, model, 1, consecutive=False).factor
+
+
+def asked_by_targets(config: Mapping[str, Any], model: str, layer: int) -> float:
+    """Return the bytes of a process that optimises targets of many requests at a layer."""
+    job = job_of(config, model, _STAGE, consecutive=False)
+    return asked_by_model(config, model) + target_graph(job, _STAGE, layer)
+
+
+def asked_by_training(config: Mapping[str, Any], model: str) -> float:
+    """Return the bytes of a process that trains what an editor learns: the weights once more."""
+    job = job_of(config, model, 1, consecutive=False)
+    return asked_by_model(config, model) + as_much_again(None, job)
