@@ -13,7 +13,8 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS
 from kmebench.editors.locate.base import LocateAndEdit, check_layers, low_rank, naming
 from kmebench.editors.locate.cards import MEMITHparams, Site, loss_of
-from kmebench.editors.locate.keys import layer_outputs, subject_activations
+from kmebench.editors.locate.keys import layer_outputs, module_outputs, subject_activations
+from kmebench.editors.locate.post_norm import value_change
 from kmebench.editors.locate.target_store import stored_targets
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.editors.locate.updates import Factors, memit_update, spread
@@ -40,6 +41,10 @@ class MEMIT(LocateAndEdit):
                 keys = subject_activations(model, requests, self.contexts(model), layer, size).keys
                 current = self._current(model, requests)
                 residual = spread(targets.T, current.T, len(layers) - done, root=self.root)
+                norm = model.ffn[layer].norm
+                if norm is not None:
+                    said = module_outputs(model, requests, model.ffn[layer].value.module, size)
+                    residual = value_change(norm, said, residual.T).T
                 with naming(self.name, layer, requests):
                     factors = self._solve(model, layer, residual, keys.T)
                 delta = low_rank(model.ffn[layer].value, factors)
