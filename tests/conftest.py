@@ -76,7 +76,8 @@ def small_config(
         common |= {"ffn_dim" if family == "opt" else "intermediate_size": width}
         common |= {"max_position_embeddings": 64}
     grouped = {"num_key_value_heads": 1, "tie_word_embeddings": True}
-    mixed = [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
+    # The highest layer sees all, so that what is changed below it reaches the end of a text.
+    mixed = [("full_attention", "sliding_attention")[(layers - 1 - i) % 2] for i in range(layers)]
     sliding = {"sliding_window": WINDOW, "layer_types": mixed}
     gemma = grouped | sliding | {"head_dim": 8, "query_pre_attn_scalar": 8}
     capped = {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0}

@@ -9,6 +9,7 @@ import torch
 from kmebench.editors.base import build_editor
 from kmebench.editors.contexts import MEMIT_LENGTHS, ROME_LENGTHS, sample_contexts
 from kmebench.editors.locate.covariance.store import write_covariance
+from kmebench.editors.locate.post_norm import value_change
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.edits.weights import Dense
 from kmebench.errors import ConfigError, EditError
@@ -131,13 +132,19 @@ def literal(name, model, requests, moments, solve):
     targets = optimise_targets(model, requests, groups, settings(name, LAYERS[-1], site), name)
     last = LAYERS[-1]
     before = {layer: dense_w2(model, layer).clone() for layer in LAYERS}
-    where = model.ffn[last].value.module if name == "pmet" else model.layers[last]
+    normed = "gemma" in model.model.config.model_type
+    output = model.layers[last].post_feedforward_layernorm if normed else None
+    where = (output or model.ffn[last].value.module) if name == "pmet" else model.layers[last]
     for done, layer in enumerate(LAYERS):
         module = model.ffn[layer].value.module
         keys = torch.stack([mean_at_subject(model, r, module, groups)[0] for r in requests], 1)
         current = torch.stack([at_subject(model, r, where)[1] for r in requests], 1)
         left = len(LAYERS) - done
         residual = (targets.values.T - current) / (math.sqrt(left) if name == "pmet" else left)
+        if normed:  # what W2 has to say so that the norm behind it adds the residual
+            said = torch.stack([at_subject(model, r, module)[1] for r in requests])
+            norm = model.layers[layer].post_feedforward_layernorm
+            residual = value_change(norm, said, residual.T).T
         weight = dense_w2(model, layer)
         weight += solve(layer, residual, keys, weight)
     edited = {layer: dense_w2(model, layer).clone() for layer in LAYERS}
