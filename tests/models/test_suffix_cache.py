@@ -1,5 +1,7 @@
 """Replays and logits against full forward passes of transformers, one text at a time."""
 
+import copy
+
 import pytest
 import torch
 from transformers.models.auto import AutoModelForCausalLM
@@ -86,12 +88,10 @@ def test_answer_logits_are_those_of_transformers(name, make_model, requests):
 def test_decoding_of_padded_prompts_is_greedy_decoding_one_by_one(name, make_model, requests):
     """Prompts of many lengths, padded on the left, against whole passes without a cache."""
     model = build(make_model, name)
+    model.tokenizer = copy.deepcopy(model.tokenizer)
     model.tokenizer.eos_token_id = None  # so that no row ends
-    try:
-        prompts = model.encode_prompts([b + r.filled_prompt for b in BEFORE for r in requests])
-        said = model.generate(prompts, 6)
-    finally:
-        model.tokenizer.eos_token_id = 0
+    prompts = model.encode_prompts([b + r.filled_prompt for b in BEFORE for r in requests])
+    said = model.generate(prompts, 6)
     theirs = plain(model)
     for row, prompt in enumerate(prompts):
         text = list(prompt)
