@@ -63,6 +63,29 @@ def test_a_trained_model_answers_in_its_own_words(trained, capital_requests):
     assert (asked["target_true_logprob"] > asked["target_new_logprob"]).all()
 
 
+def test_what_teacher_forcing_settles_is_not_decoded_again(trained, capital_requests, monkeypatch):
+    asked = [(r.filled_prompt, f"{r.target_new} {r.target_true}") for r in capital_requests]
+    for request in capital_requests:
+        own = plain_greedy(trained, request.filled_prompt, 3)
+        asked.append((request.filled_prompt, trained.tokenizer.decode(own).strip()))
+    prompts = [Prompt(text, 0, "edit", text, target, None, None) for text, target in asked]
+    decoded = []
+    usual = trained.generate
+    monkeypatch.setattr(
+        trained, "generate", lambda ids, *rest: decoded.extend(ids) or usual(ids, *rest)
+    )
+    columns = predict(trained, prompts, Settings(wild_max_tokens=1), decode=True)
+    lengths = [len(ids) for ids in columns["target_ids"]]
+    settled = [
+        said[:-1] == told[:-1]
+        for said, told in zip(columns["ids"], columns["target_ids"], strict=True)
+    ]
+    assert max(n for n, done in zip(lengths, settled, strict=True) if done) > 1
+    assert 0 < len(decoded) - len(asked) == settled.count(False)  # each once, in its own words too
+    for row, (prompt, _) in enumerate(asked):
+        assert columns["free_ids"][row] == plain_greedy(trained, prompt, lengths[row])
+
+
 def test_generation_stops_per_row_and_does_not_depend_on_its_batch(trained):
     texts = ["The capital of France is", "What is the capital of Japan?", "The capital of Peru is"]
     prompts = [Prompt("x", 0, "edit", text, "Paris", None, None) for text in texts]

@@ -10,7 +10,7 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS, ROME_LENGTHS, prefixes, sample_contexts
 from kmebench.editors.locate.covariance.texts import TextSettings, text_batches
 from kmebench.errors import ModelError
-from kmebench.evaluation.predict import Settings, _decode_free, predict
+from kmebench.evaluation.predict import Settings, _decode_free, _teacher_forced, predict
 from kmebench.evaluation.prompts import EDIT_ROOM, askable, prompts_of, too_long
 from kmebench.models.editable import EditableModel
 from kmebench.models.sampling import beginning, sample
@@ -131,11 +131,13 @@ def test_a_row_without_room_for_the_longest_target_is_decoded_by_itself(make_mod
     near = EditRequest("b", "Rome", "Paris " * (words - 1) + "{} is", "Rome")
     far = EditRequest("c", "Rome", "{} is", "Paris " * (words // 2))
     prompts = [p for r in (near, far) for p in prompts_of(r, 0)]
-    lengths = [len(e.target_ids) for e in model.encode([(p.prompt, p.target) for p in prompts])]
-    assert len(model.encode_prompts([near.filled_prompt])[0]) + max(lengths) > 64
-    together = _decode_free(model, prompts, lengths, Settings())
-    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        assert [together[row]] == _decode_free(model, [prompt], [length], Settings())
+    told = _teacher_forced(model, [(p.prompt, p.target) for p in prompts], 32)
+    told = [told[p.prompt, p.target] for p in prompts]
+    longest = max(len(answer.ids) for answer in told)
+    assert len(model.encode_prompts([near.filled_prompt])[0]) + longest > 64
+    together = _decode_free(model, prompts, told, Settings())
+    for row, (prompt, answer) in enumerate(zip(prompts, told, strict=True)):
+        assert [together[row]] == _decode_free(model, [prompt], [answer], Settings())
 
 
 @pytest.mark.parametrize("lengths", [ROME_LENGTHS, MEMIT_LENGTHS])

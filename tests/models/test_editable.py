@@ -38,3 +38,13 @@ def test_seeding_is_deterministic_and_fills_no_memory(flags):
     with torch.profiler.profile() as profiler:
         torch.empty(4)
     assert "aten::fill_" not in {event.key for event in profiler.key_averages()}
+
+
+def test_a_generation_hands_the_head_one_matrix(make_model):
+    model = make_model("llama")
+    seen = []
+    head = model.model.get_output_embeddings()
+    with head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous())):
+        model.generate([(1, 2, 3), (4, 5)], 3)
+    assert len(seen) > 1
+    assert all(seen)

@@ -78,11 +78,12 @@ def test_values_of_one_mode_are_kept_apart():
     assert yaml.safe_load(text) == {"models": {"m": {"hparams": {"edit": {"batch": {"rate": 2}}}}}}
 
 
-def test_within_a_standard_error_that_of_fewer_steps_is_chosen():
-    assert chosen(spread=0.2) == 2  # standard error 7.2: the difference of 10 counts
-    assert chosen(spread=0.3) == 1  # standard error 10.8: it does not
-    assert chosen(spread=0.3, steps=(2.0, 1.0)) == 2
-    assert chosen(spread=0.3, steps=(1.0, 1.0)) == 2  # of equal steps the best Score
+def test_the_best_score_is_chosen_whatever_its_steps_and_of_equal_ones_the_shorter():
+    assert chosen(spread=0.3, steps=(1.0, 9.0)) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCORES, ("rate=2", "x.development"), 0.5)  # now both have 0.55
+        assert chosen(steps=(1.0, 9.0)) == 1
+        assert chosen(steps=(9.0, 1.0)) == 2
 
 
 def test_nothing_is_tuned_on_what_tables_report():

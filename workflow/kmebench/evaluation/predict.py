@@ -7,6 +7,7 @@ length and in the WILD manner (question-answer prompt, natural stop).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,56 +64,81 @@ def _predict(
     nan = float("nan")
 
     def logprob(prompt: Prompt, target: str | None) -> float:
-        return nan if target is None else forced[prompt.prompt, target][2]
+        return nan if target is None else forced[prompt.prompt, target].logprob
 
+    told = [forced[p.prompt, p.target] for p in prompts]
     columns: dict[str, list] = {
-        "target_ids": [forced[p.prompt, p.target][0] for p in prompts],
-        "ids": [forced[p.prompt, p.target][1] for p in prompts],
+        "target_ids": [list(answer.target_ids) for answer in told],
+        "ids": [answer.ids for answer in told],
         "target_new_logprob": [logprob(p, p.target_new) for p in prompts],
         "target_true_logprob": [logprob(p, p.target_true) for p in prompts],
         "free_ids": [None] * len(prompts),
         "wild": [None] * len(prompts),
     }
     if decode:
-        lengths = [len(ids) for ids in columns["target_ids"]]
-        columns["free_ids"] = _decode_free(model, prompts, lengths, settings)
+        columns["free_ids"] = _decode_free(model, prompts, told, settings)
         columns["wild"] = _decode_wild(model, prompts, settings)
     return columns
 
 
+class _Forced(NamedTuple):
+    """What the model says of a target that it is told token by token."""
+
+    prompt_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+    ids: list[int]  # the likeliest token at each place of the target
+    logprob: float  # of the target, nats per token
+
+    def is_free(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether ``ids`` is also what greedy decoding says after a prompt.
+
+        It is if all that was told, the target without its last token, would have been said.
+        """
+        said = tuple(self.ids[:-1]) == self.target_ids[:-1]
+        return said and self.prompt_ids == tuple(prompt_ids)
+
+
 def _teacher_forced(
     model: EditableModel, pairs: Sequence[Pair], batch_size: int
-) -> dict[Pair, tuple[list[int], list[int], float]]:
-    """Return target ids, argmax ids and mean log-probability of the target, for every pair."""
+) -> dict[Pair, _Forced]:
+    """Tell every target to the model; targets that differ in the last token alone, at once."""
     asked = model.rewritten([Text(*pair) for pair in pairs])
     # An overlay may put other words before a target, never another target.
     prompts = zip(asked, pairs, strict=True)
     encoded = model.encode([(text.prompt, target) for text, (_, target) in prompts])
+    alike: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for index, item in enumerate(encoded):  # the last token is only predicted, never fed
+        alike.setdefault((item.ids[:-1], item.n_target), []).append(index)
+    groups = list(alike.values())
     found = {}
-    for chunk in length_sorted_chunks([len(e.ids) for e in encoded], batch_size):
-        batch = model.collate([encoded[i] for i in chunk])
+    for chunk in length_sorted_chunks([len(fed) for fed, _ in alike], batch_size):
+        batch = model.collate([encoded[groups[i][0]] for i in chunk])
         log_probs = model.answer_logits(batch).log_softmax(dim=-1)
-        gold = log_probs.gather(1, batch.labels[:, None]).squeeze(1)
-        counts = batch.counts.tolist()
-        parts = (log_probs.argmax(dim=-1).split(counts), gold.split(counts))
-        for index, argmax, gold_part in zip(chunk, *parts, strict=True):
-            target_ids = list(encoded[index].target_ids)
-            found[pairs[index]] = (target_ids, argmax.tolist(), float(gold_part.mean()))
+        for group, rows in zip(chunk, log_probs.split(batch.counts.tolist()), strict=True):
+            ids = rows.argmax(dim=-1).tolist()
+            for index in groups[group]:
+                target = encoded[index].target_ids
+                gold = rows.gather(1, torch.tensor(target, device=rows.device)[:, None])
+                prompt = encoded[index].ids[: -len(target)]
+                found[pairs[index]] = _Forced(prompt, target, ids, float(gold.mean()))
     return found
 
 
 def _decode_free(
-    model: EditableModel, prompts: Sequence[Prompt], lengths: Sequence[int], settings: Settings
+    model: EditableModel, prompts: Sequence[Prompt], told: Sequence[_Forced], settings: Settings
 ) -> list[list[int]]:
-    """Decode greedily, as many tokens as the target has."""
+    """Decode greedily, as many tokens as the target has, where teacher forcing leaves it open."""
     asked = model.rewritten([Text(p.prompt) for p in prompts])
     tokenised = model.encode_prompts([text.prompt for text in asked])
-    decoded: list[list[int]] = [[] for _ in prompts]
-    for chunk in length_sorted_chunks(lengths, settings.batch_size):
-        for group in _with_room(chunk, tokenised, lengths, model.context):
+    decoded = [answer.ids for answer in told]
+    lengths = [len(answer.ids) for answer in told]
+    left = [i for i, answer in enumerate(told) if not answer.is_free(tokenised[i])]
+    for chunk in length_sorted_chunks([lengths[i] for i in left], settings.batch_size):
+        rows = [left[i] for i in chunk]
+        for group in _with_room(rows, tokenised, lengths, model.context):
             longest = max(lengths[i] for i in group)
-            rows = model.generate([tokenised[i] for i in group], longest)
-            for index, row in zip(group, rows, strict=True):
+            said = model.generate([tokenised[i] for i in group], longest)
+            for index, row in zip(group, said, strict=True):
                 decoded[index] = row[: lengths[index]].tolist()
     return decoded
 

@@ -157,6 +157,8 @@ def _check_figure(config: dict[str, Any], where: str, figure: dict[str, Any]) ->
     """Refuse a figure of something that is not there, or that would show nothing."""
     for table in figure.get("tables", []):
         grid.check_name(table, config["tables"], "tables", f"{where}.tables")
+        if figure["kind"] == "sizes":
+            _check_sizes(config, where, figure["method"], config["tables"][table]["experiment"])
     names = config["experiments"]
     for experiment in figure.get("experiments", []):
         grid.check_name(experiment, names, "experiments", f"{where}.experiments")
@@ -172,6 +174,17 @@ def _check_figure(config: dict[str, Any], where: str, figure: dict[str, Any]) ->
             f"{where} shows metrics along consecutive edits, but the experiment "
             f"{figure['experiment']!r} edits in mode {experiment['mode']!r}."
         )
+
+
+def _check_sizes(config: dict[str, Any], where: str, method: str, experiment: str) -> None:
+    """Refuse a figure of sizes whose editor is not run, or that does not know a model's size."""
+    spec = config["experiments"][experiment]
+    grid.check_name(method, spec["methods"], f"experiments.{experiment}", f"{where}.method")
+    for model in spec["models"]:
+        if "parameters" not in config["models"][model].get("shape", {}):
+            raise ConfigError(
+                f"{where} shows models by size: give models.{model}.shape.parameters."
+            )
 
 
 def _refuse_keys_of_other_types(node: Any, where: tuple[str | int, ...] = ()) -> None:

@@ -174,7 +174,7 @@ class Reported:
 
     def _figure_runs(self, spec: Mapping[str, Any]) -> list[tuple[grid.Run, Any]]:
         """The runs that a figure shows, each with the value of the swept parameter."""
-        if spec["kind"] == "paper":
+        if spec["kind"] in ("paper", "sizes"):
             return []
         if spec["kind"] in ("overview", "cost"):
             wanted = (grid.runs_of(self.config, name) for name in spec["experiments"])
@@ -196,7 +196,7 @@ class Reported:
     def figure_files(self, wildcards: Any) -> list[str]:
         """Return the files that a figure is drawn from, in the order of its runs."""
         spec = self.config["figures"][wildcards.figure]
-        if spec["kind"] == "paper":
+        if spec["kind"] in ("paper", "sizes"):
             return [f"<results>/tables/{table}.csv" for table in spec["tables"]]
         if spec["kind"] in ("sweep", "edits"):
             return [f"<results>/metrics/{spec['experiment']}.parquet"]
@@ -219,12 +219,32 @@ class Reported:
             **spec,
             "caption": self.caption(wildcards.figure),
             "tables": [config["tables"][name]["title"] for name in spec.get("tables", [])],
+            "papers": [config["tables"][name].get("paper") for name in spec.get("tables", [])],
+            "paper_names": self.paper_names,
+            "parameters": self._parameters(wildcards.figure),
             "protocol": spec.get("protocol", "token"),
             "controls": grid.controls(config),
             "styles": self.styles,
             "runs": [asdict(run) | {"value": value} for run, value in self._figure_runs(spec)],
             "labels": self.all_labels,
         }
+
+    @cached_property
+    def paper_names(self) -> dict[str, dict[str, str | None]]:
+        """The paper's words for the data sets and methods that it has too, by section."""
+        return {
+            section: {name: spec.get("paper_name") for name, spec in self.config[section].items()}
+            for section in ("datasets", "methods")
+        }
+
+    def _parameters(self, figure: str) -> dict[str, int]:
+        """How many parameters every model has that a figure of sizes shows."""
+        spec, config = self.config["figures"][figure], self.config
+        if spec["kind"] != "sizes":
+            return {}
+        experiments = [config["tables"][name]["experiment"] for name in spec["tables"]]
+        models = {name for x in experiments for name in config["experiments"][x]["models"]}
+        return {name: config["models"][name]["shape"]["parameters"] for name in sorted(models)}
 
     @cached_property
     def all_labels(self) -> dict[str, dict[str, str]]:
@@ -243,7 +263,10 @@ class Reported:
     def caption(self, figure: str) -> str:
         """Return the caption of a figure: its title, how to read it, and the edits per cell."""
         spec, sizes = self.config["figures"][figure], grid.datasets(self.config)
-        n = [sizes[run.dataset] for run, _ in self._figure_runs(spec)]
+        runs = [run for run, _ in self._figure_runs(spec)]
+        for table in spec.get("tables", []):
+            runs += grid.runs_of(self.config, self.config["tables"][table]["experiment"])
+        n = [sizes[run.dataset] for run in runs]
         return caption(spec["title"], spec["kind"], spec.get("protocol", "token"), n)
 
     # -- findings -------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ _READ = {
     "edits": "A point after k edits is of those k edits; grey: too few to compare editors; "
     f"{_INTERVALS}",
     "norms": "Frobenius norm of an edit in each layer, median over calls of the editor",
+    "sizes": "Grey: the editor of the best Score among the others, with its name; hollow: the "
+    f"paper's numbers. Filled: ours; {_INTERVALS}",
     "paper": "On the diagonal both numbers are equal; bars are 95% bootstrap intervals of ours",
 }
 #: Kinds that show metrics, which are of one protocol.

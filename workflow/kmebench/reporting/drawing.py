@@ -7,7 +7,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kmebench.io.checked_files import read_parquet
-from kmebench.reporting import figure_tables, figures, trade_offs
+from kmebench.reporting import figure_tables, figures, sizes, trade_offs
+from kmebench.reporting.paper import read_paper_table
 
 
 def drawn(spec: Mapping[str, Any], files: Sequence[str]) -> tuple[pd.DataFrame, Figure]:
@@ -47,4 +48,21 @@ def drawn(spec: Mapping[str, Any], files: Sequence[str]) -> tuple[pd.DataFrame, 
             wide = {title: pd.read_csv(path) for title, path in named}
             table = figure_tables.against_paper(wide, labels)
             return table, figures.paper_scatter(table)
+        case "sizes":
+            table = _sizes(spec, files)
+            return table, sizes.against_size(table, spec["styles"])
     raise ValueError(f"no kind of figure: {spec['kind']}")
+
+
+def _sizes(spec: Mapping[str, Any], files: Sequence[str]) -> pd.DataFrame:
+    """Return the table of a figure of sizes: of tables of ours and of the paper's."""
+    papers = [read_paper_table(path) if path else None for path in spec["papers"]]
+    ours = [pd.read_csv(path) for path in files]
+    return sizes.sizes_table(
+        list(zip(ours, papers, strict=True)),
+        spec["labels"],
+        spec["parameters"],
+        spec["method"],
+        spec["paper_names"],
+        spec["controls"],
+    )

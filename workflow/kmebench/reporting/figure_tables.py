@@ -76,7 +76,7 @@ def trade_offs(
     rows = []
     for _, part in joined.groupby(RUN, sort=False):
         run = part.iloc[0]
-        row: dict[str, Any] = {"pipeline": _pipeline(run["mode"])} | _named(run, labels)
+        row: dict[str, Any] = {"pipeline": pipeline_label(run["mode"])} | _named(run, labels)
         row |= {"control": run["method"] in controls}
         row |= {"seconds": run["seconds_per_edit"], "n": int(part["n"].max())}
         for found in part.to_dict("records"):
@@ -95,7 +95,8 @@ def with_cells(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _pipeline(mode: str) -> str:
+def pipeline_label(mode: str) -> str:
+    """Return what readers see of a pipeline."""
     return f"{mode.replace('_', '-').capitalize()} editing"
 
 

@@ -183,6 +183,7 @@ def findings_markdown(table: pd.DataFrame) -> str:
         f"the other, and is undecided in between; from {ENOUGH_EDITS} edits on. Other models and "
         "fewer edits than the paper's limit what either says about the paper.**"
     )
+    several = f"{_by_model(table)}\n\n" if table["model"].nunique() > 1 else ""
     lines = [["Claim", "Paper", "Model", "Data set", "Edits (paper)", "Found", "Verdict"]]
     for row in table.to_dict("records"):
         edits = f"{row['n']}" + ("" if pd.isna(row["paper_edits"]) else f" ({row['paper_edits']})")
@@ -190,4 +191,16 @@ def findings_markdown(table: pd.DataFrame) -> str:
         cells = ["–" if pd.isna(x) else str(x) for x in shown]
         claim = f"{row['claim']} ({row['where']})"
         lines.append([claim, row["paper"], *cells, row["verdict"]])
-    return f"{caption}\n\n{markdown_table(lines)}\n"
+    return f"{caption}\n\n{several}{markdown_table(lines)}\n"
+
+
+def _by_model(table: pd.DataFrame) -> str:
+    """Lay out the verdicts of every claim, model beside model."""
+    tested = table.dropna(subset="model")
+    cells = tested["verdict"].str.cat(tested["n"].astype(str), " (").add(")")
+    rows = tested.assign(cell=cells).groupby(["claim", "model"], sort=False)["cell"].agg("; ".join)
+    wide = rows.unstack().reindex(
+        index=tested["claim"].unique(), columns=tested["model"].unique(), fill_value="–"
+    )
+    head = ["Claim (verdict, edits)", *wide.columns]
+    return markdown_table([head, *([claim, *wide.loc[claim].fillna("–")] for claim in wide.index)])
