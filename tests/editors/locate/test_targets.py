@@ -18,6 +18,7 @@ from tests.conftest import FAMILIES
 
 CONTEXTS = (("{}",), ("The Seine. {}", "I {} {. {}"), ("Paris stands in Mount Fuji. {}",))
 SITES = ("layer", "value", "attention-value")
+PAIRS = list(zip(FAMILIES, itertools.cycle(SITES), strict=False))
 SETTINGS = TargetSettings(
     layer=1,
     site="layer",
@@ -194,7 +195,7 @@ def test_targets_equal_plain_optimisation_of_each_request(family, site, make_mod
     assert got.losses[-1].mean() < got.losses[0].mean()
 
 
-@pytest.mark.parametrize(("family", "site"), list(zip(FAMILIES, itertools.cycle(SITES), strict=False)))
+@pytest.mark.parametrize(("family", "site"), PAIRS)
 def test_requests_stop_by_themselves(family, site, make_model, varied):
     """One stops before any step, others at different steps, and some never."""
     model = make_model(family)
@@ -215,7 +216,7 @@ def test_what_is_learnt_from_the_start_is_left_alone(site, make_model, requests)
     assert torch.equal(got.values, got.start)
 
 
-@pytest.mark.parametrize(("family", "site"), list(zip(FAMILIES, itertools.cycle(SITES), strict=False)))
+@pytest.mark.parametrize(("family", "site"), PAIRS)
 def test_deltas_stay_in_their_balls(family, site, make_model, requests):
     model = make_model(family)
     settings = replace(SETTINGS, site=site, clamp_factor=0.1)

@@ -40,11 +40,8 @@ class MEMIT(LocateAndEdit):
             for done, layer in enumerate(layers):
                 keys = subject_activations(model, requests, self.contexts(model), layer, size).keys
                 current = self._current(model, requests)
-                residual = spread(targets.T, current.T, len(layers) - done, root=self.root)
-                norm = model.ffn[layer].norm
-                if norm is not None:
-                    said = module_outputs(model, requests, model.ffn[layer].value.module, size)
-                    residual = value_change(norm, said, residual.T).T
+                share = spread(targets.T, current.T, len(layers) - done, root=self.root)
+                residual = self._at_value(model, requests, layer, share)
                 with naming(self.name, layer, requests):
                     factors = self._solve(model, layer, residual, keys.T)
                 delta = low_rank(model.ffn[layer].value, factors)
@@ -70,6 +67,16 @@ class MEMIT(LocateAndEdit):
     def _current(self, model: EditableModel, requests: Sequence[EditRequest]) -> Tensor:
         """Return what now stands where the targets do, [B, D]."""
         return layer_outputs(model, requests, self.hparams.layers[-1], self.micro_batch)
+
+    def _at_value(
+        self, model: EditableModel, requests: Sequence[EditRequest], layer: int, share: Tensor
+    ) -> Tensor:
+        """Return what W2 has to say more, [D, B], so that its layer adds ``share`` to the stream."""
+        ffn = model.ffn[layer]
+        if ffn.norm is None:
+            return share
+        said = module_outputs(model, requests, ffn.value.module, self.micro_batch)
+        return value_change(ffn.norm, said, share.T).T
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
         """Return Δ for residuals [D, B] and keys [M, B]."""

@@ -7,8 +7,8 @@ bounded: at each rms of m it is one ellipsoid. A change ρ of the stream asks fo
     m' = argmin ‖N(m') − (N(m) + ρ)‖   subject to   ‖m'‖ = ‖m‖,
 
 since N forgets the length. With a_i what N makes of a constant vector of m's rms, and v = m' / rms,
-this is the point of {a ⊙ v : ‖v‖² = D} closest to y = N(m) + ρ: v_i = a_i y_i / (a_i² + μ), where the
-multiplier μ > −min a² gives v its length, which falls as μ grows. Where y can be reached, μ = 0.
+this is the point of {a ⊙ v : ‖v‖² = D} closest to y = N(m) + ρ. There v_i = a_i y_i / (a_i² + μ);
+the multiplier μ > −min a² gives v its length, which falls as μ grows. Where y can be reached, μ = 0.
 """
 
 import torch

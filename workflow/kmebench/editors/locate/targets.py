@@ -90,9 +90,7 @@ def optimise_targets(
     ]
     encoded = [flat[i : i + n_texts] for i in range(0, len(flat), n_texts)]
     modules = moved_modules(model, settings.layer, settings.site)
-    start = torch.stack(
-        [module_outputs(model, requests, m, settings.micro_batch) for m in modules]
-    )
+    start = torch.stack([module_outputs(model, requests, m, settings.micro_batch) for m in modules])
     deltas = torch.zeros_like(start)
     losses = start.new_full((settings.steps, len(requests)), torch.nan)
     steps = torch.zeros(len(requests), dtype=torch.long)

@@ -157,9 +157,7 @@ class TrainedSegments:
     def __init__(self, model: EditableModel, choices: Sequence[Tensor]) -> None:
         members: dict[Hashable, list[_Chosen]] = {}
 
-        def join(
-            name: str, axis: int, offset: int, chosen: list[Tensor]
-        ) -> tuple[Hashable, int]:
+        def join(name: str, axis: int, offset: int, chosen: list[Tensor]) -> tuple[Hashable, int]:
             weight = model.parameter(name)
             group = members.setdefault(group_key(weight), [])
             there = [index.to(weight.device) for index in chosen]
