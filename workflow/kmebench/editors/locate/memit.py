@@ -71,7 +71,7 @@ class MEMIT(LocateAndEdit):
     def _at_value(
         self, model: EditableModel, requests: Sequence[EditRequest], layer: int, share: Tensor
     ) -> Tensor:
-        """Return what W2 has to say more, [D, B], so that its layer adds ``share`` to the stream."""
+        """Return what W2 has to say more, [D, B], so that ``share`` joins the residual stream."""
         ffn = model.ffn[layer]
         if ffn.norm is None:
             return share

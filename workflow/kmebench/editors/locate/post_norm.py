@@ -8,7 +8,7 @@ bounded: at each rms of m it is one ellipsoid. A change ρ of the stream asks fo
 
 since N forgets the length. With a_i what N makes of a constant vector of m's rms, and v = m' / rms,
 this is the point of {a ⊙ v : ‖v‖² = D} closest to y = N(m) + ρ. There v_i = a_i y_i / (a_i² + μ);
-the multiplier μ > −min a² gives v its length, which falls as μ grows. Where y can be reached, μ = 0.
+the multiplier μ > −min a² gives v its length, which falls as μ grows. Where N reaches y, μ = 0.
 """
 
 import torch
