@@ -12,7 +12,8 @@ from kmebench.models.suffix_cache import Replay
 from tests.conftest import FAMILIES, WINDOW
 
 EVERY = {family: {} for family in (*FAMILIES, "mistral", "qwen2")} | {
-    "sequential": {"family": "gpt_neox", "use_parallel_residual": False}
+    "sequential": {"family": "gpt_neox", "use_parallel_residual": False},
+    "deep": {"family": "gptj", "layers": 6},
 }
 BEFORE = ("", "The Seine flows through Paris. ", "What language is spoken? ")
 

@@ -46,11 +46,13 @@ def layer_calls(model: EditableModel, **inputs: Any) -> list[Call]:
     Layers of different kinds are handed different things: in Gemma 3 mask and rotary embedding.
     """
     calls: list[Call] = []
+    entered: list[Tensor] = []
 
     def recorder(layer: nn.Module) -> Callable[..., Tensor]:
         def record(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             calls.append(Call(layer, args, kwargs))
-            return states
+            entered.append(states)
+            return entered[0]  # not ``states``: GPT-J hands on the first item of what it gets
 
         return record
 
