@@ -272,10 +272,11 @@ def test_facts_that_share_an_entry_are_edited_one_after_another(make_model, requ
     assert together.entries == apart.entries == 1
 
 
+@pytest.mark.parametrize("family", ["gptj", "opt", "gemma3_text"])
 @pytest.mark.parametrize("replacement", ["last", "prompt", "all"])
-def test_generation_decides_once_on_the_prompt(replacement, make_model, requests):
+def test_generation_decides_once_on_the_prompt(family, replacement, make_model, requests):
     """Cached decoding against whole passes over the growing text, without a cache."""
-    model = make_model("gptj")
+    model = make_model(family)
     book = edited(model, grace(replacement=replacement, radius=1e-6), requests)
     prompts = [requests[0].filled_prompt, "Mount Fuji stands in", requests[1].filled_prompt]
     ids = model.encode_prompts(prompts)
