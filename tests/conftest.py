@@ -5,14 +5,14 @@ import gc
 gc.disable()  # until all is imported, of which nothing is garbage
 
 import os
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPTJConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto import AutoModelForCausalLM
-from transformers.models.gptj import modeling_gptj
-from transformers.models.llama import modeling_llama
 
 from kmebench.data.records import EditRequest
 from kmebench.models.editable import EditableModel
@@ -28,7 +28,18 @@ def pytest_collection_finish():
     gc.enable()
 
 
-FAMILIES = ("gptj", "llama", "gpt2")
+#: Each has something of its own in its layers; Mistral and Qwen2 have nothing that these lack.
+FAMILIES = (
+    "gptj",
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "phi3",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+)
 
 #: The name of a run: the columns of kmebench.evaluation.score.RUN.
 RUN = {
@@ -48,34 +59,42 @@ TEXTS = [
 ]
 
 
-def small_config(family: str, vocabulary: int, *, layers: int = 3, width: int = 24):
+#: Of attention, shorter than most texts, in the layers that have one.
+WINDOW = 4
+
+
+def small_config(
+    family: str, vocabulary: int, *, layers: int = 3, width: int = 24, **others: Any
+) -> PretrainedConfig:
     """Two or three layers, D = 16, M = ``width``."""
-    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0}
-    if family == "llama":
-        return LlamaConfig(
-            **common,
-            hidden_size=16,
-            intermediate_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-        )
-    kind = {"gptj": GPTJConfig, "gpt2": GPT2Config}[family]
-    extra = {"rotary_dim": 4} if family == "gptj" else {}
-    return kind(
-        **common,
-        **extra,
-        n_embd=16,
-        n_inner=width,
-        n_layer=layers,
-        n_head=2,
-        n_positions=64,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
+    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if family in ("gptj", "gpt2"):
+        common |= {"n_embd": 16, "n_inner": width, "n_layer": layers, "n_head": 2}
+        common |= {"n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    else:
+        common |= {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2}
+        common |= {"ffn_dim" if family == "opt" else "intermediate_size": width}
+        common |= {"max_position_embeddings": 64}
+    grouped = {"num_key_value_heads": 1, "tie_word_embeddings": True}
+    # The highest layer sees all, so that what is changed below it reaches the end of a text.
+    mixed = [("full_attention", "sliding_attention")[(layers - 1 - i) % 2] for i in range(layers)]
+    sliding = {"sliding_window": WINDOW, "layer_types": mixed}
+    gemma = grouped | sliding | {"head_dim": 8, "query_pre_attn_scalar": 8}
+    capped = {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 2.0}
+    own = {
+        "gptj": {"rotary_dim": 4},
+        "gpt2": {},
+        "llama": grouped,
+        "mistral": grouped | {"sliding_window": WINDOW},
+        "qwen2": grouped | sliding | {"use_sliding_window": True},
+        "qwen3": grouped | sliding | {"use_sliding_window": True, "head_dim": 8},
+        "phi3": grouped | {"sliding_window": WINDOW},
+        "gemma2": gemma | capped,
+        "gemma3_text": gemma,
+        "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+        "opt": {"dropout": 0.0, "word_embed_proj_dim": 16, "activation_function": "gelu"},
+    }[family]
+    return CONFIG_MAPPING[family](**common, **own | others)
 
 
 @pytest.fixture(scope="session")
@@ -94,19 +113,24 @@ class Float64Torch:
 def make_model(tokenizer, monkeypatch) -> Callable[..., EditableModel]:
     """Build random models; those in float64 compute in float64 throughout.
 
-    transformers casts GPT-J's attention scores and Llama's norms to float32, whose rounding
+    transformers casts attention scores of GPT-J and norms of Llama to float32, whose rounding
     (other for other batch shapes and processors) would drown what the tests compare.
     """
 
-    def make(family: str, dtype: torch.dtype = torch.float64, **sizes: int) -> EditableModel:
+    def make(family: str, dtype: torch.dtype = torch.float64, **others: Any) -> EditableModel:
+        config, gemma = small_config(family, len(tokenizer), **others), "gemma" in family
         if dtype == torch.float64:
-            for module in (modeling_gptj, modeling_llama):
-                monkeypatch.setattr(module, "torch", Float64Torch())
+            module = sys.modules[AutoModelForCausalLM._model_mapping[type(config)].__module__]
+            monkeypatch.setattr(module, "torch", Float64Torch())
+            if gemma:
+                norm = type(AutoModelForCausalLM.from_config(config).model.norm)
+                exact = lambda self, x: self._norm(x) * (1.0 + self.weight)  # noqa: E731
+                monkeypatch.setattr(norm, "forward", exact)
         torch.manual_seed(0)
-        config = small_config(family, len(tokenizer), **sizes)
         model = AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():
-            if "norm" not in name and "ln_" not in name:  # so large that everything has influence
+            # So large that everything has influence.
+            if gemma or ("norm" not in name and "ln_" not in name):
                 torch.nn.init.normal_(parameter, std=0.3)
         return EditableModel(model.to(dtype), tokenizer)
 

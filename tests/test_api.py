@@ -1,6 +1,5 @@
 """The Python interface, as docs/python.md has it."""
 
-import json
 import re
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFWriter
 from transformers import AutoModelForCausalLM
 
 import kmebench
@@ -19,6 +17,7 @@ from kmebench.editors.locate.covariance.texts import TextSettings
 from kmebench.errors import ConfigError, KMEBenchError, ModelError
 from kmebench.models import sources
 from kmebench.models.sources import save_model
+from tests.gguf_files import write_gguf
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "The capital of France is"
@@ -204,51 +203,16 @@ def test_a_model_of_the_config_needs_the_workflow(tmp_path, monkeypatch):
 
 
 def test_a_gguf_file_is_read_once(trained, make_model, tokenizer, tmp_path):
-    kept = write_gguf(tmp_path / "small.gguf", make_model("llama", torch.float32), tokenizer)
-    model = kmebench.load(tmp_path / "small.gguf", device="cpu")
-    assert torch.equal(model.parameter("model.layers.1.mlp.down_proj.weight"), kept)
+    original = make_model("llama", torch.float32)
+    write_gguf(tmp_path / "small.gguf", original.model, tokenizer)
+    model, name = kmebench.load(tmp_path / "small.gguf", device="cpu"), "model.norm.weight"
+    assert torch.equal(model.parameter(name), original.parameter(name))
     assert kmebench.says(model, PROMPT) is not None
     (folder,) = (tmp_path / "cache/kmebench/models").iterdir()
     assert folder == model.folder
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"broken.gguf cannot be read as a model in GGUF"):
         kmebench.load(tmp_path / "broken.gguf")
-
-
-def write_gguf(path, model, tokenizer):
-    """Write a small Llama; returns W2 of layer 1."""
-    config, weights = model.model.config, model.model.state_dict()
-    writer = GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    state = tokenizer.backend_tokenizer.to_str()
-    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    merges = [" ".join(pair) for pair in json.loads(state)["model"]["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(words)
-    writer.add_token_types([1] * len(words))
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    places = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k"}
-    places |= {"self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output"}
-    places |= {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-    places |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    named = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-    for layer in range(config.num_hidden_layers):
-        named |= {f"blk.{layer}.{g}": f"model.layers.{layer}.{h}" for h, g in places.items()}
-    for name, source in named.items():
-        writer.add_tensor(f"{name}.weight", weights[f"{source}.weight"].numpy())
-    for write in ("header_to_file", "kv_data_to_file", "tensors_to_file"):
-        getattr(writer, f"write_{write}")()
-    writer.close()
-    return weights["model.layers.1.mlp.down_proj.weight"]
 
 
 def test_the_package_names_its_interface_and_imports_no_torch():

@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from kmebench.errors import DataError
-from kmebench.io.logs import doing, script_log
+from kmebench.io.logs import announce, doing, script_log
 
 
 @pytest.fixture
@@ -57,3 +57,17 @@ def test_what_is_being_done_is_told_on_a_terminal_alone(terminal, monkeypatch):
     with doing("loading [b] the model"):
         pass
     assert ("loading [b] the model" in stream.getvalue()) is terminal
+
+
+def test_what_is_announced_stands_in_the_log_and_on_the_terminal(job, capsys):
+    with script_log(job):
+        announce("part 1 of 2")
+    assert Path(job.log[0]).read_text(encoding="utf-8").endswith(" part 1 of 2\n")
+    assert capsys.readouterr().err == "table one: part 1 of 2\n"
+
+
+def test_without_a_log_file_it_is_told_once(job, capsys):
+    job.log = []
+    with script_log(job):
+        announce("part 1 of 2")
+    assert capsys.readouterr().err.count("part 1 of 2") == 1

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from transformers import BertConfig, MistralConfig, Qwen2Config
+from transformers import (
+    BertConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 from transformers.models.auto import AutoModelForCausalLM
 
 from kmebench.errors import ModelError
@@ -13,7 +21,7 @@ from tests.conftest import FAMILIES, small_config
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_segments_are_the_keys_and_values_of_the_ffn(family, make_model):
-    """Changing value j changes the FFN output by a_j Δ; changing key j changes a_j alone."""
+    """W2's output is Σ a_j v_j and its bias; changing key j changes a_j alone."""
     model = make_model(family)
     ffn = model.ffn[1]
     seen = {}
@@ -21,11 +29,14 @@ def test_segments_are_the_keys_and_values_of_the_ffn(family, make_model):
     ids = torch.randint(0, 50, (1, 5))
     model.model(input_ids=ids)
     a, y = seen["a"].clone(), seen["y"].clone()
-    assert a.shape[-1] == model.ffn_width == ffn.key.width == ffn.value.width
-    ffn.value.weight.data.movedim(ffn.value.axis, 0)[3] += 1.0
-    model.model(input_ids=ids)
-    torch.testing.assert_close(seen["y"] - y, a[..., 3:4].expand_as(y))
-    ffn.key.weight.data.movedim(ffn.key.axis, 0)[5] += 1.0
+    assert a.shape == (1, 5, 24)
+    assert model.ffn_width == ffn.key.width == ffn.value.width == 24
+    bias = 0 if ffn.value.bias_name is None else model.parameter(ffn.value.bias_name)
+    values = ffn.value.weight.movedim(ffn.value.axis, 0)
+    torch.testing.assert_close(y, sum(a[..., j, None] * values[j] for j in range(24)) + bias)
+    assert model.parameter(ffn.key.weight_name) is ffn.key.weight
+    assert model.parameter(ffn.value.weight_name) is ffn.value.weight
+    ffn.key.segments(ffn.key.weight.data, ffn.key.axis).movedim(ffn.key.axis, 0)[5] += 1.0
     model.model(input_ids=ids)
     changed = (seen["a"] != a).any(dim=1).squeeze().nonzero().flatten()
     assert changed.tolist() == [5]
@@ -39,7 +50,7 @@ def test_a_layer_adds_its_attention_and_its_ffn_to_the_residual_stream(family, m
     for name, module in {
         "layer": layer,
         "attention": model.attention[1],
-        "ffn": model.ffn[1].value.module,
+        "ffn": model.ffn[1].output,
         "norm": model.norm,
     }.items():
         module.register_forward_hook(
@@ -48,8 +59,11 @@ def test_a_layer_adds_its_attention_and_its_ffn_to_the_residual_stream(family, m
     last = model.model.base_model(input_ids=torch.randint(0, 50, (2, 5))).last_hidden_state
     (before, *_), after = seen["layer"]
     after = after[0] if isinstance(after, tuple) else after
-    parts = seen["attention"][1][0] + seen["ffn"][1]
-    torch.testing.assert_close(after, before + parts)
+    attended = seen["attention"][1][0]
+    if "gemma" in family:
+        attended = layer.post_attention_layernorm(attended)
+    torch.testing.assert_close(after, before + attended + seen["ffn"][1])
+    assert (model.ffn[1].norm is not None) == ("gemma" in family)
     torch.testing.assert_close(last, seen["norm"][1], rtol=0, atol=0)
     assert len(model.layers) == len(model.attention) == model.n_layers
 
@@ -75,13 +89,19 @@ def test_llama_like_families_share_a_layout(config_class):
     [
         ("gptj", ["transformer.h.1.mlp.fc_in", "transformer.h.1.mlp.fc_out"]),
         ("gpt2", ["transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"]),
-        ("llama", ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]),
+        ("gpt_neox", ["gpt_neox.layers.1.attention.query_key_value"]),
+        ("phi3", ["model.layers.1.self_attn.qkv_proj"]),
+        ("opt", [f"model.decoder.layers.1.self_attn.{x}_proj" for x in "qv"]),
+        *(
+            (family, [f"model.layers.1.self_attn.{x}_proj" for x in "qv"])
+            for family in ("llama", "qwen3", "gemma2", "gemma3_text")
+        ),
     ],
 )
 def test_adapted_modules_are_linear_maps_of_every_layer(family, names, make_model):
     model = make_model(family, layers=2).model
     found = adapted_modules(model, layout_of(model.config))
-    assert found[2:] == names
+    assert found[len(names) :] == names
     assert all(model.get_submodule(name).weight.ndim == 2 for name in found)
 
 
@@ -126,8 +146,46 @@ def test_every_layout_is_of_a_family_that_transformers_knows():
     assert {small_config(f, 50).model_type for f in FAMILIES} <= set(LAYOUTS)
 
 
-def test_a_model_whose_layers_differ_is_refused():
-    config = Qwen2Config(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
-    with pytest.raises(ModelError, match=r"differ .full_attention, sliding_attention."):
+def test_adapted_modules_of_new_families_are_those_of_peft():
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT
+
+    ours = {"gptj", "gpt2"}  # the FFN's
+    for family in set(LAYOUTS) - ours - {"phi3"}:  # which peft does not know
+        assert [name.rpartition(".")[2] for name in LAYOUTS[family].adapted] == PEFT[family]
+
+
+def test_opts_layers_compute_what_those_of_transformers_do(make_model):
+    model = make_model("opt")
+    again = AutoModelForCausalLM.from_config(model.model.config).double().eval()
+    again.load_state_dict(model.model.state_dict())
+    ids = torch.randint(0, 50, (3, 9))
+    torch.testing.assert_close(model.model(ids).logits, again(ids).logits)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    ours, theirs = (m(ids, attention_mask=mask).logits for m in (model.model, again))
+    torch.testing.assert_close(ours[0, 4:], theirs[0, 4:])
+    torch.testing.assert_close(ours[1:], theirs[1:])
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (Gemma3Config(), r"'gemma3' reads more than text; .* 'gemma3_text'"),
+        (Qwen3MoeConfig(num_hidden_layers=2), r"'qwen3_moe' is a mixture of experts.*dense model"),
+        (OPTConfig(do_layer_norm_before=False), r"^This opt model .*opt-350m; choose another size"),
+        (OPTConfig(word_embed_proj_dim=512), r"opt-350m; choose another size"),
+        (
+            Gemma3TextConfig(use_bidirectional_attention=True),
+            r"gemma3_text .* reads what follows a token; choose a causal",
+        ),
+        (
+            Qwen2Config(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"]),
+            r"qwen2 .* layers of the kind 'linear_attention'; choose",
+        ),
+    ],
+)
+def test_what_no_layout_tells_is_refused_in_a_sentence(config, sentence):
+    with pytest.raises(ModelError, match=sentence) as caught:
         layout_of(config)
-    assert layout_of(Qwen2Config(num_hidden_layers=2))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(".")

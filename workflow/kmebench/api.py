@@ -23,7 +23,8 @@ from kmebench.io import origins
 from kmebench.io.checked_files import users_own
 from kmebench.io.logs import doing
 from kmebench.models.editable import SPREAD, EditableModel, pick_device, seed_everything
-from kmebench.models.sources import from_gguf, from_hub, save_model
+from kmebench.models.gguf import from_gguf
+from kmebench.models.sources import from_hub, save_model
 from kmebench.pipelines.one_fact import (
     check_editable,
     edit_facts,

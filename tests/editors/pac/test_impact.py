@@ -24,7 +24,7 @@ def dense_gradients(model, request):
     for projection in weights.values():
         projection.weight.requires_grad_(False)
     return {
-        place: gradient.movedim(projection.axis, -1)
+        place: gradient.movedim(projection.axis, -1)[..., projection.offset :]
         for (place, projection), gradient in zip(weights.items(), gradients, strict=True)
     }
 

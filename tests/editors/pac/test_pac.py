@@ -31,9 +31,10 @@ def literal_pac(model, requests, hparams, n_layers):
     places = {}
     for layer, ffn in enumerate(model.ffn):
         for matrix, projection in enumerate((ffn.key, ffn.value)):
-            places[projection.weight_name] = (layer, matrix, projection.axis)
+            offset = projection.offset
+            places[projection.weight_name] = (layer, matrix, projection.axis, offset)
             if matrix == 0 and projection.bias_name:
-                places[projection.bias_name] = (layer, matrix, 0)
+                places[projection.bias_name] = (layer, matrix, 0, offset)
     changes = {which: {n: torch.zeros_like(parameters[n]) for n in places} for which in (0, 1)}
     adams = {
         which: torch.optim.Adam(changes[which].values(), lr=hparams["learning_rate"])
@@ -63,12 +64,12 @@ def literal_pac(model, requests, hparams, n_layers):
                     break  # learnt
                 learning.add(number)
                 gradients = torch.autograd.grad(loss / len(requests), list(leaves.values()))
-                for (name, (layer, matrix, axis)), gradient in zip(
+                for (name, (layer, matrix, axis, offset)), gradient in zip(
                     places.items(), gradients, strict=True
                 ):
                     mask = torch.zeros_like(gradient)
                     for each in routes:
-                        mask.movedim(axis, 0)[each[which][layer, matrix]] = 1
+                        mask.movedim(axis, 0)[offset + each[which][layer, matrix]] = 1
                     changes[which][name].grad += gradient * mask
         if not learning and len(asked) == len(requests):
             break

@@ -39,10 +39,11 @@ def literal(model, requests, hparams):
     """One Adam over whole weights, whole gradients, masks; returns weights and all masks."""
     paths, negatives = hparams["paths"], hparams["negatives"]
     items = model.encode([(r.filled_prompt, r.target_new) for r in requests])
-    matrices, key_bias, value_bias = {}, {}, []
+    matrices, key_bias, value_bias, offsets = {}, {}, [], {}
     for ffn in model.ffn:
         for projection in (ffn.key, ffn.value):
             matrices[projection.weight_name] = projection.axis
+            offsets[projection.weight_name] = projection.offset
             if projection.bias_name and projection is ffn.key:
                 key_bias[projection.bias_name] = projection.weight_name
             elif projection.bias_name:
@@ -71,6 +72,7 @@ def literal(model, requests, hparams):
                     total[name] += part
             for name, axis in matrices.items():
                 gradient = total[name] if axis == 1 else total[name].T  # [D, M]
+                gradient = gradient[:, offsets[name] :]
                 z = (gradient - gradient.mean(1, keepdim=True)) / gradient.std(1, keepdim=True)
                 order = z.abs().mean(0).argsort(descending=True)
                 best[name], worst[name] = order[:paths], order.flip(0)[:negatives]
@@ -87,7 +89,8 @@ def literal(model, requests, hparams):
                 (factor * dense_loss(model, weights, some, labels)).backward()
                 for name, axis in (*matrices.items(), *((n, 0) for n in key_bias)):
                     keep = torch.zeros_like(weights[name])
-                    keep.movedim(axis, 0)[chosen[key_bias.get(name, name)]] = 1
+                    index = chosen[key_bias.get(name, name)] + offsets.get(name, 0)
+                    keep.movedim(axis, 0)[index] = 1
                     weights[name].grad *= keep
                 if chosen is worst and hparams.get("second_step") == "momentum":
                     for weight in weights.values():

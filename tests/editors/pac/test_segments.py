@@ -84,13 +84,13 @@ def test_gradients_are_those_of_dense_autograd(family, spread, make_model, monke
                 (logits.square().mean(dim=(1, 2)).sum() * (number + 1)).backward()
     dense = _dense_gradients(model, ids)
     expected = {
-        name: [dense[name].movedim(axis, 0)[kind.unique()] for kind in chosen]
-        for name, axis, chosen in _trained(model, kinds)
+        name: [dense[name].movedim(axis, 0)[offset + kind.unique()] for kind in chosen]
+        for name, axis, offset, chosen in _trained(model, kinds)
     }
     groups = [list(expected)]
     if spread:
         groups = [[name] for name in expected]
-    elif family != "llama":
+    elif model.ffn[0].key.bias_name:
         groups = [[n for n in expected if dense[n].dim() == dim] for dim in (2, 1)]
     changes = iter(segments.parameters())
     for names in groups:
@@ -101,12 +101,12 @@ def test_gradients_are_those_of_dense_autograd(family, spread, make_model, monke
 
 
 def _trained(model, kinds):
-    """(name, axis, segments [R, N] of each kind) of every trained parameter."""
+    """(name, axis, offset, segments [R, N] of each kind) of every trained parameter."""
     for layer, matrix, projection in _projections(model):
         chosen = [kind[:, layer, matrix] for kind in kinds]
-        yield projection.weight_name, projection.axis, chosen
+        yield projection.weight_name, projection.axis, projection.offset, chosen
         if matrix == 0 and projection.bias_name:
-            yield projection.bias_name, 0, chosen
+            yield projection.bias_name, 0, projection.offset, chosen
 
 
 def _projections(model):

@@ -25,7 +25,8 @@ def test_scores_equal_those_of_dense_gradients(family, layers_per_pass, make_mod
     assert scores.shape == (model.n_layers, 2, model.ffn_width)
     for layer, ffn in enumerate(model.ffn):
         for matrix, projection in enumerate((ffn.key, ffn.value)):
-            gradient = projection.weight.grad.movedim(projection.axis, 1).numpy()  # [D, M]
+            gradient = projection.weight.grad.movedim(projection.axis, 1)[:, projection.offset :]
+            gradient = gradient.numpy()  # [D, M]
             z = (gradient - gradient.mean(1, keepdims=True)) / gradient.std(
                 1, keepdims=True, ddof=1
             )

@@ -163,7 +163,7 @@ def _original_head(model: EditableModel) -> Callable[[Tensor], Tensor]:
         for own, parameter in head.named_parameters()
         if names[id(parameter)] in model.edits.touched
     }
-    return lambda states: at_least_float32(functional_call(head, originals, states))
+    return lambda states: at_least_float32(model.capped(functional_call(head, originals, states)))
 
 
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:

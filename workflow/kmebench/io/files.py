@@ -1,8 +1,9 @@
-"""Files that appear under their final name only when they are complete."""
+"""Files and folders that appear under their final name only when they are complete."""
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,30 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged(folder: Path, resume: str = "") -> Iterator[Path]:
+    """Yield a hidden folder beside ``folder``; it becomes ``folder`` when the block succeeds.
+
+    It is empty, and goes when the block fails. With ``resume``, the name of a download, it holds
+    what an earlier try of the same download has brought, so that gigabytes come but once.
+    """
+    mark = f".{hashlib.sha256(resume.encode()).hexdigest()[:12]}" if resume else ""
+    staging = folder.parent / f".{folder.name}{mark}.partial"
+    if not resume:
+        shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True, exist_ok=True)
+    try:
+        yield staging
+        for path in staging.rglob("*"):
+            if not path.is_symlink():  # what a link leads to is the user's
+                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors files are written 0600
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    finally:
+        if not resume:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -74,6 +74,14 @@ _DISK = {
 _TERMINAL: dict[str, Any] = {"stream": None, "title": ""}
 
 
+def announce(text: str) -> None:
+    """Log what a user is to see at once: a script says it on the terminal, too."""
+    logger.info(text)
+    terminal = _TERMINAL["stream"]
+    if terminal not in (None, sys.stderr):  # the log is a file
+        print(f"{_TERMINAL['title']}: {text}", file=terminal, flush=True)
+
+
 @contextmanager
 def doing(what: str) -> Iterator[None]:
     """Say on a terminal what the block does, while it does it; elsewhere be quiet."""

@@ -1,6 +1,7 @@
 """Forward passes that go no further than they must."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -10,33 +11,56 @@ from torch.utils.hooks import RemovableHandle
 
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, length_sorted_chunks
-from kmebench.models.hooks import leave, may_be_left
+from kmebench.models.hooks import forward_replaced, leave, may_be_left
 from kmebench.precision import at_least_float32
+
+
+def input_of(model: EditableModel, module: nn.Module, **inputs: Any) -> Tensor:
+    """Run the model on ``inputs`` until ``module`` would begin; return its input states."""
+    seen: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...]) -> NoReturn:
+        seen.append(args[0])
+        leave()
+
+    _run(model, inputs, module.register_forward_pre_hook(stop))
+    return seen[0]
 
 
 @dataclass(frozen=True)
 class Call:
-    """What the model hands to one of its modules: states, then everything else."""
+    """What the model hands to one of its layers besides the states."""
 
-    states: Tensor
+    layer: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, module: nn.Module, states: Tensor) -> Tensor:
-        """Run a module of the same kind on other states, all else being the same."""
-        return first(module(states, *self.args, **self.kwargs))
+    def run(self, states: Tensor) -> Tensor:
+        """Run the layer on other states, all else being the same."""
+        return first(self.layer(states, *self.args, **self.kwargs))
 
 
-def call_of(model: EditableModel, module: nn.Module, **inputs: Any) -> Call:
-    """Run the model on ``inputs`` until ``module`` would begin; return its arguments."""
-    seen: list[Call] = []
+def layer_calls(model: EditableModel, **inputs: Any) -> list[Call]:
+    """Return what the model hands to each of its layers for ``inputs``; no layer is run.
 
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-        seen.append(Call(args[0], args[1:], kwargs))
-        leave()
+    Layers of different kinds are handed different things: in Gemma 3 mask and rotary embedding.
+    """
+    calls: list[Call] = []
+    entered: list[Tensor] = []
 
-    _run(model, inputs, module.register_forward_pre_hook(stop, with_kwargs=True))
-    return seen[0]
+    def recorder(layer: nn.Module) -> Callable[..., Tensor]:
+        def record(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append(Call(layer, args, kwargs))
+            entered.append(states)
+            return entered[0]  # not ``states``: GPT-J hands on the first item of what it gets
+
+        return record
+
+    with ExitStack() as stack:
+        for layer in model.layers:
+            stack.enter_context(forward_replaced(layer, recorder(layer)))
+        _run(model, inputs, model.norm.register_forward_pre_hook(lambda *_: leave()))
+    return calls
 
 
 def input_and_output(

@@ -39,7 +39,7 @@ from kmebench.models.encoding import (
     encode_subjects,
 )
 from kmebench.models.hooks import hooked, on_output
-from kmebench.models.layouts import FFN, ffn_layers, layout_of
+from kmebench.models.layouts import FFN, ffn_layers, layout_of, windows_of
 from kmebench.precision import promoted
 
 logger = logging.getLogger("kmebench")
@@ -60,7 +60,10 @@ class EditableModel:
         layout = layout_of(model.config)
         self.ffn: list[FFN] = ffn_layers(model, layout)
         self.layers: list[nn.Module] = list(model.get_submodule(layout.layers))
+        if layout.prepare:
+            layout.prepare(self.layers)
         self.attention = [layer.get_submodule(layout.attention) for layer in self.layers]
+        self.windows = windows_of(model.config, self.attention)
         self.norm = model.get_submodule(layout.norm)
         self._parameters = dict(model.named_parameters())
         self._ledger = Ledger(self._parameters)
@@ -314,13 +317,19 @@ class EditableModel:
         def overlaid(_ids: Tensor, scores: Tensor) -> Tensor:
             return self._overlaid(passage, scores)
 
-        with self.model.base_model.register_forward_pre_hook(begins), self.passage(passage):
+        first = self.model.get_input_embeddings()  # not every head runs the base model as a module
+        with first.register_forward_pre_hook(begins), self.passage(passage):
             yield LogitsProcessorList([overlaid])
 
     def head(self, states: Tensor) -> Tensor:
         """Return the logits of normed final states, [..., vocabulary], in float32 or float64."""
-        logits = self.model.get_output_embeddings()(states)
+        logits = self.capped(self.model.get_output_embeddings()(states))
         return logits.to(promoted(logits.dtype))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Return logits within the bound that some families (Gemma 2) put on them."""
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _together(_head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -36,6 +36,19 @@ def leave() -> NoReturn:
 
 
 @contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module do something else while the block runs."""
+    own = vars(module).get("forward")  # accelerate puts one there
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+@contextmanager
 def may_be_left() -> Iterator[None]:
     """Run a forward pass that a hook may end by :func:`leave`."""
     with suppress(_LeftError):

@@ -25,7 +25,7 @@ def sample(model: EditableModel, rows: int, length: int, seed: int) -> Tensor:
         if written.shape[1] == length:
             return written
         cache = output.past_key_values
-        logits = model.model.get_output_embeddings()(output.last_hidden_state[:, -1])
+        logits = model.head(output.last_hidden_state[:, -1])
         cumulated = logits.to("cpu", torch.float32).softmax(dim=-1).cumsum(dim=-1)
         # Below the last sum, not below 1: rounding must not lead past the vocabulary.
         drawn = torch.rand(rows, 1, generator=generator) * cumulated[:, -1:]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kmebench.models.early_exit import Call, call_of
+from kmebench.models.early_exit import Call, input_of, layer_calls
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, EncodedSubject
 
@@ -60,7 +60,7 @@ class Replay:
         fed = [Encoded(e.ids[: len(e.ids) - bool(e.n_target)], 0) for e in encoded]
         batch = model.collate(fed)
         module = [*model.layers, model.norm][start]
-        below = call_of(model, module, input_ids=batch.input_ids).states  # [R, T, D]
+        below = input_of(model, module, input_ids=batch.input_ids)  # [R, T, D]
         offsets = torch.tensor([e.subject_last for e in encoded], device=below.device)
         lengths = torch.tensor([len(e.ids) for e in fed], device=below.device) - offsets
         columns = offsets[:, None] + torch.arange(int(lengths.max()), device=below.device)
@@ -86,31 +86,45 @@ class Replay:
 
     def run(self, states: Tensor) -> Tensor:
         """Return the normed final states [R, S, D] that follow from ``states`` [R, S, D]."""
-        for layer in self.model.layers[self.start :]:
-            states = self._call.run(layer, states)
+        for call in self._calls:
+            states = call.run(states)
         return self.model.norm(states)
 
     @cached_property
-    def _call(self) -> Call:
+    def _calls(self) -> list[Call]:
         """What every replayed layer is handed besides its states."""
-        steps = torch.arange(self.states.shape[1], device=self.states.device)
-        positions = self.offsets[:, None] + steps.minimum(self.lengths[:, None] - 1)
-        return call_of(
+        masks = {window: self._mask(window) for window in set(self.model.windows)}
+        calls = layer_calls(
             self.model,
-            self.model.layers[0],
             inputs_embeds=self.states,  # its shape alone counts
-            attention_mask=self._mask(),
-            position_ids=positions,
+            attention_mask=masks[self.model.windows[0]],
+            position_ids=self._positions,
             past_key_values=_Kept(self.kept),
         )
+        for call, window in zip(calls, self.model.windows, strict=True):
+            if len(masks) > 1:
+                call.kwargs["attention_mask"] = masks[window]
+        return calls[self.start :]
 
-    def _mask(self) -> Tensor:
-        """What is added to the attention scores, [R, 1, S, P + S]: causal, no padding before."""
+    @cached_property
+    def _positions(self) -> Tensor:
+        """Positions of the replayed tokens in their texts, [R, S]; padding repeats the last."""
+        steps = torch.arange(self.states.shape[1], device=self.states.device)
+        return self.offsets[:, None] + steps.minimum(self.lengths[:, None] - 1)
+
+    def _mask(self, window: int | None) -> Tensor:
+        """What is added to the attention scores, [R, 1, S, P + S]: causal, no padding before.
+
+        With a window a token sees so many positions, its own included.
+        """
         n_rows, size, _ = self.states.shape
         before = torch.arange(_width(self.offsets), device=self.offsets.device)
         seen = (before < self.offsets[:, None])[:, None].expand(-1, size, -1)
         causal = torch.ones(size, size, dtype=torch.bool, device=seen.device).tril()
         seen = torch.cat([seen, causal.expand(n_rows, -1, -1)], dim=2)
+        if window is not None:
+            places = torch.cat([before.expand(n_rows, -1), self._positions], dim=1)  # [R, P + S]
+            seen = seen & (places[:, None] > self._positions[..., None] - window)
         hidden = torch.finfo(self.states.dtype).min
         return torch.zeros_like(seen, dtype=self.states.dtype).masked_fill(~seen, hidden)[:, None]
 
@@ -124,7 +138,6 @@ def _keys_and_values(model: EditableModel, states: Tensor, start: int) -> dict[i
     """Run the layers from ``start`` on and keep what their attention computes."""
     # No configuration: a layer with a sliding window would drop positions.
     cache = DynamicCache()
-    call = call_of(model, model.layers[0], inputs_embeds=states, past_key_values=cache)
-    for layer in model.layers[start:]:
-        states = call.run(layer, states)
+    for call in layer_calls(model, inputs_embeds=states, past_key_values=cache)[start:]:
+        states = call.run(states)
     return {i: (cache.layers[i].keys, cache.layers[i].values) for i in range(start, model.n_layers)}

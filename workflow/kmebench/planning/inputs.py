@@ -94,7 +94,7 @@ class Inputs:
         return dict(self.config["models"][wildcards.model]["source"])
 
     def model_content(self, wildcards: Any) -> str | None:
-        """Return the content of the user's folder, for a model that is one."""
+        """Return the content of the user's folder or file, for a model that is one."""
         note = f"{self.results}/models/{wildcards.model}/{origins.NOTE}"
         return origins.parameter(self.model_source(wildcards).get("path"), note)
 

@@ -248,10 +248,11 @@ class Reported:
 
     @cached_property
     def all_labels(self) -> dict[str, dict[str, str]]:
-        """The names of all models, data sets and methods in tables, by section."""
+        """The names of models that run, data sets and methods in tables, by section."""
         config = self.config
+        run = {each.model for each in grid.all_runs(config)}
         sections = {
-            "models": config["models"],
+            "models": [name for name in config["models"] if name in run],
             "datasets": grid.datasets(config),
             "methods": config["methods"],
         }

@@ -10,6 +10,8 @@ from kmebench.errors import ConfigError, ModelError
 from kmebench.io.logs import doing
 
 SNAKEFILE = Path("Snakefile")
+#: What a script says of its work (kmebench.io.logs.announce): its rule, its wildcards, a text.
+_ANNOUNCED = re.compile(r"[a-z_]+ [^:]+: \S")
 
 
 def check_workflow() -> None:
@@ -37,9 +39,22 @@ def make(path: Path, configfiles: Sequence[Path]) -> None:
     command += ["--configfile", *map(str, configfiles)] if configfiles else []
     command += ["--", str(path)]
     with doing(f"making {path} (once)"):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ModelError(f"{path} could not be made: {reason(done.stderr)}")
+        status, log = _run(command)
+    if status:
+        raise ModelError(f"{path} could not be made: {reason(log)}")
+
+
+def _run(command: Sequence[str]) -> tuple[int, str]:
+    """Run a command; return its status and what it wrote. What scripts announce is shown."""
+    lines = []
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stderr or ():
+            lines.append(line)
+            if _ANNOUNCED.match(line):
+                print(line, end="", file=sys.stderr, flush=True)
+    return process.returncode, "".join(lines)
 
 
 def reason(log: str) -> str:

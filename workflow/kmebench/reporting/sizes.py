@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kmebench.errors import DataError
 from kmebench.evaluation.protocols import METRICS
 from kmebench.reporting.appearance import Style
 from kmebench.reporting.figure_tables import Labels, pipeline_label
@@ -65,8 +66,7 @@ def sizes_table(
         for row, series in _pairs(known, paper_names["methods"].get(method), own):
             names = {"model": row["model"], "dataset": labels["datasets"][here[row["dataset"]]]}
             names |= {"editor": own if series == own else row["editor"], "series": series}
-            billions = float(_BILLIONS.search(row["model"])[1])
-            rows += _metrics(row, about | names | {"billions": billions})
+            rows += _metrics(row, about | names | {"billions": _billions(row["model"])})
     table = pd.DataFrame(rows)
     return table.assign(cell=table["dataset"] + ", " + table["pipeline"]) if rows else table
 
@@ -81,6 +81,18 @@ def _pairs(
         if len(own) == 1 and len(others):
             yield own.iloc[0].to_dict(), series
             yield others.loc[others["score"].idxmax()].to_dict(), BEST
+
+
+def _billions(model: str) -> float:
+    """Read the size off a name of the paper's: "GPT-J (6B)".
+
+    Raises:
+        DataError: there is none in it.
+    """
+    found = _BILLIONS.search(model)
+    if found is None:
+        raise DataError(f"The paper's table names {model!r} without its size, as in 'GPT-J (6B)'.")
+    return float(found[1])
 
 
 def _metrics(row: Mapping[str, Any], about: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.errors import ConfigError
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, length_sorted_chunks
+from kmebench.models.layouts import Projection
 
 
 class FullC(EpochEditor):
@@ -29,18 +30,18 @@ class FullC(EpochEditor):
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`."""
         encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
-        names = self._names(model)
-        start = {name: model.edits.master(name) for name in names}
+        trained = {each.weight_name: each for each in self._projections(model)}
+        start = {name: model.edits.master(name) for name in trained}
         try:
-            tuned = self._tune(model, requests, encoded, start)
-            return WeightDelta({n: Dense(tuned[n] - start[n]) for n in names})
+            tuned = self._tune(model, requests, encoded, trained, start)
+            return WeightDelta({name: Dense(tuned[name] - start[name]) for name in trained})
         finally:
-            for name in names:
-                parameter = model.parameter(name).requires_grad_(False)
+            for name, projection in trained.items():
+                parameter = projection.weight.requires_grad_(False)
                 parameter.grad = None
                 parameter.copy_(start[name])  # the live weight is the rounded master
 
-    def _names(self, model: EditableModel) -> list[str]:
+    def _projections(self, model: EditableModel) -> list[Projection]:
         layers = range(model.n_layers) if self.hparams.layers is None else self.hparams.layers
         if any(not 0 <= layer < model.n_layers for layer in layers):
             raise ConfigError(
@@ -48,18 +49,19 @@ class FullC(EpochEditor):
                 f"0 to {model.n_layers - 1}."
             )
         ffns = [model.ffn[layer] for layer in layers]
-        keys = [f.key.weight_name for f in ffns] if self.hparams.projections == "both" else []
-        return keys + [f.value.weight_name for f in ffns]
+        keys = [ffn.key for ffn in ffns] if self.hparams.projections == "both" else []
+        return keys + [ffn.value for ffn in ffns]
 
     def _tune(
         self,
         model: EditableModel,
         requests: Sequence[EditRequest],
         encoded: Sequence[Encoded],
+        trained: dict[str, Projection],
         start: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Return the tuned masters; in float32 they are the live weights themselves."""
-        live = {name: model.parameter(name).requires_grad_() for name in start}
+        live = {name: each.weight.requires_grad_() for name, each in trained.items()}
         masters = {
             name: p.detach() if p.dtype == start[name].dtype else start[name].clone()
             for name, p in live.items()
@@ -79,7 +81,7 @@ class FullC(EpochEditor):
                         for parameter in live.values():
                             parameter.grad = None
                         continue
-                    self._step(optimiser, live, masters, originals)
+                    self._step(optimiser, trained, masters, originals)
             if self.steps == before:
                 break
             self.keep(epoch + 1, lambda: masters | adam_state(optimiser, "adam"))
@@ -95,19 +97,21 @@ class FullC(EpochEditor):
     def _step(
         self,
         optimiser: torch.optim.Optimizer,
-        live: dict[str, Tensor],
+        trained: dict[str, Projection],
         masters: dict[str, Tensor],
         originals: dict[str, Tensor],
     ) -> None:
         """Move the masters by the gradients of the live weights, which follow them."""
         for name, master in masters.items():
-            master.grad = live[name].grad.to(master.dtype)
-            live[name].grad = None
+            live = trained[name].weight
+            master.grad = live.grad.to(master.dtype)
+            master.grad.narrow(trained[name].axis, 0, trained[name].offset).zero_()  # a gate's
+            live.grad = None
         optimiser.step()
         self._project(masters, originals)
         for name, master in masters.items():
             master.grad = None
-            live[name].detach().copy_(master)
+            trained[name].weight.detach().copy_(master)
         self.steps += 1
 
     def _groups(self, n_requests: int) -> Sequence[Sequence[int]]:

@@ -24,7 +24,7 @@ from kmebench.models.encoding import Encoded, length_sorted_chunks
 
 
 class LoRA(Editor):
-    """Adapters of q and v (Llama-like families) or of the FFN (GPT-J, GPT-2), merged."""
+    """Adapters of attention, or of the FFN (GPT-J, GPT-2), merged."""
 
     hparams: LoRAHparams
     _factors: Factors

@@ -13,7 +13,8 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS
 from kmebench.editors.locate.base import LocateAndEdit, check_layers, low_rank, naming
 from kmebench.editors.locate.cards import MEMITHparams, Site, loss_of
-from kmebench.editors.locate.keys import layer_outputs, subject_activations
+from kmebench.editors.locate.keys import layer_outputs, module_outputs, subject_activations
+from kmebench.editors.locate.post_norm import value_change
 from kmebench.editors.locate.target_store import stored_targets
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.editors.locate.updates import Factors, memit_update, spread
@@ -39,7 +40,8 @@ class MEMIT(LocateAndEdit):
             for done, layer in enumerate(layers):
                 keys = subject_activations(model, requests, self.contexts(model), layer, size).keys
                 current = self._current(model, requests)
-                residual = spread(targets.T, current.T, len(layers) - done, root=self.root)
+                share = spread(targets.T, current.T, len(layers) - done, root=self.root)
+                residual = self._at_value(model, requests, layer, share)
                 with naming(self.name, layer, requests):
                     factors = self._solve(model, layer, residual, keys.T)
                 delta = low_rank(model.ffn[layer].value, factors)
@@ -65,6 +67,16 @@ class MEMIT(LocateAndEdit):
     def _current(self, model: EditableModel, requests: Sequence[EditRequest]) -> Tensor:
         """Return what now stands where the targets do, [B, D]."""
         return layer_outputs(model, requests, self.hparams.layers[-1], self.micro_batch)
+
+    def _at_value(
+        self, model: EditableModel, requests: Sequence[EditRequest], layer: int, share: Tensor
+    ) -> Tensor:
+        """Return what W2 has to say more, [D, B], so that ``share`` joins the residual stream."""
+        ffn = model.ffn[layer]
+        if ffn.norm is None:
+            return share
+        said = module_outputs(model, requests, ffn.value.module, self.micro_batch)
+        return value_change(ffn.norm, said, share.T).T
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
         """Return Δ for residuals [D, B] and keys [M, B]."""

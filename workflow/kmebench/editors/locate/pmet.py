@@ -22,5 +22,5 @@ class PMET(MEMIT):
     root = True
 
     def _current(self, model: EditableModel, requests: Sequence[EditRequest]) -> Tensor:
-        module = model.ffn[self.hparams.layers[-1]].value.module
+        module = model.ffn[self.hparams.layers[-1]].output
         return module_outputs(model, requests, module, self.micro_batch)

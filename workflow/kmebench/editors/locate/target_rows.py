@@ -1,7 +1,7 @@
 """The losses of target optimisation: texts that are replayed under the requests' deltas."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,6 +15,26 @@ from kmebench.models.early_exit import first
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import EncodedSubject
 from kmebench.models.suffix_cache import Replay
+
+
+def moved_modules(model: EditableModel, layer: int, site: Site) -> list[nn.Module]:
+    """Return the U modules that a δ is added to the output of.
+
+    Behind a norm no δ on the layer's output could be reached by the FFN: it is W2's there too.
+    """
+    ffn = model.ffn[layer]
+    if site == "attention-value":
+        return [ffn.value.module, model.attention[layer]]
+    return [model.layers[layer] if site == "layer" and ffn.norm is None else ffn.value.module]
+
+
+def _inside(model: EditableModel, layer: int, site: Site) -> bool:
+    """Whether more than the layer's output depends on where the δ are added.
+
+    What PMET adds to the attention changes the input of its own layer's FFN; what is added to W2's
+    output may pass through a norm.
+    """
+    return site == "attention-value" or model.ffn[layer].norm is not None
 
 
 class Losses(NamedTuple):
@@ -44,8 +64,7 @@ class TargetRows:
         site: Site,
     ) -> "TargetRows":
         """Run everything that no δ can reach."""
-        # What PMET adds to the attention changes the input of its own layer's FFN.
-        first_replayed = layer + (site != "attention-value")
+        first_replayed = layer + (not _inside(model, layer, site))
         flat = [e for group in encoded for e in group]
         return cls(layer, site, encoded, Replay.of(model, flat, first_replayed))
 
@@ -81,10 +100,11 @@ class TargetRows:
     def _final_states(self, deltas: Tensor) -> Tensor:
         """Return the normed final states [b * Q, S, D]; ``deltas`` [U, b * Q, D]."""
         model, layer = self.replay.model, self.layer
-        if self.site != "attention-value":
+        if not _inside(model, layer, self.site):
             return self.replay.run(_at_subject(self.replay.states, deltas[0]))
-        value, attention = model.ffn[layer].value.module, model.attention[layer]
-        with _added(value, deltas[0]), _added(attention, deltas[1]):
+        with ExitStack() as stack:
+            for module, delta in zip(moved_modules(model, layer, self.site), deltas, strict=True):
+                stack.enter_context(_added(module, delta))
             return self.replay.run(self.replay.states)
 
     @cached_property

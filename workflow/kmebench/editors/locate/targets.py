@@ -9,6 +9,11 @@ published numbers (``kl_position``). Whether δ is added to the output of W2 or 
 same; the two differ in h0 alone. PMET (Li et al. 2024) adds one δ to the attention's output and one
 to W2's, each with a norm of its own, and writes the second.
 
+Where a norm N stands between W2 and the residual stream (Gemma 2 and 3), the FFN adds N(m) of what
+W2 says, m, whose length is bounded. A δ on the layer's output could hardly be reached. There δ is
+added to m, h0 is m, and the target is what then stands at the site: z* = h + N(m + δ) − N(m) after
+the layer, N(m + δ) for PMET, m + δ for ROME.
+
 Requests are independent: they share forward passes of their upper layers (see
 :mod:`kmebench.models.suffix_cache`) and nothing else, and leave the batch when they are learnt.
 """
@@ -17,13 +22,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kmebench.data.records import SLOT, EditRequest
 from kmebench.editors.contexts import Contexts, prefixes
 from kmebench.editors.locate.cards import KLPosition, Site
-from kmebench.editors.locate.keys import module_outputs
-from kmebench.editors.locate.target_rows import Losses, TargetRows
+from kmebench.editors.locate.keys import layer_outputs, module_outputs
+from kmebench.editors.locate.target_rows import Losses, TargetRows, moved_modules
 from kmebench.errors import EditError
 from kmebench.io.logs import track
 from kmebench.models.editable import EditableModel
@@ -58,7 +63,7 @@ class TargetSettings:
 class Targets:
     """What the site should say, in float32 or float64."""
 
-    values: Tensor  # [B, D], h0 + δ; PMET: of W2's output
+    values: Tensor  # [B, D], h0 + δ; PMET: what the FFN adds to the residual stream
     start: Tensor  # [B, D], h0
     steps: Tensor  # [B], updates that each request took
     losses: Tensor  # [steps, B], of each forward pass; NaN after a request has stopped
@@ -84,9 +89,8 @@ def optimise_targets(
         for e in model.encode_subjects([text for group in texts for text in group])
     ]
     encoded = [flat[i : i + n_texts] for i in range(0, len(flat), n_texts)]
-    start = torch.stack(
-        [module_outputs(model, requests, m, settings.micro_batch) for m in _sites(model, settings)]
-    )
+    modules = moved_modules(model, settings.layer, settings.site)
+    start = torch.stack([module_outputs(model, requests, m, settings.micro_batch) for m in modules])
     deltas = torch.zeros_like(start)
     losses = start.new_full((settings.steps, len(requests)), torch.nan)
     steps = torch.zeros(len(requests), dtype=torch.long)
@@ -100,7 +104,8 @@ def optimise_targets(
             passes = track(passes, "passes of the targets", settings.steps)
         losses[:, chunk] = run.optimise(rows, passes)
         deltas[:, chunk], steps[chunk] = run.deltas.detach(), run.steps.cpu()
-    return Targets(start[0] + deltas[0], start[0], steps, losses)
+    values = _standing(model, requests, settings, start[0], start[0] + deltas[0])
+    return Targets(values, start[0], steps, losses)
 
 
 def _texts(
@@ -117,14 +122,21 @@ def _until_subject(encoded: EncodedSubject) -> EncodedSubject:
     return replace(encoded, ids=encoded.ids[: encoded.subject_last + 1])
 
 
-def _sites(model: EditableModel, settings: TargetSettings) -> list[nn.Module]:
-    """Return the U modules whose outputs are measured; the first one's is the target."""
-    value = model.ffn[settings.layer].value.module
-    return {
-        "layer": [model.layers[settings.layer]],
-        "value": [value],
-        "attention-value": [value, model.attention[settings.layer]],
-    }[settings.site]
+@torch.no_grad()
+def _standing(
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    settings: TargetSettings,
+    before: Tensor,
+    after: Tensor,
+) -> Tensor:
+    """Return what stands at the site, [B, D], once the module with the δ says ``after``."""
+    layer, norm = settings.layer, model.ffn[settings.layer].norm
+    if norm is None or settings.site == "value":
+        return after
+    if settings.site == "attention-value":
+        return norm(after)
+    return layer_outputs(model, requests, layer, settings.micro_batch) + norm(after) - norm(before)
 
 
 class _Run:

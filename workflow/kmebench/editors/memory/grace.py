@@ -93,10 +93,9 @@ class GRACE(Editor):
             lying = {name: getattr(carried, name) for name in ("keys", "values", "radii")}
             there = {name: tensor.to(projection.weight.device) for name, tensor in lying.items()}
             return replace(carried, **there)
-        width = projection.width
-        sizes = (projection.weight.numel() // width, width)
-        n_in, n_out = sizes if self.hparams.projection == "key" else sizes[::-1]
         weight = at_least_float32(projection.weight.detach())
+        key = self.hparams.projection == "key"  # what its weight counts by axis is its output
+        n_out, n_in = weight.shape if key == (projection.axis == 0) else reversed(weight.shape)
         empty = (weight.new_zeros(0, n_in), weight.new_zeros(0, n_out), weight.new_zeros(0))
         return Codebook(*wanted, *empty, ())
 

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kmebench.models.editable import EditableModel
 from kmebench.models.hooks import hooked
+from kmebench.models.layouts import Projection
 
 KEY, VALUE = 0, 1  # of the two matrices of a layer
 #: Called with (layer, matrix, residual [R, T, D], inner [R, T, M]).
@@ -29,13 +30,15 @@ def observed(model: EditableModel, receive: Receiver, layers: Sequence[int]) -> 
         # Without a leaf that wants gradients there would be no graph.
         return output.detach().requires_grad_()
 
-    def observe(layer: int, matrix: int) -> Callable[..., None]:
+    def observe(layer: int, matrix: int, projection: Projection) -> Callable[..., None]:
         def on_forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
 
             def on_backward(gradient: Tensor) -> None:
-                pair = (x, gradient) if matrix == KEY else (gradient, x)
-                receive(layer, matrix, *pair)
+                if matrix == KEY:
+                    receive(layer, matrix, x, projection.segments(gradient, -1))
+                else:
+                    receive(layer, matrix, gradient, x)
 
             output.register_hook(on_backward)
 
@@ -45,7 +48,8 @@ def observed(model: EditableModel, receive: Receiver, layers: Sequence[int]) -> 
         yield model.model.get_input_embeddings().register_forward_hook(grow_graph)
         for layer in layers:
             for matrix, projection in enumerate((model.ffn[layer].key, model.ffn[layer].value)):
-                yield projection.module.register_forward_hook(observe(layer, matrix))
+                hook = observe(layer, matrix, projection)
+                yield projection.module.register_forward_hook(hook)
 
     with hooked(handles()), torch.enable_grad():
         yield

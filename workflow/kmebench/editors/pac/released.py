@@ -183,13 +183,15 @@ class _Projection:
         ffn = model.ffn[layer]
         projection = ffn.key if matrix == KEY else ffn.value
         self.layer, self.matrix = layer, matrix
-        self.segments = _Slots(model, projection.weight_name, projection.axis, capacity)
+        offset = projection.offset
+        self.segments = _Slots(model, projection.weight_name, projection.axis, capacity, offset)
         self.bias: _Slots | None = None
-        if projection.bias_name is not None:
+        if projection.bias_name is not None and matrix == KEY:
+            self.bias = _Slots(model, projection.bias_name, 0, capacity, offset)
+        elif projection.bias_name is not None:
             size = len(projection.module.bias)
-            self.bias = _Slots(model, projection.bias_name, 0, capacity if matrix == KEY else size)
-            if matrix == VALUE:
-                self.bias.begin(torch.arange(size, device=self.bias.slot.device))
+            self.bias = _Slots(model, projection.bias_name, 0, size)
+            self.bias.begin(torch.arange(size, device=self.bias.slot.device))
 
     @property
     def slots(self) -> "list[_Slots]":
@@ -216,8 +218,10 @@ class _Projection:
 class _Slots(LiveSegments):
     """Segments with the masters and gradients [capacity, ...] that Adam trains."""
 
-    def __init__(self, model: EditableModel, name: str, axis: int, capacity: int) -> None:
-        super().__init__(model, name, axis, capacity)
+    def __init__(
+        self, model: EditableModel, name: str, axis: int, capacity: int, offset: int = 0
+    ) -> None:
+        super().__init__(model, name, axis, capacity, offset)
         self.masters = self.start.clone()
         self.masters.grad = torch.zeros_like(self.masters)
 

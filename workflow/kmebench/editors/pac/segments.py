@@ -25,13 +25,15 @@ class LiveSegments:
 
     Segments get slots in the order of :meth:`begin`. Slots 0 to n of ``start`` [capacity, ...]
     hold the masters of the segments ``index`` [n] before the edit, ``before`` their live bits;
-    ``slot`` [M] finds a segment's slot, −1 where it has none.
+    ``slot`` [M] finds a segment's slot, −1 where it has none. Segment 0 stands at ``offset``.
     """
 
-    def __init__(self, model: EditableModel, name: str, axis: int, capacity: int) -> None:
-        self.name, self.axis, self._ledger = name, axis, model.edits
+    def __init__(
+        self, model: EditableModel, name: str, axis: int, capacity: int, offset: int = 0
+    ) -> None:
+        self.name, self.axis, self.offset, self._ledger = name, axis, offset, model.edits
         self._weight = model.parameter(name).detach()
-        self._live = self._weight.movedim(axis, 0)  # shares its memory
+        self._live = self._weight.movedim(axis, 0)[offset:]  # shares its memory
         self.slot = torch.full((len(self._live),), -1, device=self._live.device)
         self.index = self.slot[:0]
         self.before = self._live.new_zeros(capacity, *self._live.shape[1:])
@@ -44,7 +46,7 @@ class LiveSegments:
         self.slot[new] = slots
         self.index = torch.cat([self.index, new])
         self.before[slots] = self._live[new]
-        residual = self._ledger.residual(self.name, self.axis, new)
+        residual = self._ledger.residual(self.name, self.axis, new + self.offset)
         self.start[slots] = self._live[new].to(residual) + residual
         return slots
 
@@ -57,12 +59,13 @@ class LiveSegments:
         self._put(self.before)
 
     def _put(self, values: Tensor) -> None:
-        put_segments(self._weight, self.axis, self.index, values[: len(self.index)])
+        places = self.index + self.offset
+        put_segments(self._weight, self.axis, places, values[: len(self.index)])
 
     def part(self, change: Tensor) -> Part:
         """Return ``change`` [capacity, ...] as a part of a delta."""
         kind = Rows if self.axis == 0 else Columns
-        return kind.summed(self.index, change[: len(self.index)])
+        return kind.summed(self.index + self.offset, change[: len(self.index)])
 
 
 class _Chosen(NamedTuple):
@@ -70,6 +73,7 @@ class _Chosen(NamedTuple):
 
     name: str
     axis: int
+    offset: int
     by_kind: list[Tensor]
 
 
@@ -83,9 +87,9 @@ class _Group:
 
     def __init__(self, model: EditableModel, parameters: Sequence[_Chosen]) -> None:
         self.lives = []
-        for name, axis, by_kind in parameters:
+        for name, axis, offset, by_kind in parameters:
             index = torch.cat(by_kind).unique()
-            self.lives.append(LiveSegments(model, name, axis, len(index)))
+            self.lives.append(LiveSegments(model, name, axis, len(index), offset))
             self.lives[-1].begin(index)
         self.start = torch.cat([live.start for live in self.lives])
         self.spans = _spans([len(live.index) for live in self.lives])
@@ -153,10 +157,11 @@ class TrainedSegments:
     def __init__(self, model: EditableModel, choices: Sequence[Tensor]) -> None:
         members: dict[Hashable, list[_Chosen]] = {}
 
-        def join(name: str, axis: int, chosen: list[Tensor]) -> tuple[Hashable, int]:
+        def join(name: str, axis: int, offset: int, chosen: list[Tensor]) -> tuple[Hashable, int]:
             weight = model.parameter(name)
             group = members.setdefault(group_key(weight), [])
-            group.append(_Chosen(name, axis, [index.to(weight.device) for index in chosen]))
+            there = [index.to(weight.device) for index in chosen]
+            group.append(_Chosen(name, axis, offset, there))
             return group_key(weight), len(group) - 1
 
         self._weights: dict[tuple[int, int], tuple[Hashable, int]] = {}  # group, place in it
@@ -164,10 +169,11 @@ class TrainedSegments:
         for layer, ffn in enumerate(model.ffn):
             for matrix, projection in ((KEY, ffn.key), (VALUE, ffn.value)):
                 chosen = [kind[:, layer, matrix].unique() for kind in choices]
-                place = join(projection.weight_name, projection.axis, chosen)
+                offset = projection.offset
+                place = join(projection.weight_name, projection.axis, offset, chosen)
                 self._weights[layer, matrix] = place
                 if matrix == KEY and projection.bias_name is not None:
-                    self._biases[layer] = join(projection.bias_name, 0, chosen)
+                    self._biases[layer] = join(projection.bias_name, 0, offset, chosen)
         self._groups = {key: _Group(model, group) for key, group in members.items()}
 
     def parameters(self) -> list[Tensor]:
