@@ -13,8 +13,8 @@ _SINGLE, _DOUBLE = 4, 8
 PROMPT, SUFFIX = 16, 10
 #: Texts of which the loss of MEMIT's target is made: contexts, the bare prompt, that of the KL.
 _TEXTS = 7
-#: Copies of the logits at one answer: themselves, their softmax, and a gradient of each.
-_LOGITS = 4
+#: Copies of the logits at one place: themselves, their softmax, and its gradient.
+_LOGITS = 3
 
 
 @dataclass(frozen=True)
