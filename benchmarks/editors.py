@@ -27,7 +27,7 @@ from common import (
 
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.locate.covariance.store import write_covariance
-from kmebench.editors.needs import Pipeline
+from kmebench.editors.needs import Inverse, Pipeline, Spectrum
 from kmebench.models.editable import EditableModel
 from kmebench.planning.config import read_config
 from kmebench.planning.grid import base_hparams, card_of_method
@@ -49,7 +49,8 @@ def covariance_layers(config: Mapping[str, Any], model: str, methods: Sequence[s
         card = card_of_method(config, method)
         hparams = card.values(hparams_of(config, model, method, 1))
         for need in card.needs(hparams, Pipeline("consecutive", 1)):
-            layers |= set(getattr(need, "layers", ()))
+            if isinstance(need, Inverse | Spectrum):
+                layers.add(need.layer)
     return sorted(layers)
 
 

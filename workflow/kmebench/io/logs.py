@@ -47,6 +47,8 @@ def script_log(snakemake: Any) -> Iterator[None]:
         if stream is not terminal:
             print(message, file=terminal)
         sys.exit(1)
+    finally:
+        _TERMINAL.update(stream=None, title="")
 
 
 def complaint(error: Exception) -> str | None:
