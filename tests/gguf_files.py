@@ -45,11 +45,14 @@ _TOP = {
 }
 
 
-def write_gguf(path, model, tokenizer=None, *, words=(), left_out=(), added=(), **options):
+def write_gguf(
+    path, model, tokenizer=None, *, words=(), left_out=(), added=(), scaling=None, **options
+):
     """Write a Llama, Qwen2, Gemma 3 or GPT-2 of transformers.
 
     The vocabulary is a byte-level ``tokenizer``'s or, in the way of sentencepiece, ``words``.
-    Matrices are quantised to Q8_0 where their rows can be. ``options``: of the writer.
+    Matrices are quantised to Q8_0 where their rows can be. ``scaling``: of rotary positions.
+    ``options``: of the writer.
     """
     config = model.config
     architecture = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
@@ -69,6 +72,9 @@ def write_gguf(path, model, tokenizer=None, *, words=(), left_out=(), added=(), 
         writer.add_key_length(config.head_dim)
         writer.add_sliding_window(config.sliding_window)
         writer.add_rope_freq_base(1e6)
+    if scaling:
+        writer.add_rope_scaling_type(scaling)
+        writer.add_rope_scaling_factor(8.0)
     add_words(writer, tokenizer, words, "qwen2" if architecture == "qwen2" else "default")
     for name, weight in _weights(model, architecture):
         if name not in left_out:

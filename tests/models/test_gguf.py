@@ -51,10 +51,10 @@ def small(family, vocabulary, width=32, **other):
 
 @pytest.fixture
 def written(tokenizer, tmp_path):
-    def write(family, *, left_out=(), added=(), **sizes):
+    def write(family, *, left_out=(), added=(), scaling=None, **sizes):
         words = WORDS if family == "gemma3" else ()
         model = small(family, len(words or tokenizer), **sizes)
-        given = {"words": words, "left_out": left_out, "added": added}
+        given = {"words": words, "left_out": left_out, "added": added, "scaling": scaling}
         write_gguf(tmp_path / "small.gguf", model, None if words else tokenizer, **given)
         return model, tmp_path / "small.gguf"
 
@@ -156,6 +156,7 @@ def test_a_qwen_begins_with_no_token_and_splits_digits(written, tmp_path):
     [
         ({"left_out": ["blk.1.ffn_up.weight"]}, r"it lacks model\.layers\.1\.mlp\.up_proj\.weight"),
         ({"added": ["rope_freqs.weight"]}, r"does not read \(rope_freqs\.weight\)"),
+        ({"scaling": gguf.RopeScalingType.YARN}, r"scales its rotary positions \(yarn\)"),
     ],
 )
 def test_a_file_is_read_whole_or_not_at_all(changes, complaint, written, tmp_path):
@@ -171,6 +172,12 @@ def test_a_weight_of_another_shape_is_refused(written, tmp_path):
     _, path = written("gpt2")
     with pytest.raises(ModelError, match=r"position_embd\.weight of .* has the shape \[64, 32\]"):
         from_gguf(path, tmp_path / "model")
+
+
+def test_a_file_that_says_that_nothing_is_scaled_is_read(written, tmp_path):
+    _, path = written("llama", scaling=gguf.RopeScalingType.NONE)
+    from_gguf(path, tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").is_file()
 
 
 def test_experts_that_transformers_puts_together_are_refused():

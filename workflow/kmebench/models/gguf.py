@@ -64,6 +64,8 @@ class _Converter:
     def __init__(self, file: str, reader: gguf.GGUFReader, model: PreTrainedModel) -> None:
         self.file = file
         architecture = str(reader.fields["general.architecture"].contents())
+        scaling = reader.fields.get(gguf.Keys.Rope.SCALING_TYPE.format(arch=architecture))
+        self.scaling = "none" if scaling is None else str(scaling.contents())
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self.processor = processor(config=model.config.to_dict())
         self.names = get_gguf_hf_weights_map(model, self.processor)  # by the file's names
@@ -74,8 +76,14 @@ class _Converter:
     def check(self) -> None:
         """Refuse a file of which something is not read, or that lacks something.
 
-        transformers passes over the one, and fills the other at random.
+        transformers passes over the one, and fills the other at random. It does not read how
+        rotary positions are scaled (Gemma 3 from 4B on, YaRN): all positions would be others.
         """
+        if self.scaling != "none":
+            raise ModelError(
+                f"{self.file} scales its rotary positions ({self.scaling}), which transformers "
+                f"does not read from GGUF, so the model would be another: {_MEND}."
+            )
         unread = [name for name in self.held if name not in self.names]
         found = [self.names[name] for name in self.held if name in self.names]
         if unread:
