@@ -46,9 +46,10 @@ def paper():
     return pd.DataFrame([("Llama (6.5B)", e, "ZsRE", *n) for e, *n in rows], columns=COLUMNS)
 
 
-def table():
+def table(*tables):
     parameters = {"small": 135_000_000, "large": 500_000_000}
-    return sizes_table([(ours(), paper())], LABELS, parameters, "pac", PAPER_NAMES, ["none"])
+    pairs = [(made, paper()) for made in tables or [ours()]]
+    return sizes_table(pairs, LABELS, parameters, "pac", PAPER_NAMES, ["none"])
 
 
 def test_the_best_of_the_others_is_chosen_by_score_on_every_model_here_and_in_the_paper():
@@ -67,6 +68,16 @@ def test_the_best_of_the_others_is_chosen_by_score_on_every_model_here_and_in_th
     assert scores[scores["source"] == "paper"][["low", "high", "n"]].isna().all(axis=None)
     other = table().query("source == 'paper' and series == @BEST").set_index("metric")["mean"]
     assert other.to_dict() == {"Locality": 20, "Generality": 10, "Score": 20}
+
+
+def test_a_table_of_the_paper_that_stands_beside_two_of_ours_counts_once():
+    small = ours()["model"] == "small"
+    parts = table(ours()[small], ours()[~small])
+    keys = ["source", "series", "model", "metric"]
+    assert not parts.duplicated(keys).any()
+    pd.testing.assert_frame_equal(
+        parts.sort_values(keys, ignore_index=True), table().sort_values(keys, ignore_index=True)
+    )
 
 
 def test_lines_go_from_small_to_large_and_grey_marks_are_named():

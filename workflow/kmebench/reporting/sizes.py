@@ -67,7 +67,8 @@ def sizes_table(
             names = {"model": row["model"], "dataset": labels["datasets"][here[row["dataset"]]]}
             names |= {"editor": own if series == own else row["editor"], "series": series}
             rows += _metrics(row, about | names | {"billions": _billions(row["model"])})
-    table = pd.DataFrame(rows)
+    # Tables of ours may be set against the same one of the paper's: its rows count once.
+    table = pd.DataFrame(rows).drop_duplicates(ignore_index=True)
     return table.assign(cell=table["dataset"] + ", " + table["pipeline"]) if rows else table
 
 
