@@ -5,6 +5,7 @@ import torch
 
 from kmebench.editors.base import build_editor
 from kmebench.editors.locate.covariance.factors import (
+    _place,
     cache_factor,
     inverse_of,
     read_inverse,
@@ -91,3 +92,19 @@ def test_cached_factors_give_the_same_bits_as_the_covariance(
     assert cached.keys() == computed.keys()
     for part, other in zip(cached.values(), computed.values(), strict=True):
         assert all(map(torch.equal, part.factors(), other.factors()))
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "place"),
+    [
+        ("cuda:1", True, "cuda:1"),
+        ("auto", True, "cuda"),
+        ("balanced", True, "cuda"),
+        ("auto", False, "cpu"),
+        ("cpu", True, "cpu"),
+        ("mps", False, "cpu"),
+    ],
+)
+def test_factors_are_computed_on_the_gpu_of_the_model(device, there, place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert _place(device) == place

@@ -59,13 +59,19 @@ def cache_factor(
     Raises:
         EditError: the file of covariances does not hold this layer, or C is singular.
     """
-    place = "cpu" if device in ("cpu", "mps") or not torch.cuda.is_available() else "cuda"
-    covariance = Covariances.open(covariances).of(layer).to(place)
+    covariance = Covariances.open(covariances).of(layer).to(_place(device))
     if kind == Spectrum.asset:
         tensors = spectrum_of(covariance)._asdict()
     else:
         tensors = {Inverse.asset: inverse_of(covariance)}
     write_tensors(path, tensors, FORMAT, {"layer": layer, "factor": kind})
+
+
+def _place(device: str) -> str:
+    """Return where to compute for a model on ``device``, which a device map may spread."""
+    if device.startswith("cuda"):
+        return device
+    return "cpu" if device in ("cpu", "mps") or not torch.cuda.is_available() else "cuda"
 
 
 def read_inverse(path: str | Path) -> Tensor:
