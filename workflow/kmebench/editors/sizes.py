@@ -35,7 +35,11 @@ class Job:
 
     @property
     def gated(self) -> bool:
-        """Whether a third matrix gates the FFN; the families without one have M = 4 D."""
+        """Whether a third matrix gates the FFN, as far as the shape tells.
+
+        Families without one have M = 4 D. So do a few with one (Llama 3.2 1B, Gemma 2 2B): there
+        more is asked for than is needed.
+        """
         return self.ffn_width != 4 * self.width
 
     @property
