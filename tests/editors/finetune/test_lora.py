@@ -202,7 +202,7 @@ def test_every_batch_has_an_adapter_of_its_own(make_model, requests, tmp_path):
     assert outcome.norms == [delta.norms() for delta in apart]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES[::2])
 def test_a_resumed_run_equals_an_uninterrupted_one(family, make_model, requests, tmp_path):
     def run(editor, folder):
         model = make_model(family, torch.float32)
