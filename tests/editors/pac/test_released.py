@@ -108,7 +108,7 @@ def five(requests):
     ]
 
 
-@pytest.mark.parametrize("family", (*FAMILIES[::2], "phi3"))  # it keeps the gate beside the keys
+@pytest.mark.parametrize("family", [*FAMILIES[::2], "phi3"])  # it keeps the gate beside the keys
 @pytest.mark.parametrize(
     "variation",
     [
