@@ -27,7 +27,7 @@ from common import (
 
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.locate.covariance.store import write_covariance
-from kmebench.editors.needs import Inverse, Pipeline, Spectrum
+from kmebench.editors.needs import Pipeline
 from kmebench.models.editable import EditableModel
 from kmebench.planning.config import read_config
 from kmebench.planning.grid import base_hparams, card_of_method
@@ -49,8 +49,7 @@ def covariance_layers(config: Mapping[str, Any], model: str, methods: Sequence[s
         card = card_of_method(config, method)
         hparams = card.values(hparams_of(config, model, method, 1))
         for need in card.needs(hparams, Pipeline("consecutive", 1)):
-            if isinstance(need, Inverse | Spectrum):
-                layers.add(need.layer)
+            layers.update(need.covariance_layers)
     return sorted(layers)
 
 

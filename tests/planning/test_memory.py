@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from kmebench.editors.cards import card_of, registered
-from kmebench.editors.sizes import Job
+from kmebench.editors.contexts import MEMIT_LENGTHS, ROME_LENGTHS
+from kmebench.editors.locate.cards import ROME_TEXTS
+from kmebench.editors.locate.targets import TargetSettings
+from kmebench.editors.sizes import MEMIT_TEXTS, Job
 from kmebench.planning import grid, memory
 from kmebench.planning.config import read_checked_config
 
@@ -59,3 +62,9 @@ def test_a_model_without_a_shape_asks_for_one_of_half_a_billion():
     config = copy.deepcopy(CONFIG)
     config["models"] = {"m": {"dtype": "float32"}}
     assert 2e9 < memory.asked_by_model(config, "m") < 4e9
+
+
+def test_what_is_counted_without_torch_is_what_the_editors_do():
+    for lengths, texts in ((MEMIT_LENGTHS, MEMIT_TEXTS), (ROME_LENGTHS, ROME_TEXTS)):
+        assert texts == sum(n for _, n in lengths) + len(("bare prompt", "KL"))
+    assert TargetSettings.micro_batch == memory.STAGE

@@ -119,7 +119,7 @@ def editor(
     if not isinstance(method, str):
         raise ConfigError(f"A method is a name; not {method!r}.")
     chosen = method_of(model.source, method, hparams, mode)
-    layers = sorted(layer for need in chosen.needs for layer in _layers(need))
+    layers = sorted(layer for need in chosen.needs for layer in need.covariance_layers)
     files = {need.key: _file(model, need, layers, covariance) for need in chosen.needs}
     return build_editor(chosen.editor, chosen.hparams, files)
 
@@ -223,13 +223,6 @@ def _folder(source: Source) -> Path:
         with doing(f"reading {file} (once)"):
             from_gguf(file, folder)
     return folder
-
-
-def _layers(need: MadeByHand) -> tuple[int, ...]:
-    """Return the layers whose covariance a need is about."""
-    if isinstance(need, Trained):
-        return ()
-    return need.layers if isinstance(need, Covariance) else (need.layer,)
 
 
 def _file(

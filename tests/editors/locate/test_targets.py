@@ -14,7 +14,7 @@ from kmebench.editors.locate.target_rows import TargetRows
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.errors import EditError
 from kmebench.models.encoding import SubjectText, encode_subjects
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, SOME_FAMILIES
 
 CONTEXTS = (("{}",), ("The Seine. {}", "I {} {. {}"), ("Paris stands in Mount Fuji. {}",))
 SITES = ("layer", "value", "attention-value")
@@ -348,7 +348,7 @@ def test_the_bare_prompt_alone_and_a_subject_of_one_first_token(make_model):
     compare(make_model("llama"), [request], SETTINGS, contexts=(("{}",),))
 
 
-@pytest.mark.parametrize("family", FAMILIES[::2])
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_live_weights_are_used_and_nothing_is_left_behind(family, make_model, requests):
     model = make_model(family)
     with torch.no_grad():

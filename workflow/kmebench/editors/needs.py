@@ -31,6 +31,11 @@ class Need(ABC):
         """Name of the file among the assets of an editor."""
         return self.asset
 
+    @property
+    def covariance_layers(self) -> tuple[int, ...]:
+        """Layers whose covariance, or what is computed of it, the file holds."""
+        return ()
+
     @abstractmethod
     def path(self, model: str, dataset: str) -> str:
         """Return where the file lies below the results."""
@@ -78,6 +83,11 @@ class Covariance(Need):
     asset: ClassVar[str] = "covariance"
     rule: ClassVar[str] = "covariance"
 
+    @property
+    def covariance_layers(self) -> tuple[int, ...]:
+        """All of them."""
+        return self.layers
+
     def path(self, model: str, dataset: str) -> str:
         """Return where the file lies below the results."""
         return f"covariance/{model}.safetensors"
@@ -95,6 +105,11 @@ class _OfCovariance(Need):
     def key(self) -> str:
         """Name of the file among the assets of an editor, e.g. ``inverse5``."""
         return f"{self.asset}{self.layer}"
+
+    @property
+    def covariance_layers(self) -> tuple[int, ...]:
+        """The one."""
+        return (self.layer,)
 
     def path(self, model: str, dataset: str) -> str:
         """Return where the file lies below the results."""

@@ -12,7 +12,7 @@ _SINGLE, _DOUBLE = 4, 8
 #: Tokens of a prompt with its target, and of those from the subject's last one on.
 PROMPT, SUFFIX = 16, 10
 #: Texts of which the loss of MEMIT's target is made: contexts, the bare prompt, that of the KL.
-_TEXTS = 7
+MEMIT_TEXTS = 7
 #: Copies of the logits at one place: themselves, their softmax, and its gradient.
 _LOGITS = 3
 
@@ -79,4 +79,4 @@ def as_much_again(hparams: Any, job: Job) -> float:
 
 def target_graph(job: Job, requests: int, layer: int) -> float:
     """Return the bytes of the graph of the targets of some requests, above ``layer``."""
-    return job.graph(_TEXTS * requests, job.layers - layer, SUFFIX)
+    return job.graph(MEMIT_TEXTS * requests, job.layers - layer, SUFFIX)

@@ -89,7 +89,7 @@ class _Forced(NamedTuple):
     ids: list[int]  # the likeliest token at each place of the target
     logprob: float  # of the target, nats per token
 
-    def is_free(self, prompt_ids: Sequence[int]) -> bool:
+    def is_greedy(self, prompt_ids: Sequence[int]) -> bool:
         """Whether ``ids`` is also what greedy decoding says after a prompt.
 
         It is if all that was told, the target without its last token, would have been said.
@@ -132,7 +132,7 @@ def _decode_free(
     tokenised = model.encode_prompts([text.prompt for text in asked])
     decoded = [answer.ids for answer in told]
     lengths = [len(answer.ids) for answer in told]
-    left = [i for i, answer in enumerate(told) if not answer.is_free(tokenised[i])]
+    left = [i for i, answer in enumerate(told) if not answer.is_greedy(tokenised[i])]
     for chunk in length_sorted_chunks([lengths[i] for i in left], settings.batch_size):
         rows = [left[i] for i in chunk]
         for group in _with_room(rows, tokenised, lengths, model.context):

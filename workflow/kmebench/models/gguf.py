@@ -28,6 +28,7 @@ from kmebench.io.files import staged, write_json
 
 #: Bytes of float32 weights in one file of the folder, and in memory at once.
 _SHARD = 2**30
+_UNSCALED = gguf.RopeScalingType.NONE.value
 _MEND = "take the maker's repository (source: hub)"
 
 
@@ -65,7 +66,7 @@ class _Converter:
         self.file = file
         architecture = str(reader.fields["general.architecture"].contents())
         scaling = reader.fields.get(gguf.Keys.Rope.SCALING_TYPE.format(arch=architecture))
-        self.scaling = "none" if scaling is None else str(scaling.contents())
+        self.scaling = _UNSCALED if scaling is None else str(scaling.contents())
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self.processor = processor(config=model.config.to_dict())
         self.names = get_gguf_hf_weights_map(model, self.processor)  # by the file's names
@@ -79,7 +80,7 @@ class _Converter:
         transformers passes over the one, and fills the other at random. It does not read how
         rotary positions are scaled (Gemma 3 from 4B on, YaRN): all positions would be others.
         """
-        if self.scaling != "none":
+        if self.scaling != _UNSCALED:
             raise ModelError(
                 f"{self.file} scales its rotary positions ({self.scaling}), which transformers "
                 f"does not read from GGUF, so the model would be another: {_MEND}."

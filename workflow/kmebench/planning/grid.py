@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kmebench.editors.cards import Card, card_of, plain
-from kmebench.editors.needs import Covariance, Inverse, Need, Pipeline, Spectrum
+from kmebench.editors.needs import Need, Pipeline
 from kmebench.errors import ConfigError
 from kmebench.names import nearest
 from kmebench.values import DEVELOPMENT, read_all, spell_all
@@ -273,13 +273,7 @@ def needed(config: Mapping[str, Any], run: Run, kind: type[N]) -> N | None:
 
 def covariance_layers(config: Mapping[str, Any], run: Run) -> set[int]:
     """Return the layers whose covariance, or what is computed of it, a run reads."""
-    layers = set[int]()
-    for need in needs_of(config, run):
-        if isinstance(need, Covariance):
-            layers |= set(need.layers)
-        elif isinstance(need, Inverse | Spectrum):
-            layers.add(need.layer)
-    return layers
+    return {layer for need in needs_of(config, run) for layer in need.covariance_layers}
 
 
 def measured_layers(config: Mapping[str, Any], model: str) -> list[int]:

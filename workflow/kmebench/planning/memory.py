@@ -20,7 +20,7 @@ _INVERTING, _DECOMPOSING = 4, 6
 #: A model whose shape the config does not say is taken for one of half a billion parameters.
 _SHAPE = {"layers": 24, "width": 1024, "ffn_width": 4096, "parameters": 500_000_000}
 #: Requests that are traced, or whose targets are optimised, together.
-_STAGE = 20
+STAGE = 20
 
 
 def job_of(config: Mapping[str, Any], model: str, requests: int, *, consecutive: bool) -> Job:
@@ -65,8 +65,8 @@ def asked_by_factor(config: Mapping[str, Any], model: str, kind: str) -> float:
 
 def asked_by_targets(config: Mapping[str, Any], model: str, layer: int) -> float:
     """Return the bytes of a process that optimises targets of many requests at a layer."""
-    job = job_of(config, model, _STAGE, consecutive=False)
-    return asked_by_model(config, model) + target_graph(job, _STAGE, layer)
+    job = job_of(config, model, STAGE, consecutive=False)
+    return asked_by_model(config, model) + target_graph(job, STAGE, layer)
 
 
 def asked_by_training(config: Mapping[str, Any], model: str) -> float:

@@ -219,9 +219,7 @@ class Reported:
             **spec,
             "caption": self.caption(wildcards.figure),
             "tables": [config["tables"][name]["title"] for name in spec.get("tables", [])],
-            "papers": [config["tables"][name].get("paper") for name in spec.get("tables", [])],
-            "paper_names": self.paper_names,
-            "parameters": self._parameters(wildcards.figure),
+            **(self._sizes(spec) if spec["kind"] == "sizes" else {}),
             "protocol": spec.get("protocol", "token"),
             "controls": grid.controls(config),
             "styles": self.styles,
@@ -229,22 +227,21 @@ class Reported:
             "labels": self.all_labels,
         }
 
-    @cached_property
-    def paper_names(self) -> dict[str, dict[str, str | None]]:
-        """The paper's words for the data sets and methods that it has too, by section."""
-        return {
-            section: {name: spec.get("paper_name") for name, spec in self.config[section].items()}
+    def _sizes(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """What a figure of sizes is told: the paper's tables and words, parameters of models."""
+        config = self.config
+        tables = [config["tables"][name] for name in spec["tables"]]
+        shown = [config["experiments"][table["experiment"]]["models"] for table in tables]
+        models = sorted({name for names in shown for name in names})
+        words = {
+            section: {name: each.get("paper_name") for name, each in config[section].items()}
             for section in ("datasets", "methods")
         }
-
-    def _parameters(self, figure: str) -> dict[str, int]:
-        """How many parameters every model has that a figure of sizes shows."""
-        spec, config = self.config["figures"][figure], self.config
-        if spec["kind"] != "sizes":
-            return {}
-        experiments = [config["tables"][name]["experiment"] for name in spec["tables"]]
-        models = {name for x in experiments for name in config["experiments"][x]["models"]}
-        return {name: config["models"][name]["shape"]["parameters"] for name in sorted(models)}
+        return {
+            "papers": [table.get("paper") for table in tables],
+            "paper_names": words,
+            "parameters": {name: config["models"][name]["shape"]["parameters"] for name in models},
+        }
 
     @cached_property
     def all_labels(self) -> dict[str, dict[str, str]]:

@@ -132,8 +132,8 @@ def spread(site: Site, factor: type[Inverse | Spectrum] = Inverse) -> Any:
     return needs
 
 
-#: Texts of which the loss of ROME's target is made: contexts, and that of the KL.
-_TEXTS = 22
+#: Texts of which the loss of ROME's target is made: contexts, the bare prompt, that of the KL.
+ROME_TEXTS = 22
 #: Matrices that RECT's sorting of a change takes, and PRUNE's singular values in float64.
 _SORTED, _DECOMPOSED = 10, 10
 
@@ -142,7 +142,7 @@ def _holds_one(hparams: ROMEHparams, job: Job) -> float:
     """C⁻¹, the ledger and the graph of one request's target."""
     factor = job.factor if hparams.second_moment else 0.0
     above = job.layers - hparams.layer
-    return factor + job.ledger(1) + job.graph(_TEXTS, above, SUFFIX)
+    return factor + job.ledger(1) + job.graph(ROME_TEXTS, above, SUFFIX)
 
 
 def _holds(hparams: MEMITHparams, job: Job) -> float:
