@@ -13,6 +13,7 @@ from kmebench.planning.config import check_config
 from kmebench.planning.dependencies import code
 from kmebench.planning.inputs import (
     OPENFACTS,
+    METRIC,
     SELECTION,
     TARGET,
     Inputs,

@@ -13,6 +13,8 @@ _SINGLE, _DOUBLE = 4, 8
 PROMPT, SUFFIX = 16, 10
 #: Texts of which the loss of MEMIT's target is made: contexts, the bare prompt, that of the KL.
 MEMIT_TEXTS = 7
+#: Neutral text of the metric: texts in one pass, tokens of each, layers whose moments are summed.
+METRIC_ROWS, METRIC_LENGTH, METRIC_LAYERS = 4, 128, 8
 #: Copies of the logits at one place: themselves, their softmax, and its gradient.
 _LOGITS = 3
 

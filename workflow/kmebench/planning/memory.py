@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from kmebench.editors.needs import Spectrum
-from kmebench.editors.sizes import Job, as_much_again, target_graph
+from kmebench.editors.sizes import (
+    METRIC_LAYERS,
+    METRIC_LENGTH,
+    METRIC_ROWS,
+    Job,
+    as_much_again,
+    target_graph,
+)
 from kmebench.planning import grid
 
 #: Bytes of Python and its libraries, a tokenizer, requests and predictions.
@@ -61,6 +68,14 @@ def asked_by_factor(config: Mapping[str, Any], model: str, kind: str) -> float:
     """Return the bytes of a process, without the model, that computes a factor of C."""
     copies = _DECOMPOSING if kind == Spectrum.asset else _INVERTING
     return _PROCESS + copies * job_of(config, model, 1, consecutive=False).factor
+
+
+def asked_by_metric(config: Mapping[str, Any], model: str) -> float:
+    """Return the bytes of a process that measures the neutral metric, a few layers at a time."""
+    job = job_of(config, model, 1, consecutive=False)
+    moments = METRIC_LAYERS * 4 * 8 * job.width**2  # two sums, and what is added to them
+    graph = METRIC_ROWS * (job.graph(1, tokens=METRIC_LENGTH) + METRIC_LENGTH * job.logits)
+    return asked_by_model(config, model) + moments + graph
 
 
 def asked_by_targets(config: Mapping[str, Any], model: str, layer: int) -> float:

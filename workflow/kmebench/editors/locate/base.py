@@ -1,19 +1,14 @@
 """What the locate-and-edit editors share: contexts, what they read of C, changes of W2."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Assets, Editor
-from kmebench.editors.contexts import (
-    Contexts,
-    contexts_from_state,
-    contexts_state,
-    sample_contexts,
-)
+from kmebench.editors.base import Assets
+from kmebench.editors.contexts import InContexts
 from kmebench.editors.locate.covariance.factors import inverse_of, read_inverse
 from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.locate.updates import DependentKeysError, Factors
@@ -25,22 +20,12 @@ from kmebench.models.layouts import Projection
 from kmebench.precision import promoted
 
 
-class LocateAndEdit(Editor):
-    """An editor of W2 of few layers; remembers the contexts sampled from the original model."""
-
-    #: (tokens of a text, number of texts) of each group of contexts.
-    lengths: tuple[tuple[int, int], ...]
-    _contexts: Contexts | None
+class LocateAndEdit(InContexts):
+    """An editor of W2 of few layers."""
 
     def __init__(self, hparams: Any, assets: Assets) -> None:
         super().__init__(hparams, assets)
         self._inverses: dict[int, Tensor] = {}
-
-    def contexts(self, model: EditableModel) -> Contexts:
-        """Return the contexts; the first call samples them."""
-        if self._contexts is None:
-            self._contexts = sample_contexts(model, self.lengths, seed=0)
-        return self._contexts
 
     def inverse(self, model: EditableModel, layer: int) -> Tensor:
         """Return C⁻¹ of a layer, [M, M] float64: of the cached stage, or made of C, once."""
@@ -54,14 +39,6 @@ class LocateAndEdit(Editor):
         """Return C of a layer, [M, M] float32, on the device of the layer."""
         covariance = Covariances.open(self.assets[Covariance.asset]).of(layer)
         return covariance.to(model.ffn[layer].value.weight.device)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the contexts."""
-        return {} if self._contexts is None else contexts_state(self._contexts)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the contexts; an empty state forgets them."""
-        self._contexts = contexts_from_state(state)
 
 
 def check_layers(editor: str, layers: tuple[int, ...], model: EditableModel) -> None:
