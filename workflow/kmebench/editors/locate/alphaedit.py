@@ -19,6 +19,7 @@ from kmebench.editors.locate.updates import Factors, alphaedit_update
 from kmebench.editors.needs import Spectrum
 from kmebench.errors import EditError
 from kmebench.models.editable import EditableModel
+from kmebench.precision import exact_place
 
 logger = logging.getLogger("kmebench")
 
@@ -54,8 +55,8 @@ class AlphaEdit(MEMIT):
                 )
             width = len(spectrum.values)
             logger.info("%s: layer %d: %d of %d directions free", self.name, layer, unused, width)
-            device = model.ffn[layer].value.weight.device
-            self._bases[layer] = spectrum.vectors[:unused].T.to(device)
+            place = exact_place(model.ffn[layer].value.weight.device)
+            self._bases[layer] = spectrum.vectors[:unused].T.to(place)
         return self._bases[layer]
 
     def state_dict(self) -> dict[str, Tensor]:

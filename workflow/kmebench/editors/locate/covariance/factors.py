@@ -16,6 +16,7 @@ from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.needs import Inverse, Spectrum
 from kmebench.errors import EditError
 from kmebench.io.tensors import TensorFile, write_tensors
+from kmebench.precision import exact
 
 FORMAT = "kmebench.covariance-factor.v1"
 
@@ -33,9 +34,9 @@ def inverse_of(covariance: Tensor) -> Tensor:
     Raises:
         EditError: C is not positive definite.
     """
-    factor, info = torch.linalg.cholesky_ex(covariance.double())
+    factor, info = torch.linalg.cholesky_ex(exact(covariance))
     if info:
-        smallest = float(torch.linalg.eigvalsh(covariance.double())[0])
+        smallest = float(torch.linalg.eigvalsh(exact(covariance))[0])
         raise EditError(
             f"The covariance is singular (smallest eigenvalue {smallest:.2g}): it was made "
             "from too few tokens; raise covariance.tokens."
@@ -45,7 +46,7 @@ def inverse_of(covariance: Tensor) -> Tensor:
 
 def spectrum_of(covariance: Tensor) -> Eigen:
     """Return eigenvalues and eigenvectors of C; a prefix of them needs no copy."""
-    values, vectors = torch.linalg.eigh(covariance.double())
+    values, vectors = torch.linalg.eigh(exact(covariance))
     return Eigen(values, vectors.T.contiguous())
 
 

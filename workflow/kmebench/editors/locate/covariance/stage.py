@@ -24,7 +24,7 @@ from kmebench.errors import ConfigError, DataError
 from kmebench.io.files import atomic_path
 from kmebench.io.logs import track
 from kmebench.models.editable import EditableModel
-from kmebench.precision import at_least_float32
+from kmebench.precision import at_least_float32, exact_place
 
 logger = logging.getLogger("kmebench")
 
@@ -39,17 +39,16 @@ class Sums:
 
     Products are of blocks of keys in float32 and are added up in float64, so that rounding does
     not grow with the text: what remains, about 1e-7 of an entry, is that of the float32 file.
-    Sums lie with their layer, or on the CPU where the device has no float64 (mps).
+    Sums lie with their layer, or on the CPU where the device has no float64.
     """
 
     def __init__(self, model: EditableModel, layers: Sequence[int]) -> None:
         self.layers = tuple(layers)
         self.total: dict[int, Tensor] = {}
         for layer in layers:
-            weight = model.ffn[layer].value.weight
-            device = "cpu" if weight.device.type == "mps" else weight.device
+            place = exact_place(model.ffn[layer].value.weight.device)
             width = model.ffn[layer].value.width
-            self.total[layer] = torch.zeros(width, width, dtype=torch.float64, device=device)
+            self.total[layer] = torch.zeros(width, width, dtype=torch.float64, device=place)
         self._waiting: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def add(self, layer: int, keys: Tensor) -> None:
