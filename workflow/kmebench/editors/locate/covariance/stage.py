@@ -20,9 +20,10 @@ from torch import Tensor
 
 from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings, text_batches
+from kmebench.editors.needs import few_tokens
 from kmebench.errors import ConfigError, DataError
 from kmebench.io.files import atomic_path
-from kmebench.io.logs import track
+from kmebench.io.logs import announce, track
 from kmebench.models.editable import EditableModel
 from kmebench.precision import at_least_float32, exact_place
 
@@ -153,8 +154,7 @@ def measure_covariance(
         raise ConfigError(
             f"covariance: layers {layers} are not all among the model's 0 to {model.n_layers - 1}."
         )
-    if not force:
-        _require(settings.tokens, model.ffn_width)
+    _check_tokens(settings.tokens, model.ffn_width, force)
     identity = {
         "layers": layers,
         "settings": vars(settings) | {"text": dict(settings.text)},
@@ -168,21 +168,23 @@ def measure_covariance(
         pass
     if not reading.tokens:
         raise DataError(f"covariance: the text of {dict(settings.text)} has no tokens.")
-    if not force:
-        _require(reading.tokens, model.ffn_width)
     if reading.tokens < settings.tokens:
         logger.info("the text ended after %d of %d tokens", reading.tokens, settings.tokens)
+        _check_tokens(reading.tokens, model.ffn_width, force)
     covariance = {layer: (t / reading.tokens).float() for layer, t in reading.sums.total.items()}
     write_covariance(path, covariance, reading.tokens, settings.text)
     partial.unlink(missing_ok=True)
 
 
-def _require(tokens: int, width: int) -> None:
-    if tokens < width:
+def _check_tokens(tokens: int, width: int, force: bool) -> None:
+    """Refuse fewer tokens than dimensions, unless they are ``force``d; warn of few."""
+    if tokens < width and not force:
         raise ConfigError(
             f"covariance: {tokens} tokens cannot fill a matrix of width {width}; take a "
             "longer text or raise covariance.tokens, or set covariance.force to go on all the same."
         )
+    if few := few_tokens(tokens, width):
+        announce(few, logging.WARNING)
 
 
 def _digest(model: EditableModel, layer: int) -> float:
