@@ -81,13 +81,20 @@ def _paths(hparams: PACHparams, pipeline: Pipeline) -> tuple[Need, ...]:
     return (Paths(h.score, group, h.selection, h.paths, h.negatives),)
 
 
-#: Copies of a segment: before, at the start, now, its gradient, Adam's moments, the ledger's.
+#: Tensors of the size of all chosen segments while a step is written (kmebench/editors/pac/
+#: segments.py): what stood in the weights, the masters before, their change, its gradient, Adam's
+#: two moments, the change summed over the losses, the masters now, and these as they are written.
 _COPIES = 9
 
 
 def _segments(job: Job, chosen: int) -> float:
-    """Bytes of what is kept of ``chosen`` segments of every matrix."""
-    return _COPIES * 2 * job.layers * job.matrix * min(chosen / job.ffn_width, 1)
+    """Bytes of ``chosen`` segments of every matrix, and of those of the edits before in the ledger.
+
+    In the worst case no two edits of a run chose the same.
+    """
+    earlier = chosen * job.edits / job.requests if job.consecutive else 0
+    trained, held = (2 * job.layers * min(n / job.ffn_width, 1) for n in (chosen, earlier))
+    return _COPIES * trained * job.matrix + job.ledger(held)
 
 
 def _pac(hparams: PACHparams, job: Job) -> float:
