@@ -11,6 +11,10 @@ from typing import Any, ClassVar
 
 from kmebench.values import DEVELOPMENT, JOIN, read_all, spell_all
 
+#: Tokens for each of the M dimensions of C. Where all its eigenvalues are equal, those of an
+#: estimate spread over (1 ± √(M / tokens))² times that: from 0.25 to 2.25 with four.
+TOKENS_PER_DIMENSION = 4
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -91,6 +95,17 @@ class Covariance(Need):
     def path(self, model: str, dataset: str) -> str:
         """Return where the file lies below the results."""
         return f"covariance/{model}.safetensors"
+
+
+def few_tokens(tokens: int, width: int) -> str | None:
+    """Say so if C [M, M], M = ``width``, is estimated from few tokens; None if it is not."""
+    enough = TOKENS_PER_DIMENSION * width
+    if tokens >= enough:
+        return None
+    return (
+        f"{tokens} tokens estimate the covariance of keys of width {width} poorly, above all where "
+        f"it is small and edits write; set covariance.tokens to {enough} or more."
+    )
 
 
 @dataclass(frozen=True)

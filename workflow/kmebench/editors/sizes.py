@@ -21,13 +21,14 @@ _LOGITS = 3
 
 @dataclass(frozen=True)
 class Job:
-    """A model and how it is edited: ``requests`` together, or one after another."""
+    """A model and how it is edited: ``requests`` together, of the ``edits`` of a run."""
 
     layers: int
     width: int  # D
     ffn_width: int  # M
     parameters: float
     requests: int
+    edits: int
     consecutive: bool
 
     @property

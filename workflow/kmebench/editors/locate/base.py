@@ -17,7 +17,7 @@ from kmebench.edits.weights import LowRank, WeightDelta
 from kmebench.errors import ConfigError, EditError
 from kmebench.models.editable import EditableModel
 from kmebench.models.layouts import Projection
-from kmebench.precision import promoted
+from kmebench.precision import exact_place, promoted
 
 
 class LocateAndEdit(InContexts):
@@ -32,7 +32,7 @@ class LocateAndEdit(InContexts):
         if layer not in self._inverses:
             cached = self.assets.get(Inverse(layer).key)
             made = read_inverse(cached) if cached else inverse_of(self.covariance(model, layer))
-            self._inverses[layer] = made.to(model.ffn[layer].value.weight.device)
+            self._inverses[layer] = made.to(exact_place(model.ffn[layer].value.weight.device))
         return self._inverses[layer]
 
     def covariance(self, model: EditableModel, layer: int) -> Tensor:
@@ -71,7 +71,7 @@ def naming(editor: str, layer: int, requests: Sequence[EditRequest]) -> Iterator
 
 def low_rank(projection: Projection, factors: Factors) -> WeightDelta:
     """Return factors of Δ [D, M] as a change of W2's weight, however it is stored."""
-    dtype = promoted(projection.weight.dtype)
-    u, v = factors.u.to(dtype), factors.v.to(dtype)
+    dtype, device = promoted(projection.weight.dtype), projection.weight.device
+    u, v = (factor.to(dtype).to(device) for factor in factors)  # a device may lack float64
     part = LowRank(u, v) if projection.axis == 1 else LowRank(v.T, u.T)
     return WeightDelta({projection.weight_name: part})

@@ -88,7 +88,7 @@ class PACReleasedHparams:
 class NPACHparams:
     """Hyper-parameters of natural PAC; layers and damping are those of SmolLM2 135M."""
 
-    layers: Annotated[Layers, about("Layers that may be changed, from 0.")] = (4, 5, 6, 7, 8)
+    layers: Annotated[Layers, about("Layers that may be changed, from 0.")] = (3, 4, 5, 6, 7, 8, 9)
     matrices: Annotated[Literal["value", "both"], about("W2 of these layers alone, or W1 too.")] = (
         "value"
     )
@@ -109,7 +109,7 @@ class NPACHparams:
     ] = "mean"
     step_damping: Annotated[Real, about("ε between the texts of step: each.")] = 0.1
     nats: Annotated[Positive, about("Most that a step may cost.", "nats per neutral token")] = 2e-4
-    contexts: Annotated[Whole, about("Sampled texts before the prompt, beside none.")] = 4
+    contexts: Annotated[Whole, about("Sampled texts before the prompt, beside none.")] = 8
     memory: Annotated[Real, about("Weight of what earlier edits used in the metric.")] = 0.1
     residual_damping: Annotated[Positive, about("ε of the side of the residual stream.")] = 0.1
     segment_damping: Annotated[Positive, about("ε of the side of the segments.")] = 0.003
@@ -147,13 +147,20 @@ def _paths(hparams: PACHparams, pipeline: Pipeline) -> tuple[Need, ...]:
     return (Paths(h.score, group, h.selection, h.paths, h.negatives),)
 
 
-#: Copies of a segment: before, at the start, now, its gradient, Adam's moments, the ledger's.
+#: Tensors of the size of all chosen segments while a step is written (kmebench/editors/pac/
+#: segments.py): what stood in the weights, the masters before, their change, its gradient, Adam's
+#: two moments, the change summed over the losses, the masters now, and these as they are written.
 _COPIES = 9
 
 
 def _segments(job: Job, chosen: int) -> float:
-    """Bytes of what is kept of ``chosen`` segments of every matrix."""
-    return _COPIES * 2 * job.layers * job.matrix * min(chosen / job.ffn_width, 1)
+    """Bytes of ``chosen`` segments of every matrix, and of those of the edits before in the ledger.
+
+    In the worst case no two edits of a run chose the same.
+    """
+    earlier = chosen * job.edits / job.requests if job.consecutive else 0
+    trained, held = (2 * job.layers * min(n / job.ffn_width, 1) for n in (chosen, earlier))
+    return _COPIES * trained * job.matrix + job.ledger(held)
 
 
 def _pac(hparams: PACHparams, job: Job) -> float:

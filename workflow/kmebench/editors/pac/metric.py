@@ -18,13 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kmebench.precision import exact
+
 #: Multiplies rows [P, X] by the inverse of one side of a metric.
 Solve = Callable[[Tensor], Tensor]
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
     """Return Σ + ε m I in float64 of Σ [X, X], or of its diagonal [X]; m is its mean eigenvalue."""
-    moment = moment.double()
+    moment = exact(moment)
     if moment.dim() == 1:
         return moment + damping * moment.mean()
     added = damping * moment.diagonal().mean()

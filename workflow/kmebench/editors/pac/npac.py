@@ -48,7 +48,7 @@ from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch, EncodedSubject, SubjectText, length_sorted_chunks
 from kmebench.models.hooks import hooked
 from kmebench.models.layouts import Projection
-from kmebench.precision import promoted
+from kmebench.precision import exact_place, promoted
 
 #: Layer, and KEY or VALUE.
 Matrix = tuple[int, int]
@@ -270,9 +270,8 @@ class NPAC(InContexts):
                 key = layer, matrix
                 if key in self._metrics:
                     continue
-                device = _projection(model, key).weight.device
-                metric = read_matrix_metric(self.assets, self.hparams, *key)
-                metric = metric.to("cpu" if device.type == "mps" else device)  # it has no float64
+                place = exact_place(_projection(model, key).weight.device)
+                metric = read_matrix_metric(self.assets, self.hparams, *key).to(place)
                 for rows in self._kept.get(key, ()):  # edit by edit, as they came: the same bits
                     metric = metric.with_inputs(rows)
                 self._metrics[key] = metric

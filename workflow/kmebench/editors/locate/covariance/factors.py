@@ -16,6 +16,7 @@ from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.needs import Inverse, Spectrum
 from kmebench.errors import EditError
 from kmebench.io.tensors import TensorFile, write_tensors
+from kmebench.precision import exact
 from kmebench.values import JOIN, read_all
 
 FORMAT = "kmebench.covariance-factor.v1"
@@ -34,11 +35,12 @@ def inverse_of(covariance: Tensor, damping: float = 0.0) -> Tensor:
     Raises:
         EditError: the sum is not positive definite.
     """
-    added = damping * covariance.diagonal().double().mean()
-    damped = covariance.double() + added * torch.eye(len(covariance)).to(added)
+    covariance = exact(covariance)
+    added = damping * covariance.diagonal().mean()
+    damped = covariance + added * torch.eye(len(covariance)).to(added)
     factor, info = torch.linalg.cholesky_ex(damped)
     if info:
-        smallest = float(torch.linalg.eigvalsh(covariance.double())[0])
+        smallest = float(torch.linalg.eigvalsh(damped)[0])
         raise EditError(
             f"The covariance is singular (smallest eigenvalue {smallest:.2g}): it was made "
             "from too few tokens; raise covariance.tokens."
@@ -48,7 +50,7 @@ def inverse_of(covariance: Tensor, damping: float = 0.0) -> Tensor:
 
 def spectrum_of(covariance: Tensor) -> Eigen:
     """Return eigenvalues and eigenvectors of C; a prefix of them needs no copy."""
-    values, vectors = torch.linalg.eigh(covariance.double())
+    values, vectors = torch.linalg.eigh(exact(covariance))
     return Eigen(values, vectors.T.contiguous())
 
 
