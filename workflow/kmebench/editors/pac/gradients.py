@@ -23,12 +23,15 @@ def observed(model: EditableModel, receive: Receiver, layers: Sequence[int]) -> 
 
     The gradient of segment j is Σ_t residual_t · inner_tj: for keys, residual is the input of W1
     and inner the loss gradient at its output; for values, residual is the loss gradient at the
-    output of W2 and inner its input. All weights stay frozen.
+    output of W2 and inner its input. All weights stay frozen. The graph begins at the lowest of the
+    layers: nothing is gone back to below it.
     """
 
-    def grow_graph(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    def grow_graph(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         # Without a leaf that wants gradients there would be no graph.
-        return output.detach().requires_grad_()
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
 
     def observe(layer: int, matrix: int, projection: Projection) -> Callable[..., None]:
         def on_forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -45,7 +48,8 @@ def observed(model: EditableModel, receive: Receiver, layers: Sequence[int]) -> 
         return on_forward
 
     def handles() -> Iterator[RemovableHandle]:
-        yield model.model.get_input_embeddings().register_forward_hook(grow_graph)
+        lowest = model.layers[min(layers)]
+        yield lowest.register_forward_pre_hook(grow_graph, with_kwargs=True)
         for layer in layers:
             for matrix, projection in enumerate((model.ffn[layer].key, model.ffn[layer].value)):
                 hook = observe(layer, matrix, projection)
