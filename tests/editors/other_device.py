@@ -17,6 +17,8 @@ from transformers.models.auto import AutoModelForCausalLM
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import build_editor
 from kmebench.editors.cards import registered
+from kmebench.editors.contexts import Contexts, sample_contexts
+from kmebench.editors.locate import base
 from kmebench.editors.locate.covariance.stage import Sums
 from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.covariance.texts import Sampled
@@ -170,8 +172,13 @@ def edit_twice(model: EditableModel, name: str, path: Path) -> None:
     model.revert()
 
 
+def few_contexts(model: EditableModel, lengths: object, seed: int) -> Contexts:
+    """One text of two tokens: the second is sampled."""
+    return sample_contexts(model, ((2, 1),), seed)
+
+
 def main() -> None:
-    kept = register()
+    kept, base.sample_contexts = register(), few_contexts
     with tempfile.TemporaryDirectory() as folder:
         for family, names in ASKED.items():
             model = model_on_card(family)
