@@ -1,6 +1,5 @@
 """Targets: the shared replay against plain full forward passes, one request at a time."""
 
-import itertools
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,11 +13,11 @@ from kmebench.editors.locate.target_rows import TargetRows
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.errors import EditError
 from kmebench.models.encoding import SubjectText, encode_subjects
-from tests.conftest import FAMILIES, SOME_FAMILIES
+from tests.conftest import FAMILIES, SOME_FAMILIES, in_turn
 
 CONTEXTS = (("{}",), ("The Seine. {}", "I {} {. {}"), ("Paris stands in Mount Fuji. {}",))
 SITES = ("layer", "value", "attention-value")
-PAIRS = list(zip(FAMILIES, itertools.cycle(SITES), strict=False))
+PAIRS = in_turn(SITES)
 SOME_PAIRS = [(family, site) for family, site in PAIRS if family in SOME_FAMILIES]
 SETTINGS = TargetSettings(
     layer=1,
