@@ -284,15 +284,16 @@ def test_tables_are_rebuilt_without_torch(copy_of_finished, tmp_path):
     assert all(path.is_file() for path in others)
 
 
-def test_the_same_seed_gives_the_same_bytes(copy_of_finished):
-    path = copy_of_finished.folder / RUN / "predictions.parquet"
-    before = path.read_bytes()
-    path.unlink()
-    copy_of_finished.run(f"{RUN}/predictions.parquet")
-    assert path.read_bytes() == before
+def wait_for(job, condition):
+    """Wait for something that a process does before it ends."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert job.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
-def test_a_killed_run_resumes_and_ends_with_the_same_bytes(copy_of_finished):
+def test_a_second_command_is_refused_and_a_killed_run_resumes_with_the_same_bytes(copy_of_finished):
     folder = copy_of_finished.folder / RUN
     names = ("predictions.parquet", "delta.safetensors")
     before = {name: (folder / name).read_bytes() for name in names}
@@ -307,11 +308,12 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(copy_of_finished):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
-    while not any((folder / "checkpoints" / str(n)).is_dir() for n in (1, 2, 3)):
-        assert job.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for(job, lambda: any((copy_of_finished.folder / ".snakemake/locks").glob("*")))
+    job.send_signal(signal.SIGSTOP)  # so that no edit begins before the second command has ended
+    output = copy_of_finished.run(f"{RUN}/timing.json", "--forcerun", "edit", check=False)
+    assert "cannot be locked" in output
+    job.send_signal(signal.SIGCONT)
+    wait_for(job, lambda: any((folder / "checkpoints" / str(n)).is_dir() for n in (1, 2, 3)))
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
     assert not (folder / "predictions.parquet").exists()
