@@ -26,6 +26,14 @@ _LAYER = {
         "ln_1": "attn_norm",
         "ln_2": "ffn_norm",
     },
+    "phi3": {
+        "self_attn.qkv_proj": "attn_qkv",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    },
     "gemma3": _COMMON
     | {
         "post_attention_layernorm": "post_attention_norm",
@@ -45,14 +53,12 @@ _TOP = {
 }
 
 
-def write_gguf(
-    path, model, tokenizer=None, *, words=(), left_out=(), added=(), scaling=None, **options
-):
-    """Write a Llama, Qwen2, Gemma 3 or GPT-2 of transformers.
+def write_gguf(path, model, tokenizer=None, *, words=(), left_out=(), added=(), said=(), **options):
+    """Write a Llama, Qwen2, Phi-3, Gemma 3 or GPT-2 of transformers.
 
     The vocabulary is a byte-level ``tokenizer``'s or, in the way of sentencepiece, ``words``.
-    Matrices are quantised to Q8_0 where their rows can be. ``scaling``: of rotary positions.
-    ``options``: of the writer.
+    Matrices are quantised to Q8_0 where their rows can be. ``said``: keys that no size needs, as
+    methods of the writer and what they are given. ``options``: of the writer.
     """
     config = model.config
     architecture = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
@@ -70,11 +76,9 @@ def write_gguf(
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if architecture == "gemma3":
         writer.add_key_length(config.head_dim)
-        writer.add_sliding_window(config.sliding_window)
         writer.add_rope_freq_base(1e6)
-    if scaling:
-        writer.add_rope_scaling_type(scaling)
-        writer.add_rope_scaling_factor(8.0)
+    for key, value in said:
+        getattr(writer, f"add_{key}")(value)
     add_words(writer, tokenizer, words, "qwen2" if architecture == "qwen2" else "default")
     for name, weight in _weights(model, architecture):
         if name not in left_out:

@@ -13,6 +13,7 @@ from kmebench.planning.config import check_config
 from kmebench.planning.dependencies import code
 from kmebench.planning.inputs import (
     OPENFACTS,
+    METRIC,
     SELECTION,
     TARGET,
     Inputs,
@@ -25,11 +26,15 @@ from kmebench.planning.notebooks import MODEL_NOTEBOOKS, TABLE_NOTEBOOKS, Notebo
 from kmebench.planning.overlays import read_overlay
 from kmebench.planning.page import Page
 from kmebench.planning.reported import CLAIMS, Reported
+from kmebench.planning.warnings import warnings_of
 
 for configfile_path in workflow.configfiles:
     read_overlay(configfile_path)  # refuses a key that stands twice; Snakemake does not
 check_config(config)
 check_interpreter(sys.executable)
+if workflow.is_main_process:  # not in the process of a job
+    for warning in warnings_of(config):
+        print(f"Warning: {warning}", file=sys.stderr)
 
 RESULTS = str(workflow.pathvars.get("results"))  # unless the config moves it (pathvars)
 MIRROR = config["data_mirror"] or os.environ.get("KMEBENCH_DATA_MIRROR", "")

@@ -1,5 +1,7 @@
 """A device like a GPU: its tensors do not mix with the CPU's. Run by test_other_device.py.
 
+With the argument ``single`` it has no float64, as Apple's.
+
 What lies on ``card`` are the CPU's own tensors under another name, so all operations give what they
 give there; but one that is handed tensors of both devices fails as on CUDA, except an index.
 """
@@ -11,17 +13,19 @@ from pathlib import Path
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-from transformers import GPTJConfig, LlamaConfig
+from transformers import Gemma3TextConfig, GPTJConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
+from kmebench import precision
 from kmebench.data.records import EditRequest
+from kmebench.editors import contexts
 from kmebench.editors.base import build_editor
 from kmebench.editors.cards import registered
 from kmebench.editors.contexts import Contexts, sample_contexts
-from kmebench.editors.locate import base
 from kmebench.editors.locate.covariance.stage import Sums
 from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.covariance.texts import Sampled
+from kmebench.evaluation.health import NeutralSettings, NeutralText, health
 from kmebench.models.editable import EditableModel
 from kmebench.models.tiny import train_tokenizer
 
@@ -33,6 +37,10 @@ INDEXING = {
 }
 
 
+#: What the card cannot hold.
+REFUSED: set[torch.dtype] = set()
+
+
 class Card(torch.Tensor):
     """A tensor on ``card``; ``raw`` holds its values."""
 
@@ -41,6 +49,8 @@ class Card(torch.Tensor):
 
     @staticmethod
     def of(raw: torch.Tensor) -> "Card":
+        if raw.dtype in REFUSED:
+            raise TypeError(f"the card has no {raw.dtype}")
         tensor = torch.Tensor._make_wrapper_subclass(
             Card,
             raw.size(),
@@ -54,6 +64,9 @@ class Card(torch.Tensor):
 
     def tolist(self):
         return self.raw.tolist()
+
+    def __format__(self, spec):
+        return format(self.raw, spec)
 
     def numpy(self):
         raise TypeError("a tensor of the card has to be copied to the CPU first")
@@ -117,13 +130,14 @@ REQUESTS = [
     EditRequest("a", "France", "The capital of {} is", "Rome", "Paris"),
     EditRequest("b", "Italy", "What is the capital of {}?", "Paris", "Rome"),
 ]
-#: Editors by family; GPT-J has biases, which some of them move.
+#: Editors by family; GPT-J has biases, which some of them move, Gemma a norm behind its FFN.
 ASKED = {
     "llama": tuple(n for n, card in registered().items() if not card.control),
     "gptj": ("pac", "pac-released", "lora"),
+    "gemma3": ("memit", "pmet"),
 }
 HPARAMS = {
-    "pac": {"trace_on": "current", "paths": 3, "steps": 2},
+    "pac": {"trace_on": "current", "selection": "kbest", "paths": 3, "steps": 2},
     "pac-released": {"epochs": 2, "paths": 3},
     "grace": {"layer": 0, "steps": 2},
     "kn": {"prompts": 2, "steps": 2},
@@ -134,12 +148,12 @@ def model_on_card(family: str) -> EditableModel:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(TEXTS)
     size = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
-    if family == "llama":
+    if family != "gptj":
         size |= {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
         size |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     else:
         size |= {"n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 2, "rotary_dim": 4}
-    config = LlamaConfig(**size) if family == "llama" else GPTJConfig(**size)
+    config = {"llama": LlamaConfig, "gptj": GPTJConfig, "gemma3": Gemma3TextConfig}[family](**size)
     return EditableModel(AutoModelForCausalLM.from_config(config).to("card"), tokenizer)
 
 
@@ -177,8 +191,7 @@ def few_contexts(model: EditableModel, lengths: object, seed: int) -> Contexts:
     return sample_contexts(model, ((2, 1),), seed)
 
 
-def main() -> None:
-    kept, base.sample_contexts = register(), few_contexts
+def edit_all(kind: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for family, names in ASKED.items():
             model = model_on_card(family)
@@ -186,7 +199,17 @@ def main() -> None:
             path = moments(model, Path(folder, f"{family}.safetensors"))
             for name in names:
                 edit_twice(model, name, path)
-                print(family, name, flush=True)
+                print(kind, family, name, flush=True)
+            neutral = NeutralText.written_by(model, NeutralSettings(texts=2, length=4, seed=0), 2)
+            assert health(model, neutral, 2)["kl"] == 0.0
+
+
+def main() -> None:
+    kept, contexts.sample_contexts = register(), few_contexts
+    edit_all("double")
+    REFUSED.add(torch.float64)
+    precision.SINGLE.add("card")
+    edit_all("single")
     del kept
 
 

@@ -12,6 +12,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
 )
@@ -31,13 +32,15 @@ SIZES = {
 }
 #: In the order of merges, as Gemma's.
 WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *"TheFrancils", "▁i", "▁is", "Th", "The"]
-GEMMA = {"head_dim": 16, "num_hidden_layers": 7, "sliding_window": 4}
+GEMMA = {"head_dim": 256, "num_hidden_layers": 7, "sliding_window": 4}
+#: What their files have to say.
+SAID = {"gemma3": [("sliding_window", 4)], "phi3": [("pad_token_id", 0)]}
 
 
 def small(family, vocabulary, width=32, **other):
     """A random model; what is normalised is scaled at random, too."""
     configs = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma3": Gemma3TextConfig}
-    configs |= {"gpt2": GPT2Config, "qwen2_moe": Qwen2MoeConfig}
+    configs |= {"gpt2": GPT2Config, "qwen2_moe": Qwen2MoeConfig, "phi3": Phi3Config}
     sizes = SIZES | (GEMMA if family == "gemma3" else {}) | other
     if family != "gpt2":  # whose FFN is four times as wide
         sizes["intermediate_size"] = 2 * width
@@ -51,10 +54,11 @@ def small(family, vocabulary, width=32, **other):
 
 @pytest.fixture
 def written(tokenizer, tmp_path):
-    def write(family, *, left_out=(), added=(), scaling=None, **sizes):
+    def write(family, *, left_out=(), added=(), said=None, **sizes):
         words = WORDS if family == "gemma3" else ()
         model = small(family, len(words or tokenizer), **sizes)
-        given = {"words": words, "left_out": left_out, "added": added, "scaling": scaling}
+        given = {"words": words, "left_out": left_out, "added": added}
+        given["said"] = SAID.get(family, []) if said is None else said
         write_gguf(tmp_path / "small.gguf", model, None if words else tokenizer, **given)
         return model, tmp_path / "small.gguf"
 
@@ -151,12 +155,15 @@ def test_a_qwen_begins_with_no_token_and_splits_digits(written, tmp_path):
     assert tokenizer.decode(ids) == "The capital of Japan, naïve"
 
 
+YARN = ("rope_scaling_type", gguf.RopeScalingType.YARN)
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({"left_out": ["blk.1.ffn_up.weight"]}, r"it lacks model\.layers\.1\.mlp\.up_proj\.weight"),
         ({"added": ["rope_freqs.weight"]}, r"does not read \(rope_freqs\.weight\)"),
-        ({"scaling": gguf.RopeScalingType.YARN}, r"scales its rotary positions \(yarn\)"),
+        ({"said": [YARN]}, r"scales its rotary positions \(yarn\)"),
     ],
 )
 def test_a_file_is_read_whole_or_not_at_all(changes, complaint, written, tmp_path):
@@ -167,6 +174,54 @@ def test_a_file_is_read_whole_or_not_at_all(changes, complaint, written, tmp_pat
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(("window", "taken"), [(4, 4), (0, None)])
+def test_a_phi_sees_as_far_as_its_file_says(window, taken, written, tmp_path):
+    """transformers would let it see all."""
+    sizes = {"sliding_window": taken, "pad_token_id": 0}
+    original, path = written("phi3", said=[*SAID["phi3"], ("sliding_window", window)], **sizes)
+    from_gguf(path, tmp_path / "model")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert found.config.sliding_window == taken
+    difference = (logits(found) - logits(original)).abs().max()
+    assert difference < 0.1 * logits(original).std()
+    found.config.sliding_window = None if taken else 4
+    assert (logits(found) - logits(original)).abs().max() > 10 * difference
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "complaint"),
+    [
+        ("llama", {"said": [("sliding_window", 4)]}, r"says llama\..*window = 4, .* takes None"),
+        ("phi3", {"pad_token_id": 0}, r"does not say how far attention sees \(phi3\.attention"),
+        ("gemma3", {"said": []}, r"does not say how far attention sees \(gemma3\.attention"),
+        ("gemma3", {"head_dim": 16}, "has heads of width 16, and does not say how their scores"),
+        ("gemma3", {"said": [*SAID["gemma3"], ("final_logit_softcapping", 3.0)]}, "3.0, and tra"),
+        ("gemma3", {"said": [*SAID["gemma3"], ("rope_freq_base_swa", 2e4)]}, "takes 10000.0"),
+        ("qwen2", {"said": [("rope_dimension_count", 8)]}, r"rope\..* = 8, .* takes 16, so the mo"),
+    ],
+)
+def test_what_the_file_says_and_transformers_does_not_read_is_refused(
+    family, changes, complaint, written, tmp_path
+):
+    _, path = written(family, **changes)
+    with pytest.raises(ModelError, match=complaint):
+        from_gguf(path, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("qwen2", [("rope_dimension_count", 16), ("sliding_window", 0)]),
+        ("gemma3", [*SAID["gemma3"], ("rope_freq_base_swa", 1e4), ("rope_dimension_count", 256)]),
+        ("gemma3", [*SAID["gemma3"], ("sliding_window_pattern", [*[True] * 5, False, True])]),
+    ],
+)
+def test_what_the_file_says_as_transformers_takes_it_is_read(family, said, written, tmp_path):
+    _, path = written(family, said=said)
+    from_gguf(path, tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").is_file()
+
+
 def test_a_weight_of_another_shape_is_refused(written, tmp_path):
     """transformers would load the folder of such a file with other positions, at random."""
     _, path = written("gpt2")
@@ -175,7 +230,7 @@ def test_a_weight_of_another_shape_is_refused(written, tmp_path):
 
 
 def test_a_file_that_says_that_nothing_is_scaled_is_read(written, tmp_path):
-    _, path = written("llama", scaling=gguf.RopeScalingType.NONE)
+    _, path = written("llama", said=[("rope_scaling_type", gguf.RopeScalingType.NONE)])
     from_gguf(path, tmp_path / "model")
     assert (tmp_path / "model" / "config.json").is_file()
 

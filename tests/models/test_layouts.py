@@ -189,3 +189,26 @@ def test_what_no_layout_tells_is_refused_in_a_sentence(config, sentence):
         layout_of(config)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+
+def test_a_text_ends_where_longrope_would_move_all_its_positions(make_model):
+    """The trap: one token more changes the logits of all before it."""
+    model = make_model("phi3", rope_scaling=LONGROPE, original_max_position_embeddings=12)
+    ids = torch.tensor([list(range(4, 17))])
+    with torch.no_grad():
+        shorter, within, beyond = (model.model(ids[:, :n]).logits[0, :11] for n in (11, 12, 13))
+    torch.testing.assert_close(shorter, within, rtol=1e-9, atol=1e-9)
+    assert (within - beyond).abs().max() > 1e-3
+    assert model.context == 12
+    words = [" Paris" * n for n in range(1, 20)]
+    tokens = [len(ids) for ids in model.tokenizer(words)["input_ids"]]
+    for text, n in zip(words, tokens, strict=True):
+        if n <= 12:
+            model.encode_prompts([text])
+        else:
+            with pytest.raises(ModelError, match=r"than the 12 of .* which LongRoPE moves all pos"):
+                model.encode_prompts([text])
+    assert min(tokens) <= 12 < max(tokens)

@@ -20,10 +20,18 @@ QWEN_15B = {"layers": 28, "width": 1536, "ffn_width": 8960, "parameters": 1_543_
 
 def asked(shape, method, requests, dtype="float32"):
     """GB that a run on a model of this shape asks for."""
+    return _asked(shape, method, requests, "batch" if requests > 1 else "consecutive", dtype)
+
+
+def consecutive(shape, method, edits):
+    """GB that a run of edits one after another asks for."""
+    return _asked(shape, method, edits, "consecutive", "float32")
+
+
+def _asked(shape, method, requests, mode, dtype):
     config = copy.deepcopy(CONFIG)
     config["models"] = {"m": {"shape": shape, "dtype": dtype}}
     config["datasets"]["openfacts-zsre"]["n"] = requests
-    mode = "batch" if requests > 1 else "consecutive"
     run = grid.Run("m", "openfacts-zsre", mode, method, "default", 0)
     return memory.asked_by_run(config, run) / 1e9
 
@@ -41,9 +49,17 @@ def test_one_edit_by_pac_asks_for_little_more_than_the_weights():
     assert weights < asked(QWEN_15B, "pac", 1) < 1.3 * weights
 
 
+def test_what_earlier_edits_by_pac_touched_is_held():
+    """Up to all of the FFN: original, master and total, while only few segments are trained."""
+    ffn = 4 * 24 * 2 * 896 * 4864 / 1e9
+    one, some, all_ = (consecutive(QWEN_05B, "pac", n) for n in (1, 101, 10_000))
+    assert some - one == pytest.approx(3 * ffn * 100 * (15 + 1) / 4864)
+    assert all_ - one == pytest.approx(3 * ffn * (1 - (15 + 1) / 4864))
+
+
 def test_factors_of_the_covariance_are_counted_by_layer():
     """C⁻¹ of five layers in float64 against that of one."""
-    job = Job(**QWEN_15B, requests=1, consecutive=True)
+    job = Job(**QWEN_15B, requests=1, edits=1, consecutive=True)
     five, one = (card_of("memit").values({"layers": layers}) for layers in ([4, 5, 6, 7, 8], [8]))
     more = card_of("memit").holds(five, job) - card_of("memit").holds(one, job)
     assert more == pytest.approx(4 * (8 * 8960**2 + 3 * 4 * 1536 * 8960))

@@ -16,7 +16,8 @@ from kmebench.editors.locate.covariance.factors import cache_factor
 from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.store import Covariances, check_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
-from kmebench.editors.needs import Covariance, Inverse, Spectrum, Trained
+from kmebench.editors.needs import Covariance, Inverse, NeutralMetric, Spectrum, Trained
+from kmebench.editors.pac.neutral import write_metric
 from kmebench.edits.edit import Edit
 from kmebench.errors import ConfigError, KMEBenchError, ModelError
 from kmebench.io import origins
@@ -236,6 +237,8 @@ def _file(
         path = trained_path(model.source, need)
         make(path, model.source.configfiles)
         return path
+    if isinstance(need, NeutralMetric):
+        return _metric(model, need)
     if covariance is not None:
         check_covariance(covariance)
     given = Path(covariance) if covariance else _covariance(model, tuple(layers))
@@ -252,8 +255,35 @@ def _factor(model: Model, need: Inverse | Spectrum, covariance: Path) -> Path:
     if not path.is_file():
         what = f"computing the {need.asset} of the covariance of layer {need.layer} (once)"
         with doing(what), users_own(covariance):
-            cache_factor(path, covariance, need.asset, need.layer, str(model.device))
+            cache_factor(path, covariance, need.factor, need.layer, str(model.device))
     return path
+
+
+def _metric(model: Model, need: NeutralMetric) -> Path:
+    """Return the file of the neutral metric: the workflow's, or one in the cache, made once."""
+    done = model.source.results / need.path(model.source.name, "")
+    if model.source.kind is Kind.CONFIG and done.is_file():
+        return done
+    path = _cache() / need.path(_identity(model, "the neutral metric", "load it so"), "")
+    if not path.is_file():
+        with doing("measuring the neutral metric (once)"), model.edits.savepoint():
+            model.revert()
+            write_metric(path, model, need)
+    return path
+
+
+def _identity(model: Model, what: str, mend: str, *settings: Any) -> str:
+    """Name what is measured of the weights of a model.
+
+    Raises:
+        ConfigError: nobody knows where they come from.
+    """
+    if model.folder is None:
+        raise ConfigError(
+            f"This editor needs {what}, and the model was not loaded by kmebench.load; {mend}."
+        )
+    identity = [origins.digest(model.folder), model.source.dtype, *settings]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _covariance(model: Model, layers: tuple[int, ...]) -> Path:
@@ -272,15 +302,10 @@ def _workflows(model: Model) -> Path | None:
 
 def _measured_covariance(model: Model, layers: tuple[int, ...]) -> Path:
     """Return the cached file of these layers of this model, measured if it is not there."""
-    if model.folder is None:
-        raise ConfigError(
-            "This editor needs a covariance, and the model was not loaded by kmebench.load; give "
-            "the file of one (covariance=...)."
-        )
     settings = dict(model.source.config.get("covariance", {}))
     force = settings.pop("force", False)
-    identity = [origins.digest(model.folder), model.source.dtype, layers, settings]
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    what, mend = "a covariance", "give the file of one (covariance=...)"
+    name = _identity(model, what, mend, layers, settings)
     path = _cache() / "covariance" / f"{name}.safetensors"
     if not path.is_file():
         with model.edits.savepoint():

@@ -151,7 +151,7 @@ rule factorise_covariance:
     log:
         "<logs>/factorise_covariance/{model}.{factor}.{layer}.log",
     wildcard_constraints:
-        factor="inverse|spectrum",
+        factor=r"inverse(\+damping=[^/]+)?|spectrum",
         layer=r"\d+",
     conda:
         "../../envs/edit.yaml"
@@ -167,6 +167,33 @@ rule factorise_covariance:
         "The {wildcards.factor} of the covariance of layer {wildcards.layer} of {wildcards.model}"
     script:
         "../scripts/factorise_covariance.py"
+
+
+rule neutral_metric:
+    "Measure what a change of the FFN would cost on text that the model writes."
+    input:
+        model="<results>/models/{model}",
+        code=code("neutral_metric"),
+    output:
+        metric="<results>/metric/{model}/{metric}.safetensors",
+    log:
+        "<logs>/neutral_metric/{model}.{metric}.log",
+    wildcard_constraints:
+        metric=METRIC,
+    conda:
+        "../../envs/edit.yaml"
+    threads: config["threads"]
+    resources:
+        gpu=inputs.gpus,
+        mem_mb=inputs.metric_memory,
+        runtime=minutes,
+        models=1,
+    params:
+        load=inputs.load,
+    message:
+        "Neutral metric of {wildcards.model} ({wildcards.metric})"
+    script:
+        "../scripts/neutral_metric.py"
 
 
 rule optimise_targets:

@@ -245,6 +245,22 @@ def test_too_few_tokens_are_refused_unless_forced(make_model, tmp_path):
     assert Covariances.open(path).tokens == 24
 
 
+def test_few_tokens_are_told_once(make_model, text, tmp_path, caplog):
+    """Asked for, or left when the text has ended; M = 24."""
+    model = make_model("llama", torch.float32)
+    held = sum(len(model.tokenizer(p)["input_ids"]) for p in text[1][:4])
+    short = tmp_path / "short.txt"
+    short.write_text("\n\n".join(text[1][:4]), encoding="utf-8")
+    assert 24 < held < 96
+    cases = [(settings(tokens=95), 95), (settings(tokens=96), None), (settings(short), held)]
+    for chosen, few in cases:
+        caplog.clear()
+        measure_covariance(tmp_path / "c.safetensors", model, LAYERS, chosen)
+        told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert len(told) == (few is not None)
+        assert all(f"{few} tokens" in t and "covariance.tokens to 96 or more" in t for t in told)
+
+
 def test_a_text_that_turns_out_too_short_is_refused_unless_forced(make_model, tmp_path):
     model = make_model("llama", torch.float32)
     text = tmp_path / "short.txt"

@@ -1,9 +1,12 @@
 """What editors read of C: against torch.linalg in float64, and the reference's own projector."""
 
+import re
+
 import pytest
 import torch
 
 from kmebench.editors.base import build_editor
+from kmebench.editors.locate.alphaedit import count_free
 from kmebench.editors.locate.covariance.factors import (
     _place,
     cache_factor,
@@ -47,6 +50,32 @@ def test_the_null_space_is_the_references(covariance, threshold):
     assert 0 < unused < M
     ours = spectrum.vectors[:unused].T @ spectrum.vectors[:unused]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("free", "told"),
+    [
+        (9, "alphaedit: layer 3: 9 of 1000 directions free.* next to nothing is changed; raise"),
+        (10, None),
+        (999, None),
+        (1000, "1000 of 1000 directions free, .* 0.25 to 0.25, are below 2: .* protected; lower"),
+    ],
+)
+def test_alphaedit_says_where_its_threshold_separates_nothing(free, told, caplog):
+    values = torch.full((1000,), 4.0)
+    values[:free] = 0.25
+    with caplog.at_level("INFO", "kmebench"):
+        assert count_free(values, 2.0, "alphaedit: layer 3") == free
+    (record,) = caplog.records
+    assert (record.levelname == "WARNING") == (told is not None)
+    assert re.search(told or f": {free} of 1000 directions free$", record.getMessage())
+
+
+def test_alphaedit_refuses_to_edit_nothing():
+    with pytest.raises(
+        EditError, match=r"none of .*, 0.25 to 4, is below 0.02, .* raise threshold"
+    ):
+        count_free(torch.tensor([0.25, 4.0]), 0.02, "alphaedit: layer 3")
 
 
 def test_a_singular_covariance_is_named_with_its_smallest_eigenvalue():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kmebench.data.records import SLOT
+from kmebench.editors.base import Editor
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, SubjectText
 
@@ -89,3 +90,25 @@ def contexts_from_state(state: Mapping[str, Tensor]) -> Contexts | None:
         return None
     groups = json.loads(bytes(state[_STATE_KEY].tolist()))
     return tuple(tuple(group) for group in groups)
+
+
+class InContexts(Editor):
+    """An editor that remembers the contexts sampled from the original model."""
+
+    #: (tokens of a text, number of texts) of each group of contexts.
+    lengths: tuple[tuple[int, int], ...]
+    _contexts: Contexts | None
+
+    def contexts(self, model: EditableModel) -> Contexts:
+        """Return the contexts; the first call samples them."""
+        if self._contexts is None:
+            self._contexts = sample_contexts(model, self.lengths, seed=0)
+        return self._contexts
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the contexts."""
+        return {} if self._contexts is None else contexts_state(self._contexts)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the contexts; an empty state forgets them."""
+        self._contexts = contexts_from_state(state)

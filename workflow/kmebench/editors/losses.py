@@ -31,16 +31,21 @@ def target_losses(model: EditableModel, encoded: Sequence[Encoded]) -> Tensor:
 
 
 def check_finite(
-    editor: str, losses: Tensor, requests: Sequence[EditRequest], step: int, learning_rate: float
+    editor: str,
+    losses: Tensor,
+    requests: Sequence[EditRequest],
+    step: int,
+    **too_large: float,
 ) -> None:
-    """Refuse to go on with a NaN or infinite loss.
+    """Refuse to go on with a NaN or infinite loss; ``too_large`` is the value to lower, by name.
 
     Raises:
         EditError: names the editor, the first such request and the step.
     """
     bad = (~losses.isfinite()).nonzero()
+    ((name, value),) = too_large.items()
     if len(bad):
         raise EditError(
             f"{editor}: the loss of request {requests[int(bad[0])].case_id!r} became NaN or "
-            f"infinite at step {step}; lower learning_rate (now {learning_rate:g})."
+            f"infinite at step {step}; lower {name} (now {value:g})."
         )

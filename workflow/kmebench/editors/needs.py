@@ -11,6 +11,10 @@ from typing import Any, ClassVar
 
 from kmebench.values import DEVELOPMENT, JOIN, read_all, spell_all
 
+#: Tokens for each of the M dimensions of C. Where all its eigenvalues are equal, those of an
+#: estimate spread over (1 ± √(M / tokens))² times that: from 0.25 to 2.25 with four.
+TOKENS_PER_DIMENSION = 4
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -93,6 +97,17 @@ class Covariance(Need):
         return f"covariance/{model}.safetensors"
 
 
+def few_tokens(tokens: int, width: int) -> str | None:
+    """Say so if C [M, M], M = ``width``, is estimated from few tokens; None if it is not."""
+    enough = TOKENS_PER_DIMENSION * width
+    if tokens >= enough:
+        return None
+    return (
+        f"{tokens} tokens estimate the covariance of keys of width {width} poorly, above all where "
+        f"it is small and edits write; set covariance.tokens to {enough} or more."
+    )
+
+
 @dataclass(frozen=True)
 class _OfCovariance(Need):
     """What is computed of C of one layer: a file of its own, since it takes minutes."""
@@ -111,16 +126,29 @@ class _OfCovariance(Need):
         """The one."""
         return (self.layer,)
 
+    @property
+    def factor(self) -> str:
+        """Name of the folder, e.g. ``inverse`` or ``inverse+damping=0.003``."""
+        return self.asset
+
     def path(self, model: str, dataset: str) -> str:
         """Return where the file lies below the results."""
-        return f"covariance/{model}/{self.asset}/{self.layer}.safetensors"
+        return f"covariance/{model}/{self.factor}/{self.layer}.safetensors"
 
 
 @dataclass(frozen=True)
 class Inverse(_OfCovariance):
-    """C⁻¹ of one layer."""
+    """(C + ε m I)⁻¹ of one layer, with m the mean eigenvalue of C."""
+
+    damping: float = 0.0  # ε
 
     asset: ClassVar[str] = "inverse"
+
+    @property
+    def factor(self) -> str:
+        """Name of the folder; only with damping another."""
+        damped = spell_all({"damping": self.damping})
+        return JOIN.join([self.asset, damped]) if self.damping else self.asset
 
 
 @dataclass(frozen=True)
@@ -128,6 +156,34 @@ class Spectrum(_OfCovariance):
     """Eigenvalues and eigenvectors of C of one layer."""
 
     asset: ClassVar[str] = "spectrum"
+
+
+@dataclass(frozen=True)
+class NeutralMetric(Need):
+    """Moments of the FFN matrices of some layers over ``tokens`` of text that the model writes."""
+
+    layers: tuple[int, ...]
+    tokens: int
+    seed: int = 0
+
+    asset: ClassVar[str] = "neutral_metric"
+    rule: ClassVar[str] = "neutral_metric"
+    form: ClassVar[str] = "kmebench.neutral_metric.v1"  # what the file's header calls it
+
+    @property
+    def name(self) -> str:
+        """Name of the file, e.g. ``layers=4:5+tokens=12288+seed=0``."""
+        return spell_all(asdict(self))
+
+    @classmethod
+    def parse(cls, name: str) -> "NeutralMetric":
+        """Read a name back."""
+        values = read_all(name)
+        return cls(**values | {"layers": tuple(values["layers"])})
+
+    def path(self, model: str, dataset: str) -> str:
+        """Return where the file lies below the results."""
+        return f"metric/{model}/{self.name}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -193,4 +249,4 @@ class Trained(Need):
 
 
 #: The rules that make stages.
-RULES = tuple(need.rule for need in (Paths, Covariance, Inverse, Targets, Trained))
+RULES = tuple(need.rule for need in (Paths, Covariance, Inverse, NeutralMetric, Targets, Trained))

@@ -13,19 +13,22 @@ _SINGLE, _DOUBLE = 4, 8
 PROMPT, SUFFIX = 16, 10
 #: Texts of which the loss of MEMIT's target is made: contexts, the bare prompt, that of the KL.
 MEMIT_TEXTS = 7
+#: Neutral text of the metric: texts in one pass, tokens of each, layers whose moments are summed.
+METRIC_ROWS, METRIC_LENGTH, METRIC_LAYERS = 4, 128, 8
 #: Copies of the logits at one place: themselves, their softmax, and its gradient.
 _LOGITS = 3
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model and how it is edited: ``requests`` together, or one after another."""
+    """A model and how it is edited: ``requests`` together, of the ``edits`` of a run."""
 
     layers: int
     width: int  # D
     ffn_width: int  # M
     parameters: float
     requests: int
+    edits: int
     consecutive: bool
 
     @property

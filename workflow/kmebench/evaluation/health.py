@@ -24,7 +24,7 @@ from kmebench.memory import halved_if_needed
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch, Encoded
 from kmebench.models.sampling import beginning, sample
-from kmebench.precision import at_least_float32
+from kmebench.precision import at_least_float32, exact
 
 _FORM = "kmebench.neutral_text"
 
@@ -120,9 +120,9 @@ def _health(model: EditableModel, neutral: NeutralText, batch_size: int) -> dict
     for batch, original in zip(batches, states, strict=True):
         logits = model.answer_logits(batch)
         wanted = head(original.flatten(0, 1).to(logits.device))
-        nll += _nll(logits, batch.labels).double().sum().item()
+        nll += exact(_nll(logits, batch.labels)).sum().item()
         texts = zip(wanted.split(length), logits.split(length), strict=True)
-        kl += sum(_kl(p0, p).double().sum().item() for p0, p in texts)  # text by text: memory
+        kl += sum(exact(_kl(p0, p)).sum().item() for p0, p in texts)  # text by text: memory
         same += (logits.argmax(dim=-1) == wanted.argmax(dim=-1)).sum().item()
     mean, before = (x / neutral.tokens for x in (nll, _total(neutral, batch_size)))
     return {
@@ -137,7 +137,7 @@ def _health(model: EditableModel, neutral: NeutralText, batch_size: int) -> dict
 
 def _total(neutral: NeutralText, batch_size: int) -> float:
     """Add up the unedited model's NLL in the order in which a state's is."""
-    return sum(part.flatten().double().sum().item() for part in neutral.nll.split(batch_size))
+    return sum(exact(part.flatten()).sum().item() for part in neutral.nll.split(batch_size))
 
 
 def _exp(nats: float) -> float:

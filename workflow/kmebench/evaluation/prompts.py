@@ -104,5 +104,5 @@ def too_long(model: EditableModel, request: EditRequest, wild_max_tokens: int) -
     prompt = texts[needed.index(tokens)][0]
     return (
         f"with what is put around it the prompt {shown(prompt)} has {tokens} tokens, more than "
-        f"the {model.context} of the model's context"
+        f"{model.limit}"
     )

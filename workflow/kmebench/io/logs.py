@@ -76,9 +76,9 @@ _DISK = {
 _TERMINAL: dict[str, Any] = {"stream": None, "title": ""}
 
 
-def announce(text: str) -> None:
+def announce(text: str, level: int = logging.INFO) -> None:
     """Log what a user is to see at once: a script says it on the terminal, too."""
-    logger.info(text)
+    logger.log(level, text)
     terminal = _TERMINAL["stream"]
     if terminal not in (None, sys.stderr):  # the log is a file
         print(f"{_TERMINAL['title']}: {text}", file=terminal, flush=True)

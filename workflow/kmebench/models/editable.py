@@ -39,7 +39,7 @@ from kmebench.models.encoding import (
     encode_subjects,
 )
 from kmebench.models.hooks import hooked, on_output
-from kmebench.models.layouts import FFN, ffn_layers, layout_of, windows_of
+from kmebench.models.layouts import FFN, context_of, ffn_layers, layout_of, windows_of
 from kmebench.precision import promoted
 
 logger = logging.getLogger("kmebench")
@@ -197,13 +197,19 @@ class EditableModel:
     @property
     def context(self) -> int | None:
         """How many tokens the model can read; None if its positions have no end."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return context_of(self.model.config)
+
+    @property
+    def limit(self) -> str:
+        """What a text that is too long has more tokens than, in words."""
+        whole = getattr(self.model.config, "max_position_embeddings", None)
+        why = ", beyond which LongRoPE moves all positions" if whole != self.context else ""
+        return f"the {self.context} of the model's context{why}"
 
     def _check_length(self, prompt: str, tokens: int, what: str) -> None:
         if self.context is not None and tokens > self.context:
             raise ModelError(
-                f"The prompt {shown(prompt)}{what} has {tokens} tokens, more than the "
-                f"{self.context} of the model's context."
+                f"The prompt {shown(prompt)}{what} has {tokens} tokens, more than {self.limit}."
             )
 
     @property

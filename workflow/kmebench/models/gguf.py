@@ -25,11 +25,10 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from kmebench.errors import ModelError
 from kmebench.io.files import staged, write_json
+from kmebench.models.gguf_config import MEND, complete
 
 #: Bytes of float32 weights in one file of the folder, and in memory at once.
 _SHARD = 2**30
-_UNSCALED = gguf.RopeScalingType.NONE.value
-_MEND = "take the maker's repository (source: hub)"
 
 
 def from_gguf(path: Path, folder: Path) -> None:
@@ -48,6 +47,7 @@ def unpack(path: Path, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with _readable(path), _parsed_once(path) as reader:
         config = AutoConfig.from_pretrained(**where)
+        complete(config, reader, path.name)
         with torch.device("meta"):  # names and shapes alone
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         converter = _Converter(path.name, reader, model)
@@ -65,8 +65,6 @@ class _Converter:
     def __init__(self, file: str, reader: gguf.GGUFReader, model: PreTrainedModel) -> None:
         self.file = file
         architecture = str(reader.fields["general.architecture"].contents())
-        scaling = reader.fields.get(gguf.Keys.Rope.SCALING_TYPE.format(arch=architecture))
-        self.scaling = _UNSCALED if scaling is None else str(scaling.contents())
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self.processor = processor(config=model.config.to_dict())
         self.names = get_gguf_hf_weights_map(model, self.processor)  # by the file's names
@@ -77,20 +75,14 @@ class _Converter:
     def check(self) -> None:
         """Refuse a file of which something is not read, or that lacks something.
 
-        transformers passes over the one, and fills the other at random. It does not read how
-        rotary positions are scaled (Gemma 3 from 4B on, YaRN): all positions would be others.
+        transformers passes over the one, and fills the other at random.
         """
-        if self.scaling != _UNSCALED:
-            raise ModelError(
-                f"{self.file} scales its rotary positions ({self.scaling}), which transformers "
-                f"does not read from GGUF, so the model would be another: {_MEND}."
-            )
         unread = [name for name in self.held if name not in self.names]
         found = [self.names[name] for name in self.held if name in self.names]
         if unread:
             raise ModelError(
                 f"{self.file} holds weights that transformers does not read "
-                f"({', '.join(unread[:3])}), so the model would be another: {_MEND}."
+                f"({', '.join(unread[:3])}), so the model would be another: {MEND}."
             )
         if missing := sorted(self.wanted.keys() - found):
             raise ModelError(f"{self.file} is no whole model: it lacks {', '.join(missing[:3])}.")
@@ -112,7 +104,7 @@ class _Converter:
         if weight.shape != self.wanted.get(name):
             raise ModelError(
                 f"{tensor.name} of {self.file} has the shape {list(weight.shape)}, and "
-                f"transformers expects {list(self.wanted.get(name, ()))}: {_MEND}."
+                f"transformers expects {list(self.wanted.get(name, ()))}: {MEND}."
             )
         return name, weight
 

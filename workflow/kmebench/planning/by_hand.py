@@ -9,7 +9,15 @@ from typing import Any
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.cards import card_of, plain, registered
-from kmebench.editors.needs import Covariance, Inverse, Need, Pipeline, Spectrum, Trained
+from kmebench.editors.needs import (
+    Covariance,
+    Inverse,
+    Need,
+    NeutralMetric,
+    Pipeline,
+    Spectrum,
+    Trained,
+)
 from kmebench.errors import ConfigError, ModelError
 from kmebench.names import near_name, nearest
 from kmebench.planning import grid
@@ -20,7 +28,7 @@ DEVICES = ("auto", "cpu", "mps", "cuda", "balanced", "sequential")
 #: Facts are given by hand, so no stage of a data set is cached for them.
 _PIPELINE = Pipeline("consecutive", 1)
 #: Needs that can be met without a data set.
-MadeByHand = Covariance | Inverse | Spectrum | Trained
+MadeByHand = Covariance | Inverse | NeutralMetric | Spectrum | Trained
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -183,7 +191,7 @@ def method_of(
 
 def _can_be_met(source: Source, method: str, need: Need) -> MadeByHand:
     """Return a need, but refuse one of a data set; what is trained once, the workflow trains."""
-    if isinstance(need, Covariance | Inverse | Spectrum):
+    if isinstance(need, Covariance | Inverse | NeutralMetric | Spectrum):
         return need
     if isinstance(need, Trained) and source.kind is Kind.CONFIG:
         return need

@@ -21,6 +21,7 @@ from kmebench.planning.dependencies import code
 OPENFACTS = "resources/openfacts"
 #: What path files and target files are called, as patterns of Snakemake.
 SELECTION = r"\w+\+[\w=]+\+\w+\+paths=\d+\+negatives=\d+"
+METRIC = r"layers=[\d:]+\+tokens=\d+\+seed=\d+"
 TARGET = r"site=[\w-]+\+layer=\d+\+[^/]+"
 _HAS_GPU = shutil.which("nvidia-smi") is not None
 #: Keys of a data set that decide what is selected from it.
@@ -222,6 +223,10 @@ class Inputs:
         """Return the memory of inverting the covariance, or of finding its eigenvectors."""
         w = wildcards
         return _megabytes(memory.asked_by_factor(self.config, w.model, w.factor), attempt)
+
+    def metric_memory(self, wildcards: Any, attempt: int) -> int:
+        """Return the memory of measuring the neutral metric."""
+        return _megabytes(memory.asked_by_metric(self.config, wildcards.model), attempt)
 
     def target_memory(self, wildcards: Any, attempt: int) -> int:
         """Return the memory of optimising targets."""

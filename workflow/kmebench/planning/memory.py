@@ -5,10 +5,18 @@ says that it holds beside them. ``benchmarks/memory.py`` compares it with what r
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kmebench.editors.needs import Spectrum
-from kmebench.editors.sizes import Job, as_much_again, target_graph
+from kmebench.editors.sizes import (
+    METRIC_LAYERS,
+    METRIC_LENGTH,
+    METRIC_ROWS,
+    Job,
+    as_much_again,
+    target_graph,
+)
 from kmebench.planning import grid
 
 #: Bytes of Python and its libraries, a tokenizer, requests and predictions.
@@ -23,10 +31,10 @@ _SHAPE = {"layers": 24, "width": 1024, "ffn_width": 4096, "parameters": 500_000_
 STAGE = 20
 
 
-def job_of(config: Mapping[str, Any], model: str, requests: int, *, consecutive: bool) -> Job:
-    """Return the sizes of a model, and how it is edited."""
+def job_of(config: Mapping[str, Any], model: str, requests: int = 1) -> Job:
+    """Return the sizes of a model, and that ``requests`` are worked on together."""
     shape = config["models"][model].get("shape", _SHAPE)
-    return Job(**shape, requests=requests, consecutive=consecutive)
+    return Job(**shape, requests=requests, edits=requests, consecutive=False)
 
 
 def asked_by_run(config: Mapping[str, Any], run: grid.Run) -> float:
@@ -34,42 +42,51 @@ def asked_by_run(config: Mapping[str, Any], run: grid.Run) -> float:
     size = grid.datasets(config)[run.dataset]
     together = {"consecutive": 1, "batch": min(size, config["batch_size"])}.get(run.mode, size)
     card, values = grid.card_of_method(config, run.method), grid.values_of(config, run)
-    job = job_of(config, run.model, together, consecutive=run.mode != "batch")
+    job = job_of(config, run.model, together)
+    job = replace(job, edits=size, consecutive=run.mode != "batch")
     return asked_by_model(config, run.model) + card.holds(values, job)
 
 
 def asked_by_model(config: Mapping[str, Any], model: str) -> float:
     """Return the bytes of a process that asks a model."""
-    spec, job = config["models"][model], job_of(config, model, 1, consecutive=False)
+    spec, job = config["models"][model], job_of(config, model)
     weights = job.parameters * grid.BYTES[spec["dtype"]]
     return _PROCESS + weights + _PLACES * config["evaluation"]["batch_size"] * job.logits / 2
 
 
 def asked_by_trace(config: Mapping[str, Any], model: str) -> float:
     """Return the bytes of a process that traces requests one by one."""
-    job = job_of(config, model, 1, consecutive=False)
+    job = job_of(config, model)
     return asked_by_model(config, model) + job.graph(1)
 
 
 def asked_by_covariance(config: Mapping[str, Any], model: str, layers: int) -> float:
     """Return the bytes of the pass that sums k kᵀ of some layers, of what it adds and writes."""
-    job = job_of(config, model, 1, consecutive=False)
+    job = job_of(config, model)
     return asked_by_model(config, model) + (1.5 * layers + 1) * job.factor
 
 
 def asked_by_factor(config: Mapping[str, Any], model: str, kind: str) -> float:
     """Return the bytes of a process, without the model, that computes a factor of C."""
     copies = _DECOMPOSING if kind == Spectrum.asset else _INVERTING
-    return _PROCESS + copies * job_of(config, model, 1, consecutive=False).factor
+    return _PROCESS + copies * job_of(config, model).factor
+
+
+def asked_by_metric(config: Mapping[str, Any], model: str) -> float:
+    """Return the bytes of a process that measures the neutral metric, a few layers at a time."""
+    job = job_of(config, model)
+    moments = METRIC_LAYERS * 4 * 8 * job.width**2  # two sums, and what is added to them
+    graph = METRIC_ROWS * (job.graph(1, tokens=METRIC_LENGTH) + METRIC_LENGTH * job.logits)
+    return asked_by_model(config, model) + moments + graph
 
 
 def asked_by_targets(config: Mapping[str, Any], model: str, layer: int) -> float:
     """Return the bytes of a process that optimises targets of many requests at a layer."""
-    job = job_of(config, model, STAGE, consecutive=False)
+    job = job_of(config, model, STAGE)
     return asked_by_model(config, model) + target_graph(job, STAGE, layer)
 
 
 def asked_by_training(config: Mapping[str, Any], model: str) -> float:
     """Return the bytes of a process that trains what an editor learns: the weights once more."""
-    job = job_of(config, model, 1, consecutive=False)
+    job = job_of(config, model)
     return asked_by_model(config, model) + as_much_again(None, job)

@@ -136,7 +136,8 @@ class FullC(EpochEditor):
         for chunk in chunks:
             losses = target_losses(model, [encoded[i] for i in chunk])
             asked = [requests[i] for i in chunk]
-            check_finite(self.name, losses.detach(), asked, self.steps, self.hparams.learning_rate)
+            rate = self.hparams.learning_rate
+            check_finite(self.name, losses.detach(), asked, self.steps, learning_rate=rate)
             worst = max(worst, float(losses.detach().max()))
             if chunk is chunks[-1] and worst < self.hparams.tolerance:
                 return True

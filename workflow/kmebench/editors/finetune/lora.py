@@ -95,7 +95,8 @@ class LoRA(Editor):
         for chunk in length_sorted_chunks(lengths, self.micro_batch):
             losses = target_losses(model, [encoded[i] for i in chunk])
             asked = [requests[i] for i in chunk]
-            check_finite(self.name, losses.detach(), asked, self.steps, self.hparams.learning_rate)
+            rate = self.hparams.learning_rate
+            check_finite(self.name, losses.detach(), asked, self.steps, learning_rate=rate)
             worst = max(worst, float(losses.detach().max()))
             (losses.sum() / len(encoded)).backward()
         return worst

@@ -18,9 +18,15 @@ from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import Factors, alphaedit_update
 from kmebench.editors.needs import Spectrum
 from kmebench.errors import EditError
+from kmebench.io.logs import announce
 from kmebench.models.editable import EditableModel
+from kmebench.precision import exact_place
 
 logger = logging.getLogger("kmebench")
+
+#: Shares of free directions below which next to nothing may be changed, and above which next to
+#: nothing is protected. The default threshold is made for covariances of GPT-J and Llama.
+FEW, ALMOST_ALL = 0.01, 0.999
 
 
 class AlphaEdit(MEMIT):
@@ -46,16 +52,10 @@ class AlphaEdit(MEMIT):
             spectrum = (
                 read_spectrum(cached) if cached else spectrum_of(self.covariance(model, layer))
             )
-            unused = int((spectrum.values < self.hparams.threshold).sum())
-            if not unused:
-                raise EditError(
-                    f"no eigenvalue of the covariance is below {self.hparams.threshold:g}, so "
-                    "nothing may be changed; raise threshold."
-                )
-            width = len(spectrum.values)
-            logger.info("%s: layer %d: %d of %d directions free", self.name, layer, unused, width)
-            device = model.ffn[layer].value.weight.device
-            self._bases[layer] = spectrum.vectors[:unused].T.to(device)
+            where = f"{self.name}: layer {layer}"
+            free = count_free(spectrum.values, self.hparams.threshold, where)
+            place = exact_place(model.ffn[layer].value.weight.device)
+            self._bases[layer] = spectrum.vectors[:free].T.to(place)
         return self._bases[layer]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -71,3 +71,27 @@ class AlphaEdit(MEMIT):
             for name, keys in state.items()
             if name.startswith("keys.")
         }
+
+
+def count_free(values: Tensor, threshold: float, where: str) -> int:
+    """Return how many of the eigenvalues [M] of C, ascending, are below the threshold.
+
+    Raises:
+        EditError: none is.
+    """
+    free, width = int((values < threshold).sum()), len(values)
+    among = f"the eigenvalues of the covariance, {values[0]:.2g} to {values[-1]:.2g}"
+    if not free:
+        raise EditError(
+            f"none of {among}, is below {threshold:g}, so nothing may be changed; raise threshold."
+        )
+    told = f"{where}: {free} of {width} directions free"
+    if FEW * width <= free <= ALMOST_ALL * width:
+        logger.info(told)
+        return free
+    meaning = "protected; lower" if free > FEW * width else "changed; raise"
+    announce(
+        f"{told}, where {among}, are below {threshold:g}: next to nothing is {meaning} threshold.",
+        logging.WARNING,
+    )
+    return free

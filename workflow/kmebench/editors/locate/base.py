@@ -1,19 +1,14 @@
 """What the locate-and-edit editors share: contexts, what they read of C, changes of W2."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Assets, Editor
-from kmebench.editors.contexts import (
-    Contexts,
-    contexts_from_state,
-    contexts_state,
-    sample_contexts,
-)
+from kmebench.editors.base import Assets
+from kmebench.editors.contexts import InContexts
 from kmebench.editors.locate.covariance.factors import inverse_of, read_inverse
 from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.locate.updates import DependentKeysError, Factors
@@ -22,46 +17,28 @@ from kmebench.edits.weights import LowRank, WeightDelta
 from kmebench.errors import ConfigError, EditError
 from kmebench.models.editable import EditableModel
 from kmebench.models.layouts import Projection
-from kmebench.precision import promoted
+from kmebench.precision import exact_place, promoted
 
 
-class LocateAndEdit(Editor):
-    """An editor of W2 of few layers; remembers the contexts sampled from the original model."""
-
-    #: (tokens of a text, number of texts) of each group of contexts.
-    lengths: tuple[tuple[int, int], ...]
-    _contexts: Contexts | None
+class LocateAndEdit(InContexts):
+    """An editor of W2 of few layers."""
 
     def __init__(self, hparams: Any, assets: Assets) -> None:
         super().__init__(hparams, assets)
         self._inverses: dict[int, Tensor] = {}
-
-    def contexts(self, model: EditableModel) -> Contexts:
-        """Return the contexts; the first call samples them."""
-        if self._contexts is None:
-            self._contexts = sample_contexts(model, self.lengths, seed=0)
-        return self._contexts
 
     def inverse(self, model: EditableModel, layer: int) -> Tensor:
         """Return C⁻¹ of a layer, [M, M] float64: of the cached stage, or made of C, once."""
         if layer not in self._inverses:
             cached = self.assets.get(Inverse(layer).key)
             made = read_inverse(cached) if cached else inverse_of(self.covariance(model, layer))
-            self._inverses[layer] = made.to(model.ffn[layer].value.weight.device)
+            self._inverses[layer] = made.to(exact_place(model.ffn[layer].value.weight.device))
         return self._inverses[layer]
 
     def covariance(self, model: EditableModel, layer: int) -> Tensor:
         """Return C of a layer, [M, M] float32, on the device of the layer."""
         covariance = Covariances.open(self.assets[Covariance.asset]).of(layer)
         return covariance.to(model.ffn[layer].value.weight.device)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the contexts."""
-        return {} if self._contexts is None else contexts_state(self._contexts)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the contexts; an empty state forgets them."""
-        self._contexts = contexts_from_state(state)
 
 
 def check_layers(editor: str, layers: tuple[int, ...], model: EditableModel) -> None:
@@ -94,7 +71,7 @@ def naming(editor: str, layer: int, requests: Sequence[EditRequest]) -> Iterator
 
 def low_rank(projection: Projection, factors: Factors) -> WeightDelta:
     """Return factors of Δ [D, M] as a change of W2's weight, however it is stored."""
-    dtype = promoted(projection.weight.dtype)
-    u, v = factors.u.to(dtype), factors.v.to(dtype)
+    dtype, device = promoted(projection.weight.dtype), projection.weight.device
+    u, v = (factor.to(dtype).to(device) for factor in factors)  # a device may lack float64
     part = LowRank(u, v) if projection.axis == 1 else LowRank(v.T, u.T)
     return WeightDelta({projection.weight_name: part})

@@ -14,6 +14,8 @@ the multiplier μ > −min a² gives v its length, which falls as μ grows. Wher
 import torch
 from torch import Tensor, nn
 
+from kmebench.precision import exact
+
 #: Halvings of the interval around μ: more than a float64 has bits.
 HALVINGS = 100
 
@@ -24,10 +26,11 @@ def value_change(norm: nn.Module, outputs: Tensor, change: Tensor) -> Tensor:
 
     ``outputs`` [B, D] is m, ``change`` [B, D] is ρ. In float64.
     """
-    rms = outputs.double().square().mean(dim=1, keepdim=True).sqrt()
-    gains = norm(rms.to(outputs).expand_as(outputs)).double()
-    wanted = norm(outputs).double() + change.double()
-    return rms * _closest(gains, wanted) - outputs.double()
+    m = exact(outputs)
+    rms = m.square().mean(dim=1, keepdim=True).sqrt()
+    gains = exact(norm(rms.to(outputs).expand_as(outputs)))
+    wanted = exact(norm(outputs)) + exact(change)
+    return rms * _closest(gains, wanted) - m
 
 
 def _closest(gains: Tensor, wanted: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import restraint
 from kmebench.edits.weights import WeightDelta
 from kmebench.models.editable import EditableModel
+from kmebench.precision import exact
 
 
 class PRUNE(MEMIT):
@@ -27,7 +28,7 @@ class PRUNE(MEMIT):
             value = model.ffn[layer].value
             if value.weight_name not in total:  # no edit could be made
                 continue
-            original = model.edits.original(value.weight_name).double()
+            original = exact(model.edits.original(value.weight_name))
             largest = float(torch.linalg.matrix_norm(original, ord=2))
             delta = total[value.weight_name].dense(original.shape)
             delta = delta if value.axis == 1 else delta.T  # [D, M]

@@ -2,7 +2,8 @@
 
 W [D, M] maps keys k [M] to outputs [D]; B requests bring keys K [M, B] and residuals R [D, B], what
 is still missing at the output. Every update of low rank is returned as factors u [D, r], v [r, M]
-in float64, in which all solves are done. C is the covariance of keys, not centred.
+in float64, in which all solves are done, on the CPU for a device without it. C is the covariance of
+keys, not centred.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kmebench.errors import EditError
+from kmebench.precision import exact
 
 #: Equality constraints are refused above this condition number of Kᵀ C0⁻¹ K + ε I, each key taken
 #: at length one: two keys then differ by less than a part in ten thousand.
@@ -47,13 +49,13 @@ def rome_update(
     Raises:
         EditError: probe and u are orthogonal.
     """
-    key, probe = key.double(), probe.double()
+    key, probe = exact(key), exact(probe)
     u = key if inverse is None else inverse @ key
     u = u / u.norm()
     scale = probe @ u
     if scale.abs() <= 1e-12 * probe.norm():
         raise EditError("The key is orthogonal to the prompt's own: no rank-one update reaches it.")
-    return Factors(((value.double() - output.double()) / scale)[:, None], u[None])
+    return Factors(((exact(value) - exact(output)) / scale)[:, None], u[None])
 
 
 def memit_update(residual: Tensor, keys: Tensor, inverse: Tensor, weight: float) -> Factors:
@@ -81,8 +83,9 @@ def emmet_update(
 
 def _gram(keys: Tensor, inverse: Tensor, weight: float, ridge: float) -> tuple[Tensor, Tensor]:
     """Return (λC)⁻¹ K [M, B] and Kᵀ (λC)⁻¹ K + ridge I [B, B]."""
-    solved = inverse @ keys.double() / weight
-    gram = keys.double().T @ solved
+    keys = exact(keys)
+    solved = inverse @ keys / weight
+    gram = keys.T @ solved
     gram.diagonal().add_(ridge)
     return solved, gram
 
@@ -90,7 +93,7 @@ def _gram(keys: Tensor, inverse: Tensor, weight: float, ridge: float) -> tuple[T
 def _weighted(residual: Tensor, solved: Tensor, gram: Tensor) -> Factors:
     """Return R ``gram``⁻¹ ``solved``ᵀ."""
     inner = torch.linalg.cholesky(gram)
-    return Factors(torch.cholesky_solve(residual.double().T, inner).T, solved.T)
+    return Factors(torch.cholesky_solve(exact(residual).T, inner).T, solved.T)
 
 
 def _check_independent(gram: Tensor) -> None:
@@ -112,13 +115,13 @@ def alphaedit_update(
     keys of earlier edits; α = ``ridge``. With K̂ = [K, K_p] this is R Eᵀ (α I + K̂ᵀ P K̂)⁻¹ K̂ᵀ P,
     E the first B columns of I: no solve of size M.
     """
-    every = torch.cat([keys, earlier], dim=1).double()  # K̂
+    every = exact(torch.cat([keys, earlier], dim=1))  # K̂
     projected = basis @ (basis.T @ every)  # P K̂
     gram = every.T @ projected
     gram.diagonal().add_(ridge)
     first = torch.eye(len(gram), keys.shape[1], dtype=gram.dtype, device=gram.device)
     weights = torch.linalg.solve(gram, first)  # symmetric, so its rows are these columns
-    return Factors(residual.double(), weights.T @ projected.T)
+    return Factors(exact(residual), weights.T @ projected.T)
 
 
 def spread(target: Tensor, current: Tensor, layers_left: int, *, root: bool = False) -> Tensor:
@@ -136,7 +139,7 @@ def restraint(delta: Tensor, largest: float, base: float) -> Factors:
     log_base(σ) − log_base(largest) + largest; singular vectors stay. Δ' − Δ = U₊ (Σ'Σ⁻¹ − I) U₊ᵀ Δ,
     with U₊ the left singular vectors of those σ: eigenvectors of Δ Δᵀ.
     """
-    delta = delta.double()
+    delta = exact(delta)
     squares, vectors = torch.linalg.eigh(delta @ delta.T)
     above = squares > largest**2
     sigma, left = squares[above].sqrt(), vectors[:, above]

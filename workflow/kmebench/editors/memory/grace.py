@@ -183,7 +183,7 @@ class GRACE(Editor):
                 self._check_reached(passage.decisions[id(trial)], index, requests)
                 losses = row_losses(model.head(hidden[batch.rows, columns]), batch.labels, batch)
             rate = self.hparams.learning_rate
-            check_finite(self.name, losses.detach(), requests, self.steps, rate)
+            check_finite(self.name, losses.detach(), requests, self.steps, learning_rate=rate)
             (values.grad,) = torch.autograd.grad(losses.sum(), values)
             adam.step()
             self.steps += 1

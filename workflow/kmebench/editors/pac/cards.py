@@ -4,8 +4,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kmebench.editors.cards import Card, Count, Real, Whole, about, hyperparameters
-from kmebench.editors.needs import Need, Paths, Pipeline
+from kmebench.editors.cards import (
+    Card,
+    Count,
+    Layers,
+    Positive,
+    Real,
+    Whole,
+    about,
+    hyperparameters,
+)
+from kmebench.editors.needs import (
+    Covariance,
+    Inverse,
+    Need,
+    NeutralMetric,
+    Paths,
+    Pipeline,
+)
 from kmebench.editors.sizes import Job
 
 _CITATION = (
@@ -68,6 +84,56 @@ class PACReleasedHparams:
     )
 
 
+@hyperparameters
+class NPACHparams:
+    """Hyper-parameters of natural PAC; layers and damping are those of SmolLM2 135M."""
+
+    layers: Annotated[Layers, about("Layers that may be changed, from 0.")] = (3, 4, 5, 6, 7, 8, 9)
+    matrices: Annotated[Literal["value", "both"], about("W2 of these layers alone, or W1 too.")] = (
+        "value"
+    )
+    paths: Annotated[Count | None, about("Segments chosen in each matrix, N; none given: all.")] = (
+        None
+    )
+    share: Annotated[
+        Positive,
+        about("Share of the sum of all scores that the chosen segments hold together.", le=1),
+    ] = 1.0
+    positions: Annotated[
+        Literal["subject_last", "from_subject", "all"],
+        about("Tokens whose gradient counts: the subject's last, from it on, or all."),
+    ] = "subject_last"
+    step: Annotated[
+        Literal["mean", "each"],
+        about("Whether a step lowers the mean loss of all texts, or each text's own."),
+    ] = "mean"
+    step_damping: Annotated[Real, about("ε between the texts of step: each.")] = 0.1
+    nats: Annotated[Positive, about("Most that a step may cost.", "nats per neutral token")] = 2e-4
+    contexts: Annotated[Whole, about("Sampled texts before the prompt, beside none.")] = 8
+    memory: Annotated[Real, about("Weight of what earlier edits used in the metric.")] = 0.1
+    residual_damping: Annotated[Positive, about("ε of the side of the residual stream.")] = 0.1
+    segment_damping: Annotated[Positive, about("ε of the side of the segments.")] = 0.003
+    segment_side: Annotated[
+        Literal["block", "diagonal"], about("Whether segments of W2 are taken together.")
+    ] = "block"
+    neutral_tokens: Annotated[Count, about("Tokens of self-written text of the metric.")] = 12_288
+    steps: Annotated[Whole, about("Most steps of an edit.")] = 30
+    tolerance: Annotated[
+        Real, about("Mean loss below which a request is learnt.", "nats per target token")
+    ] = 0.05
+    micro_batch: Annotated[Count, about("Requests in one forward pass, in all contexts.")] = 20
+
+    @property
+    def moved(self) -> tuple[int, ...]:
+        """The matrices of a layer that are moved: 0 for W1, 1 for W2."""
+        return (1,) if self.matrices == "value" else (0, 1)
+
+    @property
+    def whole(self) -> bool:
+        """Whether W2 is moved as a whole, so that its inverse can be cached."""
+        return self.paths is None and self.share == 1 and self.segment_side == "block"
+
+
 def _paths(hparams: PACHparams, pipeline: Pipeline) -> tuple[Need, ...]:
     """Cached paths, where the original model is traced.
 
@@ -81,19 +147,44 @@ def _paths(hparams: PACHparams, pipeline: Pipeline) -> tuple[Need, ...]:
     return (Paths(h.score, group, h.selection, h.paths, h.negatives),)
 
 
-#: Copies of a segment: before, at the start, now, its gradient, Adam's moments, the ledger's.
+#: Tensors of the size of all chosen segments while a step is written (kmebench/editors/pac/
+#: segments.py): what stood in the weights, the masters before, their change, its gradient, Adam's
+#: two moments, the change summed over the losses, the masters now, and these as they are written.
 _COPIES = 9
 
 
 def _segments(job: Job, chosen: int) -> float:
-    """Bytes of what is kept of ``chosen`` segments of every matrix."""
-    return _COPIES * 2 * job.layers * job.matrix * min(chosen / job.ffn_width, 1)
+    """Bytes of ``chosen`` segments of every matrix, and of those of the edits before in the ledger.
+
+    In the worst case no two edits of a run chose the same.
+    """
+    earlier = chosen * job.edits / job.requests if job.consecutive else 0
+    trained, held = (2 * job.layers * min(n / job.ffn_width, 1) for n in (chosen, earlier))
+    return _COPIES * trained * job.matrix + job.ledger(held)
 
 
 def _pac(hparams: PACHparams, job: Job) -> float:
     """The segments of all requests, and the graph; a single one passes twice, for both losses."""
     chosen = job.requests * (hparams.paths + hparams.negatives)
     return _segments(job, chosen) + job.graph(max(2, min(job.requests, hparams.micro_batch)))
+
+
+def _metric(hparams: NPACHparams, pipeline: Pipeline) -> tuple[Need, ...]:
+    """The metric of both sides; that of W2's segments is the covariance, or its inverse."""
+    h = hparams
+    neutral = NeutralMetric(h.layers, h.neutral_tokens)
+    if h.whole:
+        return neutral, *(Inverse(layer, h.segment_damping) for layer in h.layers)
+    return neutral, Covariance(h.layers)
+
+
+def _npac(hparams: NPACHparams, job: Job) -> float:
+    """Both sides of the metric, twice for a moment; the ledger; the graph of all contexts."""
+    h = hparams
+    texts = min(job.requests, h.micro_batch) * (1 + h.contexts)
+    changed = len(h.layers) * len(h.moved)
+    sides = len(h.layers) * (2 if job.consecutive else 1) * job.factor
+    return sides + 2 * job.ledger(changed) + job.graph(texts)
 
 
 def _released(hparams: PACReleasedHparams, job: Job) -> float:
@@ -116,6 +207,16 @@ CARDS = [
         summary="Trains the FFN's critical paths alone, those of largest impact on the fact.",
         single={"trace_on": "current"},
         holds=_pac,
+    ),
+    Card(
+        "npac",
+        "kmebench.editors.pac.npac:NPAC",
+        NPACHparams,
+        "pac",
+        "This project, after Zhai et al. 2025 and Martens and Grosse 2015 (docs/npac.md)",
+        needs=_metric,
+        summary="Takes natural steps, measured by what they change of everything else.",
+        holds=_npac,
     ),
     Card(
         "pac-released",

@@ -153,7 +153,8 @@ class PAC(Editor):
             logits = model.answer_logits(batch.repeat(2) if doubled else batch)
             edit = row_losses(logits[: len(own)], batch.labels, batch)
             requests = [items[i].request for i in chunk]
-            check_finite(self.name, edit, requests, self.steps, self.hparams.learning_rate)
+            rate = self.hparams.learning_rate
+            check_finite(self.name, edit, requests, self.steps, learning_rate=rate)
             above = edit >= self.hparams.tolerance
             if above.any():
                 losses = [edit]

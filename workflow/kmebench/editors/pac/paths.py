@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kmebench.errors import ConfigError
+from kmebench.precision import exact
 
 Selection = Literal["disjoint", "kbest"]
 
@@ -65,7 +66,7 @@ def k_best_ranks(ranked: Tensor, n_paths: int) -> Tensor:
 
     ``ranked`` [L, 2, M] is sorted in descending order along its last axis.
     """
-    lists = ranked.reshape(-1, ranked.shape[-1])[:, :n_paths].double()  # ranks past N never win
+    lists = exact(ranked.reshape(-1, ranked.shape[-1])[:, :n_paths])  # ranks past N never win
     drops = (lists[:, :1] - lists).tolist()  # loss against the best node, ascending
     chosen = _k_smallest_sums(drops, n_paths)
     ranks = torch.zeros(len(drops), n_paths, dtype=torch.long)

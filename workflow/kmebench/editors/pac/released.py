@@ -105,7 +105,7 @@ class PACReleased(EpochEditor):
                 loss.detach().expand(len(asked)),
                 asked,
                 self.steps,
-                self.hparams.learning_rate,
+                learning_rate=self.hparams.learning_rate,
             )
             (weight * loss).backward()
         optimiser.step()

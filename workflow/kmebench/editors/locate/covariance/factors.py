@@ -1,6 +1,6 @@
 """What editors read of C, made once for each model and layer: its inverse, or its spectrum.
 
-    C⁻¹ = (L Lᵀ)⁻¹,   C = V diag(w) Vᵀ
+    (C + ε m I)⁻¹ = (L Lᵀ)⁻¹,   C = V diag(w) Vᵀ,   m the mean eigenvalue
 
 An edit then costs products with [M, M] instead of factorisations, M³ operations each. C is
 ill-conditioned, so all is computed and kept in float64, 8 M² bytes for each file.
@@ -16,6 +16,8 @@ from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.needs import Inverse, Spectrum
 from kmebench.errors import EditError
 from kmebench.io.tensors import TensorFile, write_tensors
+from kmebench.precision import exact
+from kmebench.values import JOIN, read_all
 
 FORMAT = "kmebench.covariance-factor.v1"
 
@@ -27,15 +29,18 @@ class Eigen(NamedTuple):
     vectors: Tensor
 
 
-def inverse_of(covariance: Tensor) -> Tensor:
-    """Return C⁻¹, [M, M] float64.
+def inverse_of(covariance: Tensor, damping: float = 0.0) -> Tensor:
+    """Return (C + ε m I)⁻¹, [M, M] float64, with ε the ``damping`` and m the mean eigenvalue of C.
 
     Raises:
-        EditError: C is not positive definite.
+        EditError: the sum is not positive definite.
     """
-    factor, info = torch.linalg.cholesky_ex(covariance.double())
+    covariance = exact(covariance)
+    added = damping * covariance.diagonal().mean()
+    damped = covariance + added * torch.eye(len(covariance)).to(added)
+    factor, info = torch.linalg.cholesky_ex(damped)
     if info:
-        smallest = float(torch.linalg.eigvalsh(covariance.double())[0])
+        smallest = float(torch.linalg.eigvalsh(damped)[0])
         raise EditError(
             f"The covariance is singular (smallest eigenvalue {smallest:.2g}): it was made "
             "from too few tokens; raise covariance.tokens."
@@ -45,14 +50,14 @@ def inverse_of(covariance: Tensor) -> Tensor:
 
 def spectrum_of(covariance: Tensor) -> Eigen:
     """Return eigenvalues and eigenvectors of C; a prefix of them needs no copy."""
-    values, vectors = torch.linalg.eigh(covariance.double())
+    values, vectors = torch.linalg.eigh(exact(covariance))
     return Eigen(values, vectors.T.contiguous())
 
 
 def cache_factor(
-    path: str | Path, covariances: str | Path, kind: str, layer: int, device: str = "cpu"
+    path: str | Path, covariances: str | Path, factor: str, layer: int, device: str = "cpu"
 ) -> None:
-    """Write the factor of a layer that ``kind`` names, the asset of its need.
+    """Write the factor of a layer that its need calls ``factor``.
 
     Computed on the model's GPU, if there is one (mps has no float64).
 
@@ -60,11 +65,12 @@ def cache_factor(
         EditError: the file of covariances does not hold this layer, or C is singular.
     """
     covariance = Covariances.open(covariances).of(layer).to(_place(device))
+    kind, _, settings = factor.partition(JOIN)
     if kind == Spectrum.asset:
         tensors = spectrum_of(covariance)._asdict()
     else:
-        tensors = {Inverse.asset: inverse_of(covariance)}
-    write_tensors(path, tensors, FORMAT, {"layer": layer, "factor": kind})
+        tensors = {Inverse.asset: inverse_of(covariance, **read_all(settings))}
+    write_tensors(path, tensors, FORMAT, {"layer": layer, "factor": factor})
 
 
 def _place(device: str) -> str:

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings, text_batches
+from kmebench.editors.needs import few_tokens
 from kmebench.errors import ConfigError, DataError
 from kmebench.io.files import atomic_path
-from kmebench.io.logs import track
+from kmebench.io.logs import announce, track
 from kmebench.models.editable import EditableModel
-from kmebench.precision import at_least_float32
+from kmebench.precision import at_least_float32, exact_place
 
 logger = logging.getLogger("kmebench")
 
@@ -39,17 +40,16 @@ class Sums:
 
     Products are of blocks of keys in float32 and are added up in float64, so that rounding does
     not grow with the text: what remains, about 1e-7 of an entry, is that of the float32 file.
-    Sums lie with their layer, or on the CPU where the device has no float64 (mps).
+    Sums lie with their layer, or on the CPU where the device has no float64.
     """
 
     def __init__(self, model: EditableModel, layers: Sequence[int]) -> None:
         self.layers = tuple(layers)
         self.total: dict[int, Tensor] = {}
         for layer in layers:
-            weight = model.ffn[layer].value.weight
-            device = "cpu" if weight.device.type == "mps" else weight.device
+            place = exact_place(model.ffn[layer].value.weight.device)
             width = model.ffn[layer].value.width
-            self.total[layer] = torch.zeros(width, width, dtype=torch.float64, device=device)
+            self.total[layer] = torch.zeros(width, width, dtype=torch.float64, device=place)
         self._waiting: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def add(self, layer: int, keys: Tensor) -> None:
@@ -154,8 +154,7 @@ def measure_covariance(
         raise ConfigError(
             f"covariance: layers {layers} are not all among the model's 0 to {model.n_layers - 1}."
         )
-    if not force:
-        _require(settings.tokens, model.ffn_width)
+    _check_tokens(settings.tokens, model.ffn_width, force)
     identity = {
         "layers": layers,
         "settings": vars(settings) | {"text": dict(settings.text)},
@@ -169,21 +168,23 @@ def measure_covariance(
         pass
     if not reading.tokens:
         raise DataError(f"covariance: the text of {dict(settings.text)} has no tokens.")
-    if not force:
-        _require(reading.tokens, model.ffn_width)
     if reading.tokens < settings.tokens:
         logger.info("the text ended after %d of %d tokens", reading.tokens, settings.tokens)
+        _check_tokens(reading.tokens, model.ffn_width, force)
     covariance = {layer: (t / reading.tokens).float() for layer, t in reading.sums.total.items()}
     write_covariance(path, covariance, reading.tokens, settings.text)
     partial.unlink(missing_ok=True)
 
 
-def _require(tokens: int, width: int) -> None:
-    if tokens < width:
+def _check_tokens(tokens: int, width: int, force: bool) -> None:
+    """Refuse fewer tokens than dimensions, unless they are ``force``d; warn of few."""
+    if tokens < width and not force:
         raise ConfigError(
             f"covariance: {tokens} tokens cannot fill a matrix of width {width}; take a "
             "longer text or raise covariance.tokens, or set covariance.force to go on all the same."
         )
+    if few := few_tokens(tokens, width):
+        announce(few, logging.WARNING)
 
 
 def _digest(model: EditableModel, layer: int) -> float:

@@ -1,0 +1,269 @@
+"""Natural PAC against autograd and dense algebra, and what it remembers."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from kmebench.editors.base import build_editor
+from kmebench.editors.locate.covariance.factors import cache_factor
+from kmebench.editors.locate.covariance.stage import measure_covariance
+from kmebench.editors.locate.covariance.store import Covariances
+from kmebench.editors.locate.covariance.texts import TextSettings
+from kmebench.editors.needs import Covariance, Inverse, NeutralMetric
+from kmebench.editors.pac.gradients import KEY, VALUE
+from kmebench.editors.pac.neutral import read_metric, write_metric
+from kmebench.errors import ConfigError, EditError
+from kmebench.models.encoding import SubjectText
+from tests.conftest import SOME_FAMILIES
+
+LAYERS = (0, 1)
+PLAIN = {"layers": LAYERS, "contexts": 0, "memory": 0, "positions": "all", "steps": 1}
+
+
+@pytest.fixture
+def assets(tmp_path):
+    """The files of all stages that the editor may read, of a model."""
+
+    def make(model):
+        need = NeutralMetric(LAYERS, 600)
+        files = {
+            NeutralMetric.asset: tmp_path / "metric",
+            Covariance.asset: tmp_path / "covariance",
+        }
+        write_metric(files[NeutralMetric.asset], model, need)
+        settings = TextSettings(tokens=600, length=30, batch_size=10)
+        measure_covariance(files[Covariance.asset], model, LAYERS, settings)
+        for layer in LAYERS:
+            factor = Inverse(layer, 0.003)
+            files[factor.key] = tmp_path / factor.key
+            cache_factor(files[factor.key], files[Covariance.asset], factor.factor, layer)
+        return files
+
+    return make
+
+
+def damped(moment, epsilon):
+    moment = moment.double()
+    return moment + epsilon * moment.diagonal().mean() * torch.eye(len(moment)).double()
+
+
+def sides(files, layer, matrix):
+    """Residual side and segment side of a matrix, dense."""
+    moments = read_metric(files[NeutralMetric.asset], layer)
+    if matrix == KEY:
+        inner = moments.inner.double()
+        return damped(moments.inputs, 0.1), torch.diag(inner + 0.003 * inner.mean())
+    return damped(moments.outputs, 0.1), damped(
+        Covariances.open(files[Covariance.asset]).of(layer), 0.003
+    )
+
+
+def by_autograd(model, request):
+    """Loss of a request, and by matrix its gradient, [D, M]."""
+    (encoded,) = model.encode([(request.filled_prompt, request.target_new)])
+    names = {}
+    for layer in LAYERS:
+        for matrix, projection in enumerate((model.ffn[layer].key, model.ffn[layer].value)):
+            names[layer, matrix] = projection
+            projection.weight.requires_grad_()
+    batch = model.collate([encoded])
+    loss = cross_entropy(model.answer_logits(batch), batch.labels)
+    loss.backward()
+    gradients = {}
+    for key, projection in names.items():
+        gradient = projection.segments(projection.weight.grad, projection.axis)
+        gradients[key] = gradient if projection.axis == 1 else gradient.T
+        projection.weight.requires_grad_(False)
+        projection.weight.grad = None
+    return float(loss.detach()), gradients
+
+
+def changes(model, delta):
+    """By matrix, the change [D, M] of a delta."""
+    found = {}
+    for layer in LAYERS:
+        for matrix, projection in enumerate((model.ffn[layer].key, model.ffn[layer].value)):
+            if projection.weight_name in delta:
+                part = delta[projection.weight_name].dense(projection.weight.shape)
+                part = projection.segments(part, projection.axis)
+                found[layer, matrix] = part if projection.axis == 1 else part.T
+    return found
+
+
+@pytest.mark.parametrize("family", SOME_FAMILIES)
+@pytest.mark.parametrize("step", ["mean", "each"])
+def test_a_step_is_the_natural_gradient_to_where_the_loss_vanishes(
+    make_model, requests, assets, family, step
+):
+    model = make_model(family)
+    files = assets(model)
+    values = PLAIN | {"matrices": "both", "nats": 1e9, "step": step, "step_damping": 0}
+    found = changes(model, build_editor("npac", values, files)(model, requests[:1]).edit.weights)
+    loss, gradients = by_autograd(model, requests[0])
+    directions, square = {}, 0.0
+    for key, gradient in gradients.items():
+        residual, inner = sides(files, *key)
+        directions[key] = torch.linalg.solve(residual, gradient) @ torch.linalg.inv(inner)
+        square += float((gradient * directions[key]).sum())
+    assert found.keys() == directions.keys()
+    for key, direction in directions.items():
+        torch.testing.assert_close(found[key], -loss / square * direction, rtol=1e-6, atol=1e-9)
+
+
+def test_the_subjects_last_token_alone_writes(make_model, requests, assets):
+    model = make_model("llama")
+    files = assets(model)
+    values = PLAIN | {"positions": "subject_last"}
+    found = changes(model, build_editor("npac", values, files)(model, requests[:1]).edit.weights)
+    (text,) = model.encode_subjects([SubjectText.of(requests[0], "", requests[0].target_new)])
+    seen = {}
+    modules = [model.ffn[layer].value.module for layer in LAYERS]
+    handles = [
+        m.register_forward_pre_hook(lambda _, x, m=m: seen.__setitem__(m, x[0][0])) for m in modules
+    ]
+    model.answer_logits(model.collate([text]))
+    for handle in handles:
+        handle.remove()
+    for layer, module in zip(LAYERS, modules, strict=True):
+        _, inner = sides(files, layer, VALUE)
+        key = torch.linalg.solve(inner, seen[module][text.subject_last])
+        change = found[layer, VALUE]  # rank one: along the key of that token
+        torch.testing.assert_close(change, torch.outer(change @ key, key) / (key @ key))
+
+
+@pytest.mark.parametrize("choice", [{"paths": 4}, {"share": 0.3}])
+def test_what_is_not_chosen_is_not_moved(make_model, requests, assets, choice):
+    model = make_model("llama")
+    files = assets(model)
+    values = PLAIN | {"matrices": "both"} | choice
+    found = changes(model, build_editor("npac", values, files)(model, requests[:1]).edit.weights)
+    _, gradients = by_autograd(model, requests[0])
+    prices = {}
+    for key, gradient in gradients.items():
+        residual, inner = sides(files, *key)
+        solved = torch.linalg.solve(residual, gradient)
+        prices[key] = (gradient * solved).sum(dim=0) / inner.diagonal()
+    ranked = sorted(
+        ((float(p), key, j) for key, ps in prices.items() for j, p in enumerate(ps)), reverse=True
+    )
+    if "share" in choice:
+        total, wanted, held = sum(p for p, _, _ in ranked), set(), 0.0
+        for price, key, j in ranked:
+            if held >= 0.3 * total:
+                break
+            wanted.add((key, j))
+            held += price
+    else:
+        wanted = {
+            (key, j) for key in prices for j in prices[key].argsort(descending=True)[:4].tolist()
+        }
+    moved = {
+        (key, j)
+        for key, part in found.items()
+        for j in part.any(dim=0).nonzero().flatten().tolist()
+    }
+    assert moved == wanted
+
+
+def test_chosen_segments_of_w2_take_their_own_block(make_model, requests, assets):
+    model = make_model("llama")
+    files = assets(model)
+    values = PLAIN | {"paths": 5, "nats": 1e9}
+    found = changes(model, build_editor("npac", values, files)(model, requests[:1]).edit.weights)
+    loss, gradients = by_autograd(model, requests[0])
+    directions, square = {}, 0.0
+    for key, change in found.items():
+        index = change.any(dim=0).nonzero().flatten()
+        assert len(index) == 5
+        residual, inner = sides(files, *key)
+        gradient, block = gradients[key][:, index], inner[index][:, index]
+        directions[key] = index, torch.linalg.solve(residual, gradient) @ torch.linalg.inv(block)
+        square += float((gradient * directions[key][1]).sum())
+    for key, (index, direction) in directions.items():
+        torch.testing.assert_close(found[key][:, index], -loss / square * direction)
+
+
+def test_no_step_costs_more_than_its_nats(make_model, requests, assets):
+    model = make_model("llama")
+    files = assets(model)
+    values = PLAIN | {"nats": 1e-6}
+    found = changes(model, build_editor("npac", values, files)(model, requests[:1]).edit.weights)
+    cost = 0.0
+    for key, change in found.items():
+        residual, inner = sides(files, *key)
+        cost += float((change.T @ residual @ change * inner).sum()) / 2
+    assert cost == pytest.approx(1e-6)
+
+
+def test_an_edit_lowers_the_loss_and_leaves_the_model_as_it_was(trained, capital_requests, assets):
+    files, requests = assets(trained), capital_requests[:3]
+    before = {n: p.clone() for n, p in trained.model.named_parameters()}
+    # Facts of a model this small stand nowhere by themselves.
+    values = {"layers": LAYERS, "contexts": 0, "positions": "all", "matrices": "both", "steps": 12}
+    result = build_editor("npac", values, files)(trained, requests)
+    assert all(torch.equal(p, before[n]) for n, p in trained.model.named_parameters())
+    assert result.steps == 12
+    batch = trained.collate(trained.encode([(r.filled_prompt, r.target_new) for r in requests]))
+    loss = lambda: cross_entropy(trained.answer_logits(batch), batch.labels)  # noqa: E731
+    start = loss()
+    with trained.edits.savepoint():
+        trained.apply(result.edit)
+        assert loss() < start / 2
+
+
+def test_what_is_learnt_costs_no_step(make_model, requests, assets):
+    model = make_model("llama")
+    files = assets(model)
+    editor = build_editor("npac", {"layers": LAYERS, "tolerance": 1e9}, files)
+    result = editor(model, requests)
+    assert result.steps == 0
+    assert not result.edit.weights
+
+
+@pytest.mark.parametrize("choice", [{}, {"matrices": "both", "paths": 4}])
+def test_later_edits_keep_what_earlier_ones_used(make_model, requests, assets, choice):
+    model = make_model("llama")
+    files = assets(model)
+    values = {"layers": LAYERS, "steps": 1, "contexts": 0, "memory": 0.5, "nats": 1e9}
+    editor = build_editor("npac", values | choice, files)
+    first = editor(model, requests[:1]).edit
+    model.apply(first)
+    second = editor(model, requests[1:2]).edit
+    forgetful = build_editor("npac", values | choice | {"memory": 0}, files)
+    other = forgetful(model, requests[1:2]).edit
+    used = editor.state_dict()["kept.0.1"][0]
+    name = model.ffn[0].value.weight_name
+    moved, would = (
+        e.weights[name].dense(model.parameter(name).shape) @ used for e in (second, other)
+    )
+    assert moved.norm() < 0.5 * would.norm()
+
+
+def test_a_resumed_editor_makes_the_same_bits(make_model, requests, assets):
+    model = make_model("llama", dtype=torch.float32)
+    files = assets(model)
+    for choice in ({}, {"matrices": "both", "paths": 6}):
+        values = {"layers": LAYERS, "steps": 2} | choice
+        editor = build_editor("npac", values, files)
+        for request in requests[:2]:
+            editor(model, [request])
+        resumed = build_editor("npac", values, files)
+        resumed.load_state_dict({k: v.clone() for k, v in editor.state_dict().items()})
+        one, two = (e(model, requests[2:]).edit.weights.tensors() for e in (editor, resumed))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_layers_that_are_not_there_are_refused(make_model, requests, assets):
+    model = make_model("llama")
+    editor = build_editor("npac", {"layers": (1, 9)}, assets(model))
+    with pytest.raises(ConfigError, match=r"npac: layers \[1, 9\] are not all among .* 0 to 2"):
+        editor(model, requests[:1])
+
+
+def test_an_infinite_loss_is_refused(make_model, requests, assets):
+    model = make_model("llama")
+    files = assets(model)
+    model.parameter(model.ffn[1].value.weight_name).data.fill_(torch.nan)
+    with pytest.raises(EditError, match=r"npac: the loss of request 'a' .* lower nats"):
+        build_editor("npac", {"layers": LAYERS, "contexts": 0}, files)(model, requests[:1])

@@ -1,0 +1,319 @@
+"""Natural PAC: PAC with paths and steps measured by what must not change.
+
+PAC moves the segments of largest gradient by Adam. Here a gradient is measured in the metric of
+neutral text (:mod:`kmebench.editors.pac.metric`), where a change costs the nats by which it moves
+what the model says of everything else:
+
+- a segment's score is how far the loss falls per nat, comparable over layers and matrices;
+- a step goes along the natural gradient. It costs at most ``nats``, and is no longer than to where
+  the linearised loss vanishes (Polyak 1987), so there is no learning rate;
+- only some positions of a prompt write: a fact stands where its subject ends;
+- what earlier edits used belongs to the metric of later ones.
+
+Sources: natural gradient (Amari 1998), K-FAC (Martens and Grosse 2015), online Laplace (Ritter et
+al. 2018), trust region (Schulman et al. 2015). The paper's future work names what follows of them:
+layer-adaptive weights, a dynamic number of paths, Locality (Zhai et al. 2025).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.base import Assets
+from kmebench.editors.contexts import InContexts, prefixes
+from kmebench.editors.losses import check_finite, row_losses
+from kmebench.editors.pac.cards import NPACHparams
+from kmebench.editors.pac.gradients import KEY, observed
+from kmebench.editors.pac.metric import (
+    Positions,
+    Solve,
+    best_of_each,
+    fewest,
+    natural,
+    polyak,
+    segment_prices,
+    text_gram,
+    together,
+)
+from kmebench.editors.pac.sides import MatrixMetric, read_matrix_metric
+from kmebench.edits.weights import Columns, LowRank, Part, Rows, WeightDelta
+from kmebench.errors import ConfigError
+from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import Batch, EncodedSubject, SubjectText, length_sorted_chunks
+from kmebench.models.hooks import hooked
+from kmebench.models.layouts import Projection
+from kmebench.precision import exact_place, promoted
+
+#: Layer, and KEY or VALUE.
+Matrix = tuple[int, int]
+#: Tokens of a context before the prompt.
+CONTEXT_TOKENS = 10
+#: What the next step may cost: after one that raised the loss, so much of its cost; after another
+#: so many times the bound before, up to ``nats`` (trust region).
+SHRINK, GROW = 0.25, 2.0
+
+
+@dataclass
+class Pass:
+    """What the texts of some requests gave, position by position."""
+
+    losses: Tensor  # [texts], in nats per target token
+    each: int  # texts of each request
+    gradients: dict[Matrix, list[Positions]] = field(default_factory=dict)  # of what is not learnt
+    inputs: dict[Matrix, list[Tensor]] = field(default_factory=dict)  # of the matrices
+
+
+class Chosen(NamedTuple):
+    """The segments of a matrix that an edit moves (none: all), and how it divides by the metric."""
+
+    segments: Tensor | None
+    divide_residual: Solve
+    divide_inner: Solve
+
+
+class NPAC(InContexts):
+    """Natural steps in the FFNs of some layers."""
+
+    hparams: NPACHparams
+    _kept: dict[Matrix, tuple[Tensor, ...]]  # inputs that each earlier edit used
+    _metrics: dict[Matrix, MatrixMetric]  # with what is kept
+
+    def __init__(self, hparams: NPACHparams, assets: Assets) -> None:
+        super().__init__(hparams, assets)
+        self.lengths = ((CONTEXT_TOKENS, hparams.contexts),) if hparams.contexts else ()
+
+    def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
+        """Edit ``requests`` together; see :meth:`Editor.edit`."""
+        self._check_layers(model)
+        before = prefixes(self.contexts(model))
+        texts = [SubjectText.of(r, text, r.target_new) for r in requests for text in before]
+        encoded = model.encode_subjects(texts)
+        with self.stopwatch("solve"):
+            self._read_metrics(model)
+        with self.stopwatch("optimise"), model.edits.savepoint():
+            delta, used = self._descend(model, requests, encoded)
+        if self.hparams.memory:
+            with self.stopwatch("solve"):
+                self._keep(used, len(before))
+        return delta
+
+    def _check_layers(self, model: EditableModel) -> None:
+        layers = self.hparams.layers
+        if not all(0 <= layer < model.n_layers for layer in layers):
+            raise ConfigError(
+                f"{self.name}: layers {list(layers)} are not all among the model's 0 to "
+                f"{model.n_layers - 1}."
+            )
+
+    def _descend(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        encoded: Sequence[EncodedSubject],
+    ) -> tuple[WeightDelta, dict[Matrix, Tensor]]:
+        """Step until every request is learnt; return the change, and the inputs it used."""
+        total, chosen = WeightDelta({}), dict[Matrix, Chosen]()
+        nats, loss, cost = self.hparams.nats, torch.inf, 0.0
+        for step in range(self.hparams.steps + 1):
+            seen = self._pass(model, requests, encoded)
+            if not seen.gradients or step == self.hparams.steps:
+                break
+            gradients = {key: Positions.joined(parts) for key, parts in seen.gradients.items()}
+            chosen = chosen or self._choose(gradients)
+            # A step that raised the loss went further than its linear model holds.
+            mean = float(seen.losses.mean())
+            nats = cost * SHRINK if mean > loss else min(nats * GROW, self.hparams.nats)
+            loss = mean
+            delta, cost = self._step(model, gradients, seen, chosen, nats)
+            model.apply(delta)
+            total += delta
+            self.steps += 1
+        return total, {key: torch.cat(parts) for key, parts in seen.inputs.items()}
+
+    # -- a pass -------------------------------------------------------------------------------
+
+    def _pass(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        encoded: Sequence[EncodedSubject],
+    ) -> Pass:
+        """Read all texts; go back from those of requests that are not learnt."""
+        n = len(encoded) // len(requests)
+        groups = [encoded[i : i + n] for i in range(0, len(encoded), n)]
+        seen = Pass(torch.zeros(len(encoded), dtype=torch.float64), n)
+        lengths = [max(len(e.ids) for e in group) for group in groups]
+        for chunk in length_sorted_chunks(lengths, self.micro_batch):
+            rows = torch.tensor([i * n + place for i in chunk for place in range(n)])
+            items = [encoded[i] for i in rows.tolist()]
+            losses = self._read(model, items, rows, seen)
+            asked = [requests[i] for i in chunk]
+            per_request = losses.view(-1, n).sum(dim=1)
+            check_finite(self.name, per_request, asked, self.steps, nats=self.hparams.nats)
+            seen.losses[rows] = losses.cpu().double()
+        return seen
+
+    def _read(
+        self,
+        model: EditableModel,
+        items: Sequence[EncodedSubject],
+        rows: Tensor,
+        seen: Pass,
+    ) -> Tensor:
+        """Read the texts ``rows`` of some requests; return their losses, [len(rows)]."""
+        batch = model.collate(items)
+        writing = self._writing(batch, items)
+        learning = torch.zeros(len(items), dtype=torch.bool, device=writing.device)
+
+        def receive(layer: int, matrix: int, residual: Tensor, inner: Tensor) -> None:
+            if matrix not in self.hparams.moved:
+                return
+            here = (writing & learning[:, None]).to(inner.device)
+            owner = rows.to(here.device)[here.nonzero()[:, 0]]
+            part = Positions(residual[here], inner[here], owner)
+            seen.gradients.setdefault((layer, matrix), []).append(part)
+
+        layers = self.hparams.layers
+        with observed(model, receive, layers), self._inputs(model, writing, seen):
+            losses = row_losses(model.answer_logits(batch), batch.labels, batch)
+            above = losses.detach().view(-1, seen.each).mean(dim=1) >= self.hparams.tolerance
+            learning |= above.repeat_interleave(seen.each).to(learning.device)
+            if learning.any():
+                losses[learning.to(losses.device)].sum().backward()
+        return losses.detach()
+
+    def _writing(self, batch: Batch, items: Sequence[EncodedSubject]) -> Tensor:
+        """Say which positions write, [R, T]."""
+        places = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+        last = batch.labels.new_tensor([item.subject_last for item in items])[:, None]
+        end = batch.labels.new_tensor([len(item.ids) - 1 for item in items])[:, None]
+        if self.hparams.positions == "subject_last":
+            return places == last
+        first = last if self.hparams.positions == "from_subject" else 0
+        return (places >= first) & (places < end)
+
+    @contextmanager
+    def _inputs(self, model: EditableModel, writing: Tensor, seen: Pass) -> Iterator[None]:
+        """Note the inputs of the matrices at the positions that write."""
+
+        def handles() -> Iterator[RemovableHandle]:
+            for layer in self.hparams.layers:
+                for matrix in self.hparams.moved:
+                    module = _projection(model, (layer, matrix)).module
+                    yield module.register_forward_pre_hook(noted((layer, matrix)))
+
+        def noted(key: Matrix) -> Any:
+            def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                here = args[0].detach()[writing.to(args[0].device)]
+                seen.inputs.setdefault(key, []).append(here)
+
+            return note
+
+        with hooked(handles()):
+            yield
+
+    # -- a step -------------------------------------------------------------------------------
+
+    def _choose(self, gradients: Mapping[Matrix, Positions]) -> dict[Matrix, Chosen]:
+        """Choose the segments that are worth most, once for an edit."""
+        chosen: Sequence[Tensor | None] = [None] * len(gradients)
+        if not self.hparams.whole:
+            prices = [
+                segment_prices(positions, self._metrics[key].diagonal, self._metrics[key].residual)
+                for key, positions in gradients.items()
+            ]
+            paths = self.hparams.paths
+            chosen = best_of_each(prices, paths) if paths else fewest(prices, self.hparams.share)
+        return {
+            key: Chosen(index, *self._metrics[key].solvers(index))
+            for key, index in zip(gradients, chosen, strict=True)
+            if index is None or len(index)
+        }
+
+    def _step(
+        self,
+        model: EditableModel,
+        gradients: Mapping[Matrix, Positions],
+        seen: Pass,
+        chosen: Mapping[Matrix, Chosen],
+        nats: float,
+    ) -> tuple[WeightDelta, float]:
+        """Return one step of at most ``nats`` for each request that learns, and its cost."""
+        directions = {key: natural(gradients[key], *chosen[key]) for key in chosen}
+        texts, owner = gradients[next(iter(chosen))].owner.cpu().unique(return_inverse=True)
+        gram = text_gram(list(directions.values()), owner, len(texts))
+        losses, learning = seen.losses[texts], len(texts) / seen.each
+        if self.hparams.step == "each":
+            weights = together(gram, losses, nats * learning, self.hparams.step_damping)
+        else:
+            weights = polyak(gram, losses, nats * learning)
+        parts = {}
+        for key, direction in directions.items():
+            scale = -weights[owner].to(direction.residual)[:, None]
+            projection = _projection(model, key)
+            u, v = scale * direction.residual, direction.inner
+            parts[projection.weight_name] = _part(projection, chosen[key].segments, u, v)
+        return WeightDelta(parts), float(weights @ gram @ weights) / 2 / learning
+
+    # -- what is kept -------------------------------------------------------------------------
+
+    def _read_metrics(self, model: EditableModel) -> None:
+        """Read the metrics that are not there yet, and add what is kept."""
+        for layer in self.hparams.layers:
+            for matrix in self.hparams.moved:
+                key = layer, matrix
+                if key in self._metrics:
+                    continue
+                place = exact_place(_projection(model, key).weight.device)
+                metric = read_matrix_metric(self.assets, self.hparams, *key).to(place)
+                for rows in self._kept.get(key, ()):  # edit by edit, as they came: the same bits
+                    metric = metric.with_inputs(rows)
+                self._metrics[key] = metric
+
+    def _keep(self, used: Mapping[Matrix, Tensor], n: int) -> None:
+        """Keep the inputs of an edit, each of n texts in part."""
+        for key, inputs in used.items():
+            rows = inputs.to(promoted(inputs.dtype)) * (self.hparams.memory / n) ** 0.5
+            self._kept[key] = (*self._kept.get(key, ()), rows)
+            self._metrics[key] = self._metrics[key].with_inputs(rows)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the contexts, and by matrix the inputs of earlier edits with their numbers."""
+        state = super().state_dict()
+        for (layer, matrix), parts in self._kept.items():
+            state[f"kept.{layer}.{matrix}"] = torch.cat(parts)
+            state[f"sizes.{layer}.{matrix}"] = torch.tensor([len(rows) for rows in parts])
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore contexts and inputs; an empty state forgets them."""
+        super().load_state_dict(state)
+        self._kept, self._metrics = {}, {}
+        for name, rows in state.items():
+            what, *numbers = name.split(".")
+            if what == "kept":
+                layer, matrix = map(int, numbers)
+                sizes = state[f"sizes.{layer}.{matrix}"].tolist()
+                self._kept[layer, matrix] = rows.split(sizes)
+
+
+def _projection(model: EditableModel, key: Matrix) -> Projection:
+    ffn = model.ffn[key[0]]
+    return ffn.key if key[1] == KEY else ffn.value
+
+
+def _part(projection: Projection, index: Tensor | None, u: Tensor, v: Tensor) -> Part:
+    """Return Σ_p u_p ⊗ v_p over segments, u [P, D] and v [P, S], as a change of the weight."""
+    dtype = promoted(projection.weight.dtype)
+    if index is None and projection.offset == 0:
+        factors = (u.T, v) if projection.axis == 1 else (v.T, u)
+        return LowRank(*(factor.to(dtype).contiguous() for factor in factors))
+    kind = Rows if projection.axis == 0 else Columns
+    index = torch.arange(v.shape[1]) if index is None else index
+    return kind((index + projection.offset).to(v.device), (v.T @ u).to(dtype))

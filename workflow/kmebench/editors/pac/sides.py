@@ -1,0 +1,90 @@
+"""The metric of one FFN matrix: read from cached stages, and grown by what an edit is to keep.
+
+| matrix | residual side, D × D | side of the M segments |
+|---|---|---|
+| W1 | E[x xᵀ] of its input | E[g²] of its output, a diagonal |
+| W2 | E[g gᵀ] of its output | E[k kᵀ] of its input, the covariance of ROME's family |
+
+Inputs are kept by adding their outer products to the side that an input meets: x for W1, k for W2.
+So AlphaEdit keeps the keys of earlier edits, and online Laplace the Fisher matrix of earlier tasks
+(Ritter et al. 2018).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kmebench.editors.base import Assets
+from kmebench.editors.locate.covariance.factors import read_inverse
+from kmebench.editors.locate.covariance.store import Covariances
+from kmebench.editors.needs import Covariance, Inverse, NeutralMetric
+from kmebench.editors.pac.cards import NPACHparams
+from kmebench.editors.pac.gradients import KEY
+from kmebench.editors.pac.metric import Solve, damped, inverse, solver, with_rows
+from kmebench.editors.pac.neutral import read_metric
+
+
+@dataclass(frozen=True)
+class MatrixMetric:
+    """The metric of W1 (``KEY``) or W2 (``VALUE``) of a layer, in float64.
+
+    ``residual`` is the inverse of the residual side, [D, D]. ``segments`` is the moment of the
+    other side, [M, M] or its diagonal [M]; or its inverse [M, M], where all segments are moved.
+    """
+
+    matrix: int
+    residual: Tensor
+    segments: Tensor
+    inverted: bool = False
+
+    @property
+    def diagonal(self) -> Tensor:
+        """What each segment costs by itself, [M]; not of an inverse."""
+        return self.segments if self.segments.dim() == 1 else self.segments.diagonal()
+
+    def solvers(self, index: Tensor | None) -> tuple[Solve, Solve]:
+        """Return what divides by the two sides, that of the segments ``index`` (none: all)."""
+        own = self.segments
+        if not self.inverted and own.dim() == 1:
+            own = 1 / (own if index is None else own[index])
+        elif not self.inverted:
+            own = inverse(own if index is None else own[index][:, index])
+        return solver(self.residual), solver(own)
+
+    def to(self, device: torch.device | str) -> "MatrixMetric":
+        """Return the metric on another device."""
+        sides = {"residual": self.residual.to(device), "segments": self.segments.to(device)}
+        return replace(self, **sides)
+
+    def with_inputs(self, rows: Tensor) -> "MatrixMetric":
+        """Return the metric that keeps inputs [n, D] of W1, or [n, M] of W2, as well."""
+        if self.matrix == KEY:
+            return replace(self, residual=with_rows(self.residual, rows))
+        if self.inverted:
+            return replace(self, segments=with_rows(self.segments, rows))
+        rows = rows.to(self.segments)
+        added = rows.square().sum(dim=0) if self.segments.dim() == 1 else rows.T @ rows
+        return replace(self, segments=self.segments + added)
+
+
+def read_matrix_metric(
+    assets: Assets, hparams: NPACHparams, layer: int, matrix: int
+) -> MatrixMetric:
+    """Read the metric of a matrix from the cached stages, on the CPU.
+
+    Raises:
+        KMEBenchError: a file is of another kind or of other layers, or damaged.
+    """
+    moments = read_metric(assets[NeutralMetric.asset], layer)
+    residual = moments.inputs if matrix == KEY else moments.outputs
+    residual = inverse(damped(residual, hparams.residual_damping))
+    if matrix == KEY:
+        return MatrixMetric(matrix, residual, damped(moments.inner, hparams.segment_damping))
+    if hparams.whole:
+        cached = assets[Inverse(layer).key]
+        return MatrixMetric(matrix, residual, read_inverse(cached), inverted=True)
+    covariance = Covariances.open(assets[Covariance.asset]).of(layer)
+    if hparams.segment_side == "diagonal":
+        covariance = covariance.diagonal()
+    return MatrixMetric(matrix, residual, damped(covariance, hparams.segment_damping))

@@ -1,0 +1,50 @@
+"""What a config does that its reader may not expect, in sentences. Imports no torch."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kmebench.editors.needs import few_tokens
+from kmebench.planning import grid
+from kmebench.values import DEVELOPMENT
+
+
+def warnings_of(config: Mapping[str, Any]) -> list[str]:
+    """Return what is to be told once, before anything runs."""
+    return [*_untuned(config), *_few_tokens(config)]
+
+
+def _untuned(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each model that methods run on with values chosen for none."""
+    untuned: dict[str, list[str]] = {}
+    for run in grid.all_runs(config):
+        methods = untuned.setdefault(run.model, [])
+        if run.method not in methods and _is_untuned(config, run):
+            methods.append(run.method)
+    for model, methods in untuned.items():
+        if methods:
+            yield (
+                f"{model}: {', '.join(methods)} run untuned, with the editors' own values; copy "
+                f"what a search of this model chooses to config/tuned/, or set "
+                f"models.{model}.hparams."
+            )
+
+
+def _is_untuned(config: Mapping[str, Any], run: grid.Run) -> bool:
+    """Whether nothing sets a value for this model: a search, merged from its file, or the user.
+
+    Runs of a search are on the development split.
+    """
+    if run.dataset.endswith(DEVELOPMENT) or not grid.card_of_method(config, run.method).names:
+        return False
+    sections = grid.hparams_sections(config, run.model, run.method, run.mode)
+    return not any(values for place, values in sections if place[0] == "models")
+
+
+def _few_tokens(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each model whose covariance is of few tokens, if its M is known."""
+    tokens = config["covariance"]["tokens"]
+    for model, spec in config["models"].items():
+        if "shape" in spec and grid.measured_layers(config, model):
+            few = few_tokens(tokens, spec["shape"]["ffn_width"])
+            if few:
+                yield f"{model}: {few}"
