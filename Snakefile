@@ -8,6 +8,7 @@
 #   trace/{model}/{dataset}/                impact scores, paths   cache_gradients, select_paths
 #   covariance/{model}.safetensors          E[k kᵀ] of W2's keys   covariance
 #   covariance/{model}/                     inverses, spectra      factorise_covariance
+#   metric/{model}/                         what changes cost      neutral_metric
 #   targets/{model}/{dataset}/              targets z*             optimise_targets
 #   trained/{model}/{dataset}/              what editors learn     train_stage
 #   runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/   edit

@@ -209,6 +209,15 @@ CARDS = [
         holds=_pac,
     ),
     Card(
+        "pac-released",
+        "kmebench.editors.pac.released:PACReleased",
+        PACReleasedHparams,
+        "pac",
+        _CITATION + " (the schedule of its released code)",
+        summary="PAC in passes over all facts, as its released code edits.",
+        holds=_released,
+    ),
+    Card(
         "npac",
         "kmebench.editors.pac.npac:NPAC",
         NPACHparams,
@@ -217,14 +226,5 @@ CARDS = [
         needs=_metric,
         summary="Takes natural steps, measured by what they change of everything else.",
         holds=_npac,
-    ),
-    Card(
-        "pac-released",
-        "kmebench.editors.pac.released:PACReleased",
-        PACReleasedHparams,
-        "pac",
-        _CITATION + " (the schedule of its released code)",
-        summary="PAC in passes over all facts, as its released code edits.",
-        holds=_released,
     ),
 ]
