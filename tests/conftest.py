@@ -4,9 +4,10 @@ import gc
 
 gc.disable()  # until all is imported, of which nothing is garbage
 
+import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -42,6 +43,12 @@ FAMILIES = (
 )
 #: Enough for what does not depend on where a family keeps its weights.
 SOME_FAMILIES = FAMILIES[::2]
+
+
+def in_turn(values: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Every family with one of ``values``: enough where the two do not meet in the code."""
+    return list(zip(FAMILIES, itertools.cycle(values), strict=False))
+
 
 #: The name of a run: the columns of kmebench.evaluation.score.RUN.
 RUN = {

@@ -139,8 +139,8 @@ def bench(gpu, tmp_path):
 
 
 def of_one_run(test):
-    """One process of pytest-xdist makes what all of them look at."""
-    return pytest.mark.integration(pytest.mark.xdist_group("gpu")(test))
+    """All of gpu.py, from start to end: one process of pytest-xdist makes what all look at."""
+    return pytest.mark.slow(pytest.mark.xdist_group("gpu")(test))
 
 
 @pytest.fixture(scope="module")

@@ -290,25 +290,15 @@ def test_a_fact_is_edited_with_an_overlay_over_the_config(folder, tmp_path, caps
 
 
 @pytest.mark.integration
-def test_a_model_that_only_an_overlay_defines_is_made_or_the_reason_is_told(
-    folder, tmp_path, capsys
-):
+def test_a_model_that_only_an_overlay_defines_is_made(folder, tmp_path, capsys):
+    """Why one could not be made: tests/planning/test_workflow.py."""
     overlay = tmp_path / "mine.yaml"
     places = {name: str(tmp_path / name) for name in ("results", "logs", "benchmarks")}
-    models = {
-        name: {"source": {"source": "folder", "path": str(path)}}
-        for name, path in (("mine", folder), ("empty", tmp_path / "none"))
-    }
+    models = {"mine": {"source": {"source": "folder", "path": str(folder)}}}
     overlay.write_text(json.dumps({"pathvars": places, "models": models}))
-    arguments = [*FACT, "--config", str(overlay), "--model"]
-    assert main(["trace", *arguments, "mine"]) == 0
+    assert main(["trace", *FACT, "--config", str(overlay), "--model", "mine"]) == 0
     assert "of the impact (l2)" in capsys.readouterr().out
     assert (tmp_path / "results/models/mine/config.json").is_file()
-    refused(
-        ["trace", *arguments, "empty"],
-        f"models/empty could not be made: fetch_model: {tmp_path / 'none'} is no Hugging Face",
-        capsys,
-    )
 
 
 def test_brackets_and_dollars_of_a_prompt_are_shown_and_drawn_as_they_are(folder, tmp_path, capsys):
@@ -361,7 +351,10 @@ def test_plan_counts_jobs_hours_and_disk(tmp_path, capsys, monkeypatch):
         '{"requests": 1, "seconds_per_edit": 2.0, "evaluation_seconds": 1.0}'
     )
     (run / "predictions.parquet").write_bytes(bytes(1000))
-    arguments = ["plan", "--configfile", "config/paper.yaml", "--measured", str(tmp_path)]
+    few = tmp_path / "few.yaml"
+    few.write_text("experiments: {table1: {methods: [pac]}, table2: {methods: [pac, full-c]}}")
+    configs = ["config/paper.yaml", str(few)]
+    arguments = ["plan", "--configfile", *configs, "--measured", str(tmp_path)]
     assert main([*arguments, "--devices", "1", "64"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^edit +\d+", shown, re.MULTILINE)

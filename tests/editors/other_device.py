@@ -18,8 +18,10 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from kmebench import precision
 from kmebench.data.records import EditRequest
+from kmebench.editors import contexts
 from kmebench.editors.base import build_editor
 from kmebench.editors.cards import registered
+from kmebench.editors.contexts import Contexts, sample_contexts
 from kmebench.editors.locate.covariance.stage import Sums
 from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.covariance.texts import Sampled
@@ -62,6 +64,9 @@ class Card(torch.Tensor):
 
     def tolist(self):
         return self.raw.tolist()
+
+    def __format__(self, spec):
+        return format(self.raw, spec)
 
     def numpy(self):
         raise TypeError("a tensor of the card has to be copied to the CPU first")
@@ -181,11 +186,12 @@ def edit_twice(model: EditableModel, name: str, path: Path) -> None:
     model.revert()
 
 
-def main() -> None:
-    if sys.argv[1:] == ["single"]:
-        REFUSED.add(torch.float64)
-        precision.SINGLE.add("card")
-    kept = register()
+def few_contexts(model: EditableModel, lengths: object, seed: int) -> Contexts:
+    """One text of two tokens: the second is sampled."""
+    return sample_contexts(model, ((2, 1),), seed)
+
+
+def edit_all(kind: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for family, names in ASKED.items():
             model = model_on_card(family)
@@ -193,9 +199,17 @@ def main() -> None:
             path = moments(model, Path(folder, f"{family}.safetensors"))
             for name in names:
                 edit_twice(model, name, path)
-                print(family, name, flush=True)
+                print(kind, family, name, flush=True)
             neutral = NeutralText.written_by(model, NeutralSettings(texts=2, length=4, seed=0), 2)
             assert health(model, neutral, 2)["kl"] == 0.0
+
+
+def main() -> None:
+    kept, contexts.sample_contexts = register(), few_contexts
+    edit_all("double")
+    REFUSED.add(torch.float64)
+    precision.SINGLE.add("card")
+    edit_all("single")
     del kept
 
 

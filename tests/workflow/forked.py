@@ -5,15 +5,22 @@ checkout brings its own.
 """
 
 import gc
+import json
+import logging
 import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(
-    ["snakemake.cli", "snakemake.executors.dryrun", "pandas", "pyarrow", "pydantic", "jsonschema"]
+    [
+        *("snakemake.cli", "snakemake.executors.dryrun", "snakemake.executors.local"),
+        *("snakemake.report.html_reporter", "snakemake.profiles", "smart_open", "dpath", "yte"),
+        *("pandas", "pyarrow", "pydantic.dataclasses", "jsonschema", "jinja2", "safetensors"),
+    ]
 )
 _ROOT = Path(__file__).parents[2]
 
@@ -21,7 +28,10 @@ _ROOT = Path(__file__).parents[2]
 def snakemake(
     arguments: Sequence[str], folder: Path, environment: dict[str, str], output: Path
 ) -> int:
-    """Run Snakemake in a folder, write what it says to a file, and return its exit status."""
+    """Run Snakemake in a folder, write what it says to a file, and return its exit status.
+
+    Beside that file, ``jobs.jsonl`` has a line for each job that it plans or starts, in order.
+    """
     process = _fork.Process(target=_snakemake, args=(arguments, folder, environment, output))
     process.start()
     process.join()
@@ -43,5 +53,22 @@ def _snakemake(
     sys.path[:] = [*environment["PYTHONPATH"].split(os.pathsep), *others]
     sys.argv[:] = ["snakemake", *arguments]
     from snakemake.cli import main
+    from snakemake.logging import logger
 
-    main(list(arguments))
+    with output.with_name("jobs.jsonl").open("w", encoding="utf-8") as jobs:
+        logger.addFilter(_Jobs(jobs).write)
+        main(list(arguments))
+
+
+class _Jobs:
+    """What Snakemake tells its log of a job: more than it prints."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, record: logging.LogRecord) -> bool:
+        """Write the record if it is one of a job; it is logged all the same."""
+        if hasattr(record, "reason"):
+            job = {name: getattr(record, name) for name in ("rule_name", "input", "output")}
+            print(json.dumps(job), file=self.stream, flush=True)
+        return True

@@ -1,6 +1,5 @@
 """Notebooks: clean in git, whole when executed, and never half a result."""
 
-import re
 from pathlib import Path
 
 import nbformat
@@ -61,21 +60,3 @@ def test_a_failing_cell_fails_its_rule_and_leaves_no_result(copy_of_finished):
     assert "ValueError: this cell is broken" in log.read_text(encoding="utf-8")
     assert not list(results.glob("*01_dataset_tour*"))
     assert list(results.glob("02_*"))
-
-
-@pytest.mark.parametrize(
-    ("changed", "again"),
-    [
-        ("editors/pac/pac.py", ("02", "03", "04", "05")),
-        ("editors/finetune/lora.py", ("03", "05")),
-        ("data/records.py", ("01", "02", "03", "04", "05")),
-        ("reporting/comparisons.py", ("05",)),
-        ("pipelines/one_fact.py", ("02",)),
-    ],
-)
-def test_a_change_executes_the_notebooks_that_it_can_influence(changed, again, copy_of_finished):
-    file = copy_of_finished.folder / "workflow/kmebench" / changed
-    file.write_text(file.read_text(encoding="utf-8") + "\nCHANGED = True\n", encoding="utf-8")
-    pages = [f"results/notebooks/{name}.html" for name in NAMES]
-    output = copy_of_finished.run("--dry-run", *pages)
-    assert set(re.findall(r"Executing the notebook (\d+)_", output)) == set(again)

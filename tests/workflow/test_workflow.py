@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ import torch
 import yaml
 
 from kmebench.edits.edit import Edit
+from tests.workflow.conftest import copied, count
 
 RUN = "results/runs/tiny-gptj/openfacts-zsre/consecutive/pac/default/seed0"
 
@@ -45,7 +47,13 @@ def test_a_finished_workflow_does_nothing_within_ten_seconds(finished):
     assert time.monotonic() - start < 10
 
 
-def test_source_files_that_are_touched_or_changed_back_run_nothing_again(copy_of_finished):
+def edit(checkout, path):
+    file = checkout.folder / "workflow" / "kmebench" / path
+    file.write_text(file.read_text(encoding="utf-8") + "\nCHANGED = True\n", encoding="utf-8")
+
+
+def test_what_decides_no_result_runs_nothing_again(copy_of_finished):
+    """Files that are only touched or are changed back, and code that no number depends on."""
     for path in copy_of_finished.folder.rglob("*"):
         if path.suffix in (".py", ".smk", ".yaml", ".csv", ".json") and (
             "results" not in path.relative_to(copy_of_finished.folder).parts
@@ -56,12 +64,12 @@ def test_source_files_that_are_touched_or_changed_back_run_nothing_again(copy_of
     text = file.read_text(encoding="utf-8")
     file.write_text(text + "\n", encoding="utf-8")
     file.write_text(text, encoding="utf-8")
+    for changed in (
+        *("errors.py", "names.py", "forkserver.py", "io/logs.py"),
+        *("editors/cards.py", "editors/pac/cards.py"),
+    ):
+        edit(copy_of_finished, changed)
     assert copy_of_finished.planned() == {}
-
-
-def edit(checkout, path):
-    file = checkout.folder / "workflow" / "kmebench" / path
-    file.write_text(file.read_text(encoding="utf-8") + "\nCHANGED = True\n", encoding="utf-8")
 
 
 #: Rules that run no editor, and look at what editors left.
@@ -75,81 +83,95 @@ def apart(planned):
     return made, set(planned) - set(made)
 
 
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        # Full-C runs: 2 data sets in batches, one breadth first.
-        ("editors/finetune/full_c.py", {"edit": 3}),
-        # MEMIT and PMET in batches, PRUNE consecutively.
-        ("editors/locate/memit.py", {"edit": 6}),
-        # ROME optimises its own targets.
-        ("editors/locate/targets.py", {"optimise_targets": 4, "edit": 8}),
-        (
-            "editors/locate/covariance/texts.py",
-            {"covariance": 1, "factorise_covariance": 2, "edit": 8},
-        ),
-        # PAC: two more consecutive runs in the ablations.
-        ("editors/pac/pac.py", {"edit": 6}),
-        ("editors/pac/released.py", {"edit": 1}),
-    ],
-)
-def test_changing_an_editor_runs_its_own_runs_and_what_reports_them(
-    changed, expected, copy_of_finished
-):
-    edit(copy_of_finished, changed)
-    made, reporting = apart(copy_of_finished.planned())
-    assert made == expected
+#: What makes results: a changed file -> the jobs that make something again because of it.
+MAKES = {
+    # Full-C runs: 2 data sets in batches, one breadth first.
+    "editors/finetune/full_c.py": {"edit": 3},
+    # MEMIT and PMET in batches, PRUNE consecutively.
+    "editors/locate/memit.py": {"edit": 6},
+    # ROME optimises its own targets.
+    "editors/locate/targets.py": {"optimise_targets": 4, "edit": 8},
+    "editors/locate/covariance/texts.py": {"covariance": 1, "factorise_covariance": 2, "edit": 8},
+    # PAC: two more consecutive runs in the ablations.
+    "editors/pac/pac.py": {"edit": 6},
+    "editors/pac/released.py": {"edit": 1},
+}
+#: What reports them: a changed file -> rules that run because of it.
+REPORTS = {
+    "reporting/tables.py": {"table", "costs", "findings", "index"},
+    "reporting/figures.py": {"figure", "index"},
+    "reporting/templates/page.html.j2": {"table", "costs", "findings", "index"},
+    "evaluation/protocols.py": {"score", "table", "findings", "figure", "index"},
+}
+#: A changed file -> the notebooks that are executed again because of it.
+NOTEBOOKS = {
+    "editors/pac/pac.py": {"02", "03", "04", "05"},
+    "editors/finetune/lora.py": {"03", "05"},
+    "data/records.py": {"01", "02", "03", "04", "05"},
+    "reporting/comparisons.py": {"05"},
+    "pipelines/one_fact.py": {"02"},
+}
+
+
+@pytest.fixture(scope="module")
+def because_of(finished, tmp_path_factory):
+    """The jobs that one change alone would run, out of one dry run in which all are made.
+
+    They are those that read the changed file, or what such a job makes.
+    """
+    checkout = copied(finished.folder, tmp_path_factory.mktemp("changed"))
+    for changed in {*MAKES, *REPORTS, *NOTEBOOKS}:
+        edit(checkout, changed)
+    planned = checkout.jobs()
+
+    def jobs(changed):
+        files, found = {f"workflow/kmebench/{changed}"}, []
+        for job in planned:
+            if not files.isdisjoint(job.input):
+                files |= set(job.output)
+                found.append(job)
+        return found
+
+    return jobs
+
+
+@pytest.mark.parametrize("changed", MAKES)
+def test_changing_an_editor_runs_its_own_runs_and_what_reports_them(changed, because_of):
+    made, reporting = apart(count(because_of(changed)))
+    assert made == MAKES[changed]
     assert {"score", "table", "index"} <= reporting
 
 
-def test_what_decides_no_result_runs_nothing_again(copy_of_finished):
-    for changed in (
-        *("errors.py", "names.py", "forkserver.py", "io/logs.py"),
-        *("editors/cards.py", "editors/pac/cards.py"),
-    ):
-        edit(copy_of_finished, changed)
-    assert copy_of_finished.planned() == {}
-
-
-@pytest.mark.parametrize(
-    ("cards", "old", "new", "expected"),
-    [
-        ("pac", "] = 2\n    rescore_every", "] = 3\n    rescore_every", {"edit": 1}),
-        # Of PMET alone, which overrides MEMIT's.
-        (
-            "locate",
-            "clamp_factor: Clamp = 1.0",
-            "clamp_factor: Clamp = 2.0",
-            {"edit": 2, "optimise_targets": 2},
-        ),
-    ],
-)
-def test_a_changed_default_runs_its_own_editors_runs_again(
-    cards, old, new, expected, copy_of_finished
-):
-    file = copy_of_finished.folder / f"workflow/kmebench/editors/{cards}/cards.py"
-    text = file.read_text(encoding="utf-8")
-    assert text.count(old) == 1
-    file.write_text(text.replace(old, new), encoding="utf-8")
-    made, reporting = apart(copy_of_finished.planned())
-    assert made == expected
-    assert {"score", "table", "index"} <= reporting
-
-
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        ("reporting/tables.py", {"table", "costs", "findings", "index"}),
-        ("reporting/figures.py", {"figure", "index"}),
-        ("reporting/templates/page.html.j2", {"table", "costs", "findings", "index"}),
-        ("evaluation/protocols.py", {"score", "table", "findings", "figure", "index"}),
-    ],
-)
-def test_changing_what_reports_runs_no_editor(changed, expected, copy_of_finished):
-    edit(copy_of_finished, changed)
-    made, reporting = apart(copy_of_finished.planned())
+@pytest.mark.parametrize("changed", REPORTS)
+def test_changing_what_reports_runs_no_editor(changed, because_of):
+    made, reporting = apart(count(because_of(changed)))
     assert made == {}
-    assert expected <= reporting
+    assert REPORTS[changed] <= reporting
+
+
+@pytest.mark.parametrize("changed", NOTEBOOKS)
+def test_a_change_executes_the_notebooks_that_it_can_influence(changed, because_of):
+    files = {file for job in because_of(changed) for file in job.output}
+    pages = {Path(file).name for file in files if file.startswith("results/notebooks/")}
+    assert {page[:2] for page in pages} == NOTEBOOKS[changed]
+
+
+def test_a_changed_default_runs_its_own_editors_runs_again(copy_of_finished):
+    for family, old, new in (
+        ("pac", "] = 2\n    rescore_every", "] = 3\n    rescore_every"),  # of pac-released alone
+        # Of PMET alone, which overrides MEMIT's.
+        ("locate", "clamp_factor: Clamp = 1.0", "clamp_factor: Clamp = 2.0"),
+    ):
+        file = copy_of_finished.folder / f"workflow/kmebench/editors/{family}/cards.py"
+        text = file.read_text(encoding="utf-8")
+        assert text.count(old) == 1
+        file.write_text(text.replace(old, new), encoding="utf-8")
+    jobs = copy_of_finished.jobs()
+    made, reporting = apart(count(jobs))
+    assert made == {"edit": 3, "optimise_targets": 2}
+    edits = [job.output[0].split("/") for job in jobs if job.rule_name == "edit"]
+    assert sorted(parts[5] for parts in edits) == ["pac-released", "pmet", "pmet"]
+    assert {"score", "table", "index"} <= reporting
 
 
 @pytest.mark.parametrize(
@@ -161,24 +183,24 @@ def test_changing_what_reports_runs_no_editor(changed, expected, copy_of_finishe
         ({"paths": 7}, {"edit": 6, "select_paths": 2}),
     ],
 )
-def test_other_paths_or_lambda_reuse_the_gradient_cache(hparams, expected, copy_of_finished):
-    overlay = copy_of_finished.overlay("other", methods={"pac": {"hparams": hparams}})
-    planned = copy_of_finished.planned(configs=("config/ci.yaml", overlay))
+def test_other_paths_or_lambda_reuse_the_gradient_cache(hparams, expected, finished):
+    overlay = finished.overlay("other", methods={"pac": {"hparams": hparams}})
+    planned = finished.planned(configs=("config/ci.yaml", overlay))
     assert apart(planned)[0] == expected
 
 
-def test_longer_answers_trace_nothing_again(copy_of_finished):
+def test_longer_answers_trace_nothing_again(finished):
     """How long answers may be concerns predictions, and what is left out of a data set."""
-    overlay = copy_of_finished.overlay("longer", evaluation={"wild_max_tokens": 9})
-    planned = copy_of_finished.planned(configs=("config/ci.yaml", overlay))
+    overlay = finished.overlay("longer", evaluation={"wild_max_tokens": 9})
+    planned = finished.planned(configs=("config/ci.yaml", overlay))
     assert {"predict_original", "edit"} <= planned.keys()
     assert not {"cache_gradients", "select_paths", "optimise_targets"} & planned.keys()
 
 
-def test_another_point_of_a_sweep_runs_that_point_alone(copy_of_finished):
+def test_another_point_of_a_sweep_runs_that_point_alone(finished):
     sweep = {"ablation-paths": {"sweep": {"paths": [5, 15, 20]}}}
-    overlay = copy_of_finished.overlay("point", experiments=sweep)
-    planned = copy_of_finished.planned(configs=("config/ci.yaml", overlay))
+    overlay = finished.overlay("point", experiments=sweep)
+    planned = finished.planned(configs=("config/ci.yaml", overlay))
     assert apart(planned)[0] == {"edit": 1, "select_paths": 1}
 
 
@@ -262,15 +284,16 @@ def test_tables_are_rebuilt_without_torch(copy_of_finished, tmp_path):
     assert all(path.is_file() for path in others)
 
 
-def test_the_same_seed_gives_the_same_bytes(copy_of_finished):
-    path = copy_of_finished.folder / RUN / "predictions.parquet"
-    before = path.read_bytes()
-    path.unlink()
-    copy_of_finished.run(f"{RUN}/predictions.parquet")
-    assert path.read_bytes() == before
+def wait_for(job, condition):
+    """Wait for something that a process does before it ends."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert job.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
-def test_a_killed_run_resumes_and_ends_with_the_same_bytes(copy_of_finished):
+def test_a_second_command_is_refused_and_a_killed_run_resumes_with_the_same_bytes(copy_of_finished):
     folder = copy_of_finished.folder / RUN
     names = ("predictions.parquet", "delta.safetensors")
     before = {name: (folder / name).read_bytes() for name in names}
@@ -285,11 +308,12 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(copy_of_finished):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
-    while not any((folder / "checkpoints" / str(n)).is_dir() for n in (1, 2, 3)):
-        assert job.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for(job, lambda: any((copy_of_finished.folder / ".snakemake/locks").glob("*")))
+    job.send_signal(signal.SIGSTOP)  # so that no edit begins before the second command has ended
+    output = copy_of_finished.run(f"{RUN}/timing.json", "--forcerun", "edit", check=False)
+    assert "cannot be locked" in output
+    job.send_signal(signal.SIGCONT)
+    wait_for(job, lambda: any((folder / "checkpoints" / str(n)).is_dir() for n in (1, 2, 3)))
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
     assert not (folder / "predictions.parquet").exists()

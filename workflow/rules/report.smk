@@ -175,7 +175,7 @@ rule findings:
         "../../envs/report.yaml"
     params:
         results=lambda w: RESULTS,
-        cells=reported.finding_cells(),
+        cells=reported.finding_cells,
         statistics=config["statistics"],
     message:
         "Testing what the paper claims"

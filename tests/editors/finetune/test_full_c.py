@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from kmebench.editors.base import build_editor
 from kmebench.errors import ConfigError
-from tests.conftest import FAMILIES
+from tests.conftest import in_turn
 
 HPARAMS = {"learning_rate": 0.01, "norm_constraint": 0.02, "steps": 4, "tolerance": 0.0}
 
@@ -18,8 +18,7 @@ def edited(model, requests, **hparams):
     return model.edits.total().weights
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mini_batch", [None, 2])
+@pytest.mark.parametrize(("family", "mini_batch"), in_turn([None, 2]))
 def test_full_c_equals_projected_adam(family, mini_batch, make_model, requests):
     model = make_model(family)
     names = [p.weight_name for f in model.ffn for p in (f.key, f.value)]

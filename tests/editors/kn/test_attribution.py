@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kmebench.editors.kn.attribution import attribute
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, in_turn
 
 
 def prompt_of(model, request):
@@ -41,8 +41,8 @@ def slope(model, ids, layer, neurons, answer):
     return gradient
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("micro_batch", [1, 7, 100])  # 7: layers share a batch, and are split
+# 7: layers share a batch, and are split.
+@pytest.mark.parametrize(("family", "micro_batch"), in_turn([7, 1, 100]))
 def test_attribution_equals_a_literal_loop_over_points(family, micro_batch, make_model, requests):
     model, answer, steps = make_model(family), 5, 4
     ids = prompt_of(model, requests[1])

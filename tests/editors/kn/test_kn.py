@@ -14,7 +14,7 @@ from kmebench.errors import ConfigError
 from kmebench.evaluation.predict import Settings
 from kmebench.pipelines.checkpoints import Checkpoints
 from kmebench.pipelines.pipelines import Setup, run_batches, run_consecutive
-from tests.conftest import FAMILIES
+from tests.conftest import in_turn
 
 HPARAMS = {"steps": 3, "prompts": 4, "threshold": 0.1, "share": 0.25}
 
@@ -81,8 +81,7 @@ def test_where_no_attribution_is_positive_no_neuron_is_kept():
     assert not knowledge_neurons(-torch.rand(4, 2, 3) - 0.1, 0.2, 0.4).any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("true_answer", ["named", "argmax"])
+@pytest.mark.parametrize(("family", "true_answer"), in_turn(["named", "argmax"]))
 def test_values_of_kept_neurons_move_from_the_old_embedding_to_the_new(
     family, true_answer, make_model, requests
 ):

@@ -16,7 +16,7 @@ from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.locate.covariance.texts import TextSettings, text_batches
 from kmebench.errors import ConfigError, DataError, EditError, KMEBenchError
 from kmebench.models.sampling import beginning, sample
-from tests.conftest import FAMILIES, TEXTS
+from tests.conftest import SOME_FAMILIES, TEXTS, in_turn
 
 LAYERS = (0, 2)
 
@@ -65,8 +65,7 @@ def tokenised(model, paragraphs, length, tokens):
     return [ids for ids in kept if ids]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("block", [4096, 7])
+@pytest.mark.parametrize(("family", "block"), in_turn([4096, 7]))
 def test_covariance_of_a_text_are_the_mean_of_outer_products(
     family, block, make_model, text, tmp_path, monkeypatch
 ):
@@ -84,7 +83,7 @@ def test_covariance_of_a_text_are_the_mean_of_outer_products(
         torch.testing.assert_close(covariance.of(layer), expected.float(), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME_FAMILIES)
 def test_covariance_of_sampled_text_are_those_of_reading_it(family, make_model, tmp_path):
     model = make_model(family)
     measure_covariance(tmp_path / "c.safetensors", model, LAYERS, settings())

@@ -6,7 +6,7 @@ import torch
 from kmebench.data.records import EditRequest
 from kmebench.editors.locate.keys import layer_outputs, module_outputs, subject_activations
 from kmebench.models.encoding import SubjectText, encode_subjects
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, in_turn
 
 CONTEXTS = (("{}",), ("The Seine. {}", "I {} {. {}"), ("Paris stands in Mount Fuji. {}",))
 
@@ -27,8 +27,7 @@ def plain(model, request, prefix, module):
     return states[0, item.subject_last], output[0, item.subject_last]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("micro_batch", [1, 2, 50])
+@pytest.mark.parametrize(("family", "micro_batch"), in_turn([1, 2, 50]))
 def test_activations_are_means_inside_groups_then_over_groups(
     family, micro_batch, make_model, requests
 ):

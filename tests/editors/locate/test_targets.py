@@ -1,6 +1,5 @@
 """Targets: the shared replay against plain full forward passes, one request at a time."""
 
-import itertools
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,11 +13,12 @@ from kmebench.editors.locate.target_rows import TargetRows
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.errors import EditError
 from kmebench.models.encoding import SubjectText, encode_subjects
-from tests.conftest import FAMILIES, SOME_FAMILIES
+from tests.conftest import FAMILIES, SOME_FAMILIES, in_turn
 
 CONTEXTS = (("{}",), ("The Seine. {}", "I {} {. {}"), ("Paris stands in Mount Fuji. {}",))
 SITES = ("layer", "value", "attention-value")
-PAIRS = list(zip(FAMILIES, itertools.cycle(SITES), strict=False))
+PAIRS = in_turn(SITES)
+SOME_PAIRS = [(family, site) for family, site in PAIRS if family in SOME_FAMILIES]
 SETTINGS = TargetSettings(
     layer=1,
     site="layer",
@@ -190,12 +190,13 @@ def varied(requests):
 @pytest.mark.parametrize("site", SITES)
 def test_targets_equal_plain_optimisation_of_each_request(family, site, make_model, varied):
     model = make_model(family)
-    settings = replace(SETTINGS, site=site, clamp_factor=0.4 if site == "layer" else 2.0)
-    got, _ = compare(model, varied, settings)
+    clamp_factor = 0.4 if site == "layer" else 2.0
+    settings = replace(SETTINGS, site=site, steps=4, clamp_factor=clamp_factor)
+    got, _ = compare(model, varied[2:], settings)
     assert got.losses[-1].mean() < got.losses[0].mean()
 
 
-@pytest.mark.parametrize(("family", "site"), PAIRS)
+@pytest.mark.parametrize(("family", "site"), SOME_PAIRS)
 def test_requests_stop_by_themselves(family, site, make_model, varied):
     """One stops before any step, others at different steps, and some never."""
     model = make_model(family)
@@ -216,10 +217,10 @@ def test_what_is_learnt_from_the_start_is_left_alone(site, make_model, requests)
     assert torch.equal(got.values, got.start)
 
 
-@pytest.mark.parametrize(("family", "site"), PAIRS)
+@pytest.mark.parametrize(("family", "site"), SOME_PAIRS)
 def test_deltas_stay_in_their_balls(family, site, make_model, requests):
     model = make_model(family)
-    settings = replace(SETTINGS, site=site, clamp_factor=0.1)
+    settings = replace(SETTINGS, site=site, steps=4, clamp_factor=0.1)
     got, plain = compare(model, requests, settings)
     assert all(p.clamped for p in plain)
     (moved, *_), place = modules_of(model, settings)
@@ -329,7 +330,7 @@ def test_the_lowest_and_the_highest_layer_can_be_edited(family, layer, site, mak
     # In the highest layer no δ reaches what is said after the subject, and KL there has no slope
     # at first: Adam would make steps of the rounding of zero.
     above = {"site": site, "steps": 3, "kl_position": "prompt_last"}
-    compare(make_model(family), requests, replace(SETTINGS, **above, layer=layer))
+    compare(make_model(family), requests[:2], replace(SETTINGS, **above, layer=layer))
 
 
 def test_the_batch_does_not_matter(make_model, varied):
@@ -355,9 +356,10 @@ def test_live_weights_are_used_and_nothing_is_left_behind(family, make_model, re
         model.ffn[2].value.weight.mul_(1.5)
         model.ffn[0].key.weight.mul_(0.5)
     before = {n: p.clone() for n, p in model.model.named_parameters()}
+    settings = replace(SETTINGS, steps=3)
     with torch.no_grad():
-        compare_under_no_grad = optimise_targets(model, requests, CONTEXTS, SETTINGS, "memit")
-    got, _ = compare(model, requests, SETTINGS)
+        compare_under_no_grad = optimise_targets(model, requests, CONTEXTS, settings, "memit")
+    got, _ = compare(model, requests, settings)
     assert torch.equal(compare_under_no_grad.values, got.values)
     assert all(torch.equal(before[n], p) for n, p in model.model.named_parameters())
     assert all(p.grad is None and not p.requires_grad for p in model.model.parameters())
@@ -373,10 +375,10 @@ def test_the_same_bytes_twice(site, make_model, requests):
     assert torch.equal(one.losses, two.losses)
 
 
-@pytest.mark.parametrize(("family", "site"), PAIRS)
+@pytest.mark.parametrize(("family", "site"), SOME_PAIRS)
 def test_bfloat16_models_have_float32_targets(family, site, make_model, requests):
     model = make_model(family, torch.bfloat16)
-    settings = replace(SETTINGS, site=site, learning_rate=0.3 if family == "gpt_neox" else 0.1)
+    settings = replace(SETTINGS, site=site, learning_rate=0.1)
     got = optimise_targets(model, requests, CONTEXTS, settings, "memit")
     assert got.values.dtype == got.losses.dtype == torch.float32
     first = [plain_targets(model, r, replace(settings, steps=1)).losses[0] for r in requests]

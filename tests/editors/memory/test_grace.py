@@ -80,14 +80,16 @@ def plain_values(model, request, hparams):
     return seen["query"], value.detach()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("projection", "replacement"),
-    [("value", "last"), ("key", "last"), ("value", "prompt"), ("key", "all")],
+    ("family", "projection", "replacement"),
+    [
+        *((family, *rest) for family in FAMILIES for rest in (("value", "last"), ("key", "all"))),
+        *(("llama", *rest) for rest in (("key", "last"), ("value", "prompt"))),
+    ],
 )
 def test_values_are_those_of_plain_training(family, projection, replacement, make_model, requests):
     model = make_model(family)
-    hparams = HPARAMS | {"projection": projection, "replacement": replacement}
+    hparams = HPARAMS | {"projection": projection, "replacement": replacement, "steps": 4}
     book = edited(model, grace(**hparams), requests)
     model.revert()
     for place, request in enumerate(requests):

@@ -108,14 +108,14 @@ def five(requests):
     ]
 
 
-@pytest.mark.parametrize("family", [*SOME_FAMILIES, "phi3"])  # it keeps the gate beside the keys
 @pytest.mark.parametrize(
-    "variation",
+    ("family", "variation"),
     [
-        {"lambda": 0.1},
-        {"lambda": 0.0},
-        {"lambda": 0.1, "shared_state": False},
-        {"lambda": 0.1, "second_step": "momentum"},
+        *((family, {"lambda": 0.1}) for family in SOME_FAMILIES),
+        ("phi3", {"lambda": 0.1}),  # it keeps the gate beside the keys
+        ("gptj", {"lambda": 0.0}),
+        ("gptj", {"lambda": 0.1, "shared_state": False}),
+        ("gptj", {"lambda": 0.1, "second_step": "momentum"}),
     ],
 )
 def test_the_trajectory_is_that_of_the_dense_code(

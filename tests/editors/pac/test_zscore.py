@@ -5,11 +5,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from kmebench.editors.pac.zscore import abs_zscore, released_scores
-from tests.conftest import FAMILIES
+from tests.conftest import in_turn
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layers_per_pass", [None, 1, 2])
+@pytest.mark.parametrize(("family", "layers_per_pass"), in_turn([None, 1, 2]))
 def test_scores_equal_those_of_dense_gradients(family, layers_per_pass, make_model, requests):
     model = make_model(family)
     encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])

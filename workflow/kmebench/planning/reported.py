@@ -269,6 +269,7 @@ class Reported:
 
     # -- findings -------------------------------------------------------------------------------
 
+    @cached_property
     def finding_cells(self) -> list[dict[str, Any]]:
         """Return where claims of the paper can be tested, with run folder or path file by role."""
         return [
@@ -293,7 +294,7 @@ class Reported:
 
         Path files count as predictions.
         """
-        tested = {side for cell in self.finding_cells() for side in cell["sides"].values()}
+        tested = {side for cell in self.finding_cells for side in cell["sides"].values()}
         folders = {path for path in tested if path.startswith("runs/")}
         files = [f"{path}/{name}" for path in folders]
         if name == "predictions.parquet":
