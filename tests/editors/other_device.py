@@ -25,6 +25,8 @@ from kmebench.editors.contexts import Contexts, sample_contexts
 from kmebench.editors.locate.covariance.stage import Sums
 from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.covariance.texts import Sampled
+from kmebench.editors.needs import NeutralMetric
+from kmebench.editors.pac.neutral import write_metric
 from kmebench.evaluation.health import NeutralSettings, NeutralText, health
 from kmebench.models.editable import EditableModel
 from kmebench.models.tiny import train_tokenizer
@@ -141,7 +143,9 @@ HPARAMS = {
     "pac-released": {"epochs": 2, "paths": 3},
     "grace": {"layer": 0, "steps": 2},
     "kn": {"prompts": 2, "steps": 2},
+    "npac": {"layers": (0,), "matrices": "both", "paths": 5, "steps": 2},
 }
+METRIC = NeutralMetric((0,), 254)
 
 
 def model_on_card(family: str) -> EditableModel:
@@ -167,13 +171,13 @@ def moments(model: EditableModel, path: Path) -> Path:
     return path
 
 
-def edit_twice(model: EditableModel, name: str, path: Path) -> None:
+def edit_twice(model: EditableModel, name: str, files: dict[str, Path]) -> None:
     hparams = HPARAMS.get(name, {"steps": 2})
     if registered()[name].family == "locate":
         hparams |= {"layer": 0} if "rome" in name else {"layers": (0,)}
     if name == "alphaedit":
         hparams |= {"threshold": 1.0}
-    editor = build_editor(name, hparams, {"covariance": path})
+    editor = build_editor(name, hparams, files)
     for batch in (REQUESTS, REQUESTS[:1]):
         delta = editor.edit(model, batch)
         assert delta.is_finite()
@@ -197,8 +201,11 @@ def edit_all(kind: str) -> None:
             model = model_on_card(family)
             assert model.device.type == "card"
             path = moments(model, Path(folder, f"{family}.safetensors"))
+            metric = Path(folder, f"{family}-metric.safetensors")
+            write_metric(metric, model, METRIC)
+            files = {"covariance": path, NeutralMetric.asset: metric}
             for name in names:
-                edit_twice(model, name, path)
+                edit_twice(model, name, files)
                 print(kind, family, name, flush=True)
             neutral = NeutralText.written_by(model, NeutralSettings(texts=2, length=4, seed=0), 2)
             assert health(model, neutral, 2)["kl"] == 0.0

@@ -10,7 +10,9 @@ from transformers.models.auto import AutoModelForCausalLM
 from kmebench.editors.cards import registered
 from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
+from kmebench.editors.needs import NeutralMetric
 from kmebench.editors.pac.cache import GradientCache, cache_gradients, select_groups, write_paths
+from kmebench.editors.pac.neutral import write_metric
 from kmebench.edits.edit import Edit
 from kmebench.evaluation.frames import original_frame, write_frame
 from kmebench.evaluation.predict import Settings
@@ -51,6 +53,7 @@ BOTH_LAYERS = {"layers": [0, 1], "steps": 2}
 EDITORS = {
     "pac": {"steps": 3},
     "pac-released": {"epochs": 2, "paths": 3},
+    "npac": {"layers": [0, 1], "share": 0.5, "steps": 2},
     "full-c": {"steps": 2, "learning_rate": 1e-3},
     "rome": {"layer": 1, "steps": 2},
     "r-rome": {"layer": 1, "steps": 2},
@@ -101,6 +104,8 @@ def test_a_paper_architecture_passes_through_every_stage(
     write_paths(tmp_path / "paths.safetensors", select_groups(cache, **selection), cache, selection)
     text = TextSettings(tokens=2048, length=64, batch_size=32)
     measure_covariance(tmp_path / "covariance.safetensors", model, [0, 1], text)
+    if "npac" in editors:
+        write_metric(tmp_path / "neutral_metric.safetensors", model, NeutralMetric((0, 1), 254))
     runs, files = [], []
     for editor in editors:
         every = ("batch", "consecutive", "breadth_first")
@@ -130,7 +135,8 @@ def test_a_paper_architecture_passes_through_every_stage(
                     "evaluation": {"batch_size": 8, "wild_max_tokens": 4},
                 },
                 assets={
-                    name: str(tmp_path / f"{name}.safetensors") for name in ("paths", "covariance")
+                    name: str(tmp_path / f"{name}.safetensors")
+                    for name in ("paths", "covariance", "neutral_metric")
                 },
                 original=str(tmp_path / "original.parquet"),
                 inputs=[__file__],
