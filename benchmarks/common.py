@@ -21,6 +21,7 @@ from transformers import (
 
 from kmebench.data.openfacts import fact_sentences, load_relations
 from kmebench.data.records import EditRequest
+from kmebench.editors.pac.neutral import Moments, save_metric
 from kmebench.models.editable import EditableModel, pick_device
 from kmebench.models.tiny import END, train_tokenizer
 
@@ -181,3 +182,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for r in [header, *rows]
     ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def made_up_metric(path: Path, model: EditableModel) -> None:
+    """Write a neutral metric in which all changes of any layer cost alike."""
+    layers = range(model.n_layers)
+    width = model.ffn[0].value.weight.numel() // model.ffn_width  # D
+    ones = {
+        layer: Moments(torch.eye(width), torch.ones(model.ffn_width), torch.eye(width))
+        for layer in layers
+    }
+    save_metric(path, ones, 0)

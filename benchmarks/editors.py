@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from common import (
     build,
+    made_up_metric,
     openfacts_requests,
     parser,
     peak_memory,
@@ -27,7 +28,7 @@ from common import (
 
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.locate.covariance.store import write_covariance
-from kmebench.editors.needs import Pipeline
+from kmebench.editors.needs import NeutralMetric, Pipeline
 from kmebench.models.editable import EditableModel
 from kmebench.planning.config import read_config
 from kmebench.planning.grid import base_hparams, card_of_method
@@ -97,10 +98,17 @@ def rows(arguments: argparse.Namespace, covariance: Path) -> list[list[str]]:
     methods = arguments.methods or list(config["methods"])
     if arguments.architecture:
         made_up_covariance(covariance, model, covariance_layers(config, name, methods))
-    found, assets = [], {"covariance": covariance}
+        made_up_metric(covariance.with_name("metric.safetensors"), model)
+    found = []
     for method, size in itertools.product(methods, arguments.sizes):
-        hparams = hparams_of(config, name, method, size)
-        editor = build_editor(card_of_method(config, method).name, hparams, assets)
+        hparams, card = hparams_of(config, name, method, size), card_of_method(config, method)
+        assets = {"covariance": covariance}
+        for need in card.needs_of(card.values(hparams), Pipeline("consecutive", 1)):
+            if isinstance(need, NeutralMetric):
+                made_up = covariance.with_name("metric.safetensors")
+                made = Path("results", need.path(name, ""))
+                assets[need.key] = made_up if arguments.architecture else made
+        editor = build_editor(card.name, hparams, assets)
         found.append([method, *measure(model, editor, size, arguments.repeats)])
         print(" ".join(found[-1]), flush=True)
     return found

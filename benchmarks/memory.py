@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kmebench.editors.needs import Inverse, Pipeline, Spectrum
+from kmebench.editors.needs import Inverse, NeutralMetric, Pipeline, Spectrum
 from kmebench.planning.config import read_checked_config, read_config
 from kmebench.planning.grid import Run, base_hparams, card_of_method
 from kmebench.planning.memory import asked_by_run
@@ -57,7 +57,7 @@ def measure(arguments: argparse.Namespace, method: str, size: int) -> int:
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         needs = card.needs_of(card.values(hparams), Pipeline("consecutive", 1))
         kinds = {need.asset: need.key for need in needs}
-        made = {asset: made_up(Path(folder), asset, model.ffn_width) for asset in kinds}
+        made = {asset: made_up(Path(folder), asset, model) for asset in kinds}
         editor = build_editor(card.name, hparams, {n.key: made[n.asset] for n in needs})
         editor.name = card.name
         checkpoints = Checkpoints(Path(folder, "checkpoints"), 10, {})
@@ -69,14 +69,19 @@ def measure(arguments: argparse.Namespace, method: str, size: int) -> int:
     return peak_memory(model)
 
 
-def made_up(folder: Path, kind: str, width: int) -> Path:
-    """Write the inverse or the spectrum of a diagonal C, seven tenths of it unused."""
+def made_up(folder: Path, kind: str, model: Any) -> Path:
+    """Write a neutral metric, or inverse or spectrum of a diagonal C, seven tenths of it unused."""
     import torch
+    from common import made_up_metric
 
     from kmebench.editors.locate.covariance.factors import FORMAT
     from kmebench.io.tensors import write_tensors
 
-    path, unused = folder / kind, round(0.7 * width)
+    path, width = folder / kind, model.ffn_width
+    if kind == NeutralMetric.asset:
+        made_up_metric(path, model)
+        return path
+    unused = round(0.7 * width)
     values = torch.cat([torch.full((unused,), 1e-3), torch.ones(width - unused)]).double()
     tensors = {Inverse.asset: torch.diag(1 / values)}
     if kind == Spectrum.asset:

@@ -71,7 +71,8 @@ def test_editors_prints_a_row_for_every_configured_method(benchmark, capsys, tmp
         hparams = {key: value for key, value in few.items() if key in fields}
         hparams |= (
             {"layers": [1]}
-            if card_of(editor.name).family == "locate" and "layers" in fields
+            if (card_of(editor.name).family == "locate" or editor.name == "npac")
+            and "layers" in fields
             else {}
         )
         method["hparams"] = method.get("hparams", {}) | hparams

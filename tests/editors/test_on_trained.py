@@ -1,6 +1,7 @@
 """Every editor that optimises the new answer writes it over a fact that a trained model knows."""
 
 import pytest
+import torch
 
 from kmebench.editors.base import build_editor
 from kmebench.editors.cards import registered
@@ -37,6 +38,7 @@ def test_the_edited_model_says_the_new_answer_and_the_reverted_one_the_old(
 ):
     requests = capital_requests[:together]
     assert [answer(trained, r) for r in requests] == [r.target_true for r in requests]
+    torch.manual_seed(0)  # LoRA's factors are drawn
     editor = build_editor(name, HPARAMS[name], {})
     trained.apply(editor.edit(trained, requests))
     after = [answer(trained, r) for r in requests]

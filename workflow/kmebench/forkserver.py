@@ -86,6 +86,8 @@ def hand_over(*modules: str) -> None:
             "folder": os.getcwd(),
             "environment": dict(os.environ),
         }
+        # Until they can be passed on: one that ended this process would leave the fork alone.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         socket.send_fds(server, [b"\n"], [0, 1, 2])
         server.sendall(json.dumps(job).encode() + b"\n")
         with server.makefile() as answers:
@@ -104,6 +106,7 @@ def _wait(answers: TextIO) -> NoReturn:
 
     for number in _SIGNALS if fork else ():
         signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     status = answers.readline()
     if not status and not passed:
         print("The process of this job was killed, perhaps for want of memory.", file=sys.stderr)

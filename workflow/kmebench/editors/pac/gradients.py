@@ -48,7 +48,7 @@ def observed(model: EditableModel, receive: Receiver, layers: Sequence[int]) -> 
         return on_forward
 
     def handles() -> Iterator[RemovableHandle]:
-        lowest = model.layers[min(layers)]
+        lowest = model.layers[min(layers, default=0)]
         yield lowest.register_forward_pre_hook(grow_graph, with_kwargs=True)
         for layer in layers:
             for matrix, projection in enumerate((model.ffn[layer].key, model.ffn[layer].value)):

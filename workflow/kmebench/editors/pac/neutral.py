@@ -5,7 +5,7 @@ loss of such text is the Fisher matrix of what the model says (Martens 2020, sec
 second derivative the KL divergence. The moment of W2's inputs is the covariance stage's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,13 +45,20 @@ def write_metric(path: str | Path, model: EditableModel, need: NeutralMetric) ->
         )
     length = min(METRIC_LENGTH, model.context or METRIC_LENGTH)
     text = sample(model, -(-need.tokens // (length - 1)), length, need.seed)
+    moments: dict[int, Moments] = {}
+    for start in range(0, len(layers), METRIC_LAYERS):
+        moments |= measure(model, text, layers[start : start + METRIC_LAYERS])
+    save_metric(path, moments, text[:, 1:].numel())
+
+
+def save_metric(path: str | Path, moments: Mapping[int, Moments], tokens: int) -> None:
+    """Write the moments of some layers, with the number of tokens that they are means over."""
     tensors = {
         f"{layer}.{name}": tensor
-        for start in range(0, len(layers), METRIC_LAYERS)
-        for layer, moments in measure(model, text, layers[start : start + METRIC_LAYERS]).items()
-        for name, tensor in moments._asdict().items()
+        for layer, own in moments.items()
+        for name, tensor in own._asdict().items()
     }
-    write_tensors(path, tensors, NeutralMetric.form, {"tokens": text[:, 1:].numel()})
+    write_tensors(path, tensors, NeutralMetric.form, {"tokens": tokens})
 
 
 def read_metric(path: str | Path, layer: int) -> Moments:

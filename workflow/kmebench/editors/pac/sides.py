@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kmebench.editors.base import Assets
-from kmebench.editors.locate.covariance.factors import read_inverse
+from kmebench.editors.locate.covariance.factors import inverse_of, read_inverse
 from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.needs import Covariance, Inverse, NeutralMetric
 from kmebench.editors.pac.cards import NPACHparams
@@ -81,10 +81,12 @@ def read_matrix_metric(
     residual = inverse(damped(residual, hparams.residual_damping))
     if matrix == KEY:
         return MatrixMetric(matrix, residual, damped(moments.inner, hparams.segment_damping))
-    if hparams.whole:
-        cached = assets[Inverse(layer).key]
+    damping = hparams.segment_damping
+    if hparams.whole and (cached := assets.get(Inverse(layer).key)):
         return MatrixMetric(matrix, residual, read_inverse(cached), inverted=True)
     covariance = Covariances.open(assets[Covariance.asset]).of(layer)
+    if hparams.whole:
+        return MatrixMetric(matrix, residual, inverse_of(covariance, damping), inverted=True)
     if hparams.segment_side == "diagonal":
         covariance = covariance.diagonal()
-    return MatrixMetric(matrix, residual, damped(covariance, hparams.segment_damping))
+    return MatrixMetric(matrix, residual, damped(covariance, damping))
