@@ -69,12 +69,10 @@ def test_editors_prints_a_row_for_every_configured_method(benchmark, capsys, tmp
         fields = vars(editor.hparams)
         few = {"steps": 2, "epochs": 1, "layer": 1, "clamp_factor": 1.0}
         hparams = {key: value for key, value in few.items() if key in fields}
-        hparams |= (
-            {"layers": [1]}
-            if (card_of(editor.name).family == "locate" or editor.name == "npac")
-            and "layers" in fields
-            else {}
-        )
+        if card_of(editor.name).family == "locate" and "layers" in fields:
+            hparams["layers"] = [1]
+        if editor.name == "npac":
+            hparams["layers"] = [0]  # no later token reads the last layer at the subject
         method["hparams"] = method.get("hparams", {}) | hparams
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     arguments = ("--architecture", "llama", "--sizes", "1", "2")

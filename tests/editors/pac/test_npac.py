@@ -261,6 +261,16 @@ def test_layers_that_are_not_there_are_refused(make_model, requests, assets):
         editor(model, requests[:1])
 
 
+def test_a_layer_that_no_later_token_reads_is_refused(make_model, requests, assets, monkeypatch):
+    model = make_model("llama")
+    monkeypatch.setattr("tests.editors.pac.test_npac.LAYERS", (2,))
+    editor = build_editor("npac", {"layers": (2,), "contexts": 0}, assets(model))
+    with pytest.raises(
+        EditError, match=r"npac: the loss does not depend on layers \[2\] .* earlier"
+    ):
+        editor(model, requests[:1])
+
+
 def test_an_infinite_loss_is_refused(make_model, requests, assets):
     model = make_model("llama")
     files = assets(model)

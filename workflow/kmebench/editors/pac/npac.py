@@ -43,7 +43,7 @@ from kmebench.editors.pac.metric import (
 )
 from kmebench.editors.pac.sides import MatrixMetric, read_matrix_metric
 from kmebench.edits.weights import Columns, LowRank, Part, Rows, WeightDelta
-from kmebench.errors import ConfigError
+from kmebench.errors import ConfigError, EditError
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch, EncodedSubject, SubjectText, length_sorted_chunks
 from kmebench.models.hooks import hooked
@@ -89,7 +89,11 @@ class NPAC(InContexts):
         self.lengths = ((CONTEXT_TOKENS, hparams.contexts),) if hparams.contexts else ()
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
-        """Edit ``requests`` together; see :meth:`Editor.edit`."""
+        """Edit ``requests`` together; see :meth:`Editor.edit`.
+
+        Raises:
+            EditError: no gradient reaches the layers: no later token reads the last one.
+        """
         self._check_layers(model)
         before = prefixes(self.contexts(model))
         texts = [SubjectText.of(r, text, r.target_new) for r in requests for text in before]
@@ -248,6 +252,11 @@ class NPAC(InContexts):
         directions = {key: natural(gradients[key], *chosen[key]) for key in chosen}
         texts, owner = gradients[next(iter(chosen))].owner.cpu().unique(return_inverse=True)
         gram = text_gram(list(directions.values()), owner, len(texts))
+        if not gram.any():
+            raise EditError(
+                f"{self.name}: the loss does not depend on layers {list(self.hparams.layers)} at the "
+                "positions that write; take earlier layers, or set positions: from_subject."
+            )
         losses, learning = seen.losses[texts], len(texts) / seen.each
         if self.hparams.step == "each":
             weights = together(gram, losses, nats * learning, self.hparams.step_damping)
