@@ -147,5 +147,5 @@ def test_the_price_of_a_segment_is_its_own_gradient_in_the_metric(sides, positio
     for j in range(M):
         own = gradients(positions, torch.tensor([j]))  # [3, D]
         metric = inner[j, j] * residual
-        wanted = torch.einsum("nd,de,ne->", own, torch.linalg.inv(metric), own)
+        wanted = torch.einsum("na,ab,nb->", own, torch.linalg.inv(metric), own)
         torch.testing.assert_close(prices[j], wanted)

@@ -254,8 +254,8 @@ class NPAC(InContexts):
         gram = text_gram(list(directions.values()), owner, len(texts))
         if not gram.any():
             raise EditError(
-                f"{self.name}: the loss does not depend on layers {list(self.hparams.layers)} at the "
-                "positions that write; take earlier layers, or set positions: from_subject."
+                f"{self.name}: the loss does not depend on layers {list(self.hparams.layers)} at "
+                "the positions that write; take earlier layers, or set positions: from_subject."
             )
         losses, learning = seen.losses[texts], len(texts) / seen.each
         if self.hparams.step == "each":
