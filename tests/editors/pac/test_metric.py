@@ -3,13 +3,12 @@
 import pytest
 import torch
 
+from kmebench.editors.locate.covariance.factors import damped, inverse_of
 from kmebench.editors.pac.metric import (
     Positions,
-    damped,
-    inverse,
     natural,
+    natural_scores,
     polyak,
-    segment_prices,
     solver,
     text_gram,
     together,
@@ -123,7 +122,7 @@ def test_damping_is_relative_to_the_mean_eigenvalue(sides):
     mean = torch.linalg.eigvalsh(inner).mean()
     wanted = inner + 0.1 * mean * torch.eye(M)
     torch.testing.assert_close(damped(inner, 0.1), wanted)
-    torch.testing.assert_close(inverse(damped(inner, 0.1)), torch.linalg.inv(wanted))
+    torch.testing.assert_close(inverse_of(inner, 0.1), torch.linalg.inv(wanted))
     torch.testing.assert_close(damped(inner.diagonal(), 0.1), wanted.diagonal())
 
 
@@ -133,19 +132,19 @@ def test_without_end_to_the_damping_the_direction_is_the_gradient(sides, positio
     scaled = natural(
         positions,
         None,
-        solver(inverse(damped(residual, far)) * far * residual.diagonal().mean()),
-        solver(inverse(damped(inner, far)) * far * inner.diagonal().mean()),
+        solver(inverse_of(residual, far) * far * residual.diagonal().mean()),
+        solver(inverse_of(inner, far) * far * inner.diagonal().mean()),
     )
     found = torch.einsum("pd,pm->pmd", scaled.residual, scaled.inner)
     wanted = torch.einsum("pd,pm->pmd", positions.residual, positions.inner)
     torch.testing.assert_close(found, wanted)
 
 
-def test_the_price_of_a_segment_is_its_own_gradient_in_the_metric(sides, positions):
+def test_the_score_of_a_segment_is_its_own_gradient_in_the_metric(sides, positions):
     residual, inner = sides
-    prices = segment_prices(positions, inner.diagonal(), torch.linalg.inv(residual))
+    scores = natural_scores(positions, inner.diagonal(), torch.linalg.inv(residual))
     for j in range(M):
         own = gradients(positions, torch.tensor([j]))  # [3, D]
         metric = inner[j, j] * residual
         wanted = torch.einsum("na,ab,nb->", own, torch.linalg.inv(metric), own)
-        torch.testing.assert_close(prices[j], wanted)
+        torch.testing.assert_close(scores[j], wanted)

@@ -1,10 +1,13 @@
 """Natural PAC against autograd and dense algebra, and what it remembers."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from kmebench.editors.base import build_editor
+from kmebench.editors.contexts import prefixes
 from kmebench.editors.locate.covariance.factors import cache_factor
 from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.store import Covariances
@@ -183,16 +186,18 @@ def test_chosen_segments_of_w2_take_their_own_block(make_model, requests, assets
         torch.testing.assert_close(found[key][:, index], -loss / square * direction)
 
 
-def test_no_step_costs_more_than_its_nats(make_model, requests, assets):
+@pytest.mark.parametrize("together", [1, 3])
+def test_no_step_of_a_request_costs_more_than_its_nats(make_model, requests, assets, together):
     model = make_model("llama")
     files = assets(model)
     values = PLAIN | {"nats": 1e-6}
-    found = changes(model, build_editor("npac", values, files)(model, requests[:1]).edit.weights)
+    editor = build_editor("npac", values, files)
+    found = changes(model, editor(model, requests[:together]).edit.weights)
     cost = 0.0
     for key, change in found.items():
         residual, inner = sides(files, *key)
         cost += float((change.T @ residual @ change * inner).sum()) / 2
-    assert cost == pytest.approx(1e-6)
+    assert cost == pytest.approx(1e-6 * together)
 
 
 def test_an_edit_lowers_the_loss_and_leaves_the_model_as_it_was(trained, capital_requests, assets):
@@ -237,6 +242,54 @@ def test_later_edits_keep_what_earlier_ones_used(make_model, requests, assets, c
         e.weights[name].dense(model.parameter(name).shape) @ used for e in (second, other)
     )
     assert moved.norm() < 0.5 * would.norm()
+
+
+def test_all_texts_of_an_edit_together_count_once_in_the_memory(make_model, requests, assets):
+    model = make_model("llama")
+    values = {"layers": LAYERS, "steps": 1, "contexts": 3, "memory": 0.5}
+    editor = build_editor("npac", values, assets(model))
+    editor(model, requests[:1])
+    texts = editor.state_dict()["kept.0.1"]
+    before = prefixes(editor.contexts(model))
+    encoded = model.encode_subjects(
+        [SubjectText.of(requests[0], text, requests[0].target_new) for text in before]
+    )
+    inputs = []
+    module = model.ffn[0].value.module
+    handle = module.register_forward_pre_hook(lambda _, x: inputs.append(x[0].detach()))
+    with model.edits.savepoint():
+        model.apply(build_editor("npac", values, assets(model))(model, requests[:1]).edit)
+        inputs.clear()
+        model.answer_logits(model.collate(encoded))
+    handle.remove()
+    rows = torch.stack([inputs[0][i, e.subject_last] for i, e in enumerate(encoded)])
+    torch.testing.assert_close(texts.T @ texts, 0.5 * rows.T @ rows / 4)
+
+
+def test_two_ways_to_choose_segments_are_refused():
+    with pytest.raises(ConfigError, match="paths and share both choose segments; set one of them"):
+        build_editor("npac", {"paths": 3, "share": 0.5}, {})
+
+
+def test_after_a_step_that_raised_the_loss_the_next_may_cost_a_quarter(
+    trained, capital_requests, assets
+):
+    files, seen = assets(trained), []
+    values = {"layers": LAYERS, "contexts": 0, "positions": "all", "matrices": "both", "steps": 8}
+    editor = build_editor("npac", values, files)
+    step = editor._step
+
+    def noted(*arguments):
+        delta, cost = step(*arguments)
+        seen.append((float(arguments[2].losses.mean()), arguments[-1], cost))
+        return delta, cost
+
+    editor._step = noted
+    editor(trained, capital_requests[:1])
+    pairs = list(itertools.pairwise(seen))
+    raised = [(cost, bound) for (loss, _, cost), (now, bound, _) in pairs if now > loss]
+    assert raised
+    assert all(bound == cost / 4 for cost, bound in raised)
 
 
 def test_a_resumed_editor_makes_the_same_bits(make_model, requests, assets):

@@ -129,6 +129,19 @@ def named(requests: Sequence[EditRequest]) -> str:
     return f"request {requests[0].case_id!r} (batch of {len(requests)})"
 
 
+def check_layers(editor: str, layers: tuple[int, ...], model: EditableModel) -> None:
+    """Refuse layers that the model does not have.
+
+    Raises:
+        ConfigError: names the editor and the layers there are.
+    """
+    if not layers or any(not 0 <= layer < model.n_layers for layer in layers):
+        raise ConfigError(
+            f"{editor}: layers {list(layers)} are not all among the model's 0 to "
+            f"{model.n_layers - 1}."
+        )
+
+
 def build_editor(name: str, hparams: Mapping[str, Any], assets: Mapping[str, str | Path]) -> Editor:
     """Build an editor from its config name, its hyper-parameters and its cached stages.
 

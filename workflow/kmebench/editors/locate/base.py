@@ -14,7 +14,7 @@ from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.locate.updates import DependentKeysError, Factors
 from kmebench.editors.needs import Covariance, Inverse
 from kmebench.edits.weights import LowRank, WeightDelta
-from kmebench.errors import ConfigError, EditError
+from kmebench.errors import EditError
 from kmebench.models.editable import EditableModel
 from kmebench.models.layouts import Projection
 from kmebench.precision import exact_place, promoted
@@ -39,19 +39,6 @@ class LocateAndEdit(InContexts):
         """Return C of a layer, [M, M] float32, on the device of the layer."""
         covariance = Covariances.open(self.assets[Covariance.asset]).of(layer)
         return covariance.to(model.ffn[layer].value.weight.device)
-
-
-def check_layers(editor: str, layers: tuple[int, ...], model: EditableModel) -> None:
-    """Refuse layers that the model does not have.
-
-    Raises:
-        ConfigError: names the editor and the layers there are.
-    """
-    if not layers or any(not 0 <= layer < model.n_layers for layer in layers):
-        raise ConfigError(
-            f"{editor}: layers {list(layers)} are not all among the model's 0 to "
-            f"{model.n_layers - 1}."
-        )
 
 
 @contextmanager

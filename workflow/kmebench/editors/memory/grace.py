@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor
-from kmebench.editors.locate.base import check_layers
+from kmebench.editors.base import Editor, check_layers
 from kmebench.editors.losses import check_finite, row_losses
 from kmebench.editors.memory.cards import GRACEHparams
 from kmebench.edits.codebook import Codebook

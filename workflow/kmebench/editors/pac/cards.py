@@ -123,6 +123,10 @@ class NPACHparams:
     ] = 0.05
     micro_batch: Annotated[Count, about("Requests in one forward pass, in all contexts.")] = 20
 
+    def __post_init__(self) -> None:
+        if self.paths is not None and self.share < 1:
+            raise ValueError("paths and share both choose segments; set one of them")
+
     @property
     def moved(self) -> tuple[int, ...]:
         """The matrices of a layer that are moved: 0 for W1, 1 for W2."""

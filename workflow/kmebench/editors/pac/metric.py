@@ -18,24 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kmebench.precision import exact
+from kmebench.editors.locate.covariance.factors import damped
 
 #: Multiplies rows [P, X] by the inverse of one side of a metric.
 Solve = Callable[[Tensor], Tensor]
-
-
-def damped(moment: Tensor, damping: float) -> Tensor:
-    """Return Σ + ε m I in float64 of Σ [X, X], or of its diagonal [X]; m is its mean eigenvalue."""
-    moment = exact(moment)
-    if moment.dim() == 1:
-        return moment + damping * moment.mean()
-    added = damping * moment.diagonal().mean()
-    return moment + added * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-
-
-def inverse(moment: Tensor) -> Tensor:
-    """Return the inverse of a positive definite moment [X, X]."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(moment))
 
 
 def with_rows(inverse: Tensor, rows: Tensor) -> Tensor:
@@ -86,7 +72,7 @@ def natural(positions: Positions, index: Tensor | None, residual: Solve, inner: 
     return Direction(solved_r, solved_s, gram_r * gram_s)
 
 
-def segment_prices(positions: Positions, diagonal: Tensor, inverse: Tensor) -> Tensor:
+def natural_scores(positions: Positions, diagonal: Tensor, inverse: Tensor) -> Tensor:
     """Return ‖∇_j‖² of every segment j in the inverse metric, [M]: how far the loss falls per nat.
 
     Segments are taken by themselves: of their side the ``diagonal`` [M] counts, of the other the
@@ -101,18 +87,18 @@ def segment_prices(positions: Positions, diagonal: Tensor, inverse: Tensor) -> T
     return scores
 
 
-def best_of_each(prices: Sequence[Tensor], n: int) -> list[Tensor]:
+def best_of_each(scores: Sequence[Tensor], n: int) -> list[Tensor]:
     """Return the n segments of each matrix that are worth most; of equals the lower."""
-    return [price.sort(descending=True, stable=True).indices[:n].sort().values for price in prices]
+    return [score.sort(descending=True, stable=True).indices[:n].sort().values for score in scores]
 
 
-def fewest(prices: Sequence[Tensor], share: float) -> list[Tensor]:
+def fewest(scores: Sequence[Tensor], share: float) -> list[Tensor]:
     """Return the fewest segments of all matrices that hold ``share`` of the sum, by matrix."""
-    ranked = torch.cat([price.cpu() for price in prices]).sort(descending=True, stable=True)
+    ranked = torch.cat([score.cpu() for score in scores]).sort(descending=True, stable=True)
     reached = ranked.values.cumsum(dim=0) < share * ranked.values.sum()
     kept = torch.zeros(len(ranked.values), dtype=torch.bool)
     kept[ranked.indices[: int(reached.sum()) + 1]] = True
-    return [part.nonzero().flatten() for part in kept.split([len(price) for price in prices])]
+    return [part.nonzero().flatten() for part in kept.split([len(score) for score in scores])]
 
 
 def text_gram(directions: Sequence[Direction], owner: Tensor, n_texts: int) -> Tensor:

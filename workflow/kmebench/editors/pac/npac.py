@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Assets
+from kmebench.editors.base import Assets, check_layers
 from kmebench.editors.contexts import InContexts, prefixes
+from kmebench.editors.locate.base import low_rank
+from kmebench.editors.locate.updates import Factors
 from kmebench.editors.losses import check_finite, row_losses
 from kmebench.editors.pac.cards import NPACHparams
 from kmebench.editors.pac.gradients import KEY, observed
@@ -36,14 +38,14 @@ from kmebench.editors.pac.metric import (
     best_of_each,
     fewest,
     natural,
+    natural_scores,
     polyak,
-    segment_prices,
     text_gram,
     together,
 )
 from kmebench.editors.pac.sides import MatrixMetric, read_matrix_metric
-from kmebench.edits.weights import Columns, LowRank, Part, Rows, WeightDelta
-from kmebench.errors import ConfigError, EditError
+from kmebench.edits.weights import Columns, Rows, WeightDelta
+from kmebench.errors import EditError
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch, EncodedSubject, SubjectText, length_sorted_chunks
 from kmebench.models.hooks import hooked
@@ -94,7 +96,7 @@ class NPAC(InContexts):
         Raises:
             EditError: no gradient reaches the layers: no later token reads the last one.
         """
-        self._check_layers(model)
+        check_layers(self.name, self.hparams.layers, model)
         before = prefixes(self.contexts(model))
         texts = [SubjectText.of(r, text, r.target_new) for r in requests for text in before]
         encoded = model.encode_subjects(texts)
@@ -106,14 +108,6 @@ class NPAC(InContexts):
             with self.stopwatch("solve"):
                 self._keep(used, len(before))
         return delta
-
-    def _check_layers(self, model: EditableModel) -> None:
-        layers = self.hparams.layers
-        if not all(0 <= layer < model.n_layers for layer in layers):
-            raise ConfigError(
-                f"{self.name}: layers {list(layers)} are not all among the model's 0 to "
-                f"{model.n_layers - 1}."
-            )
 
     def _descend(
         self,
@@ -228,12 +222,12 @@ class NPAC(InContexts):
         """Choose the segments that are worth most, once for an edit."""
         chosen: Sequence[Tensor | None] = [None] * len(gradients)
         if not self.hparams.whole:
-            prices = [
-                segment_prices(positions, self._metrics[key].diagonal, self._metrics[key].residual)
+            scores = [
+                natural_scores(positions, self._metrics[key].diagonal, self._metrics[key].residual)
                 for key, positions in gradients.items()
             ]
             paths = self.hparams.paths
-            chosen = best_of_each(prices, paths) if paths else fewest(prices, self.hparams.share)
+            chosen = best_of_each(scores, paths) if paths else fewest(scores, self.hparams.share)
         return {
             key: Chosen(index, *self._metrics[key].solvers(index))
             for key, index in zip(gradients, chosen, strict=True)
@@ -262,13 +256,13 @@ class NPAC(InContexts):
             weights = together(gram, losses, nats * learning, self.hparams.step_damping)
         else:
             weights = polyak(gram, losses, nats * learning)
-        parts = {}
+        total = WeightDelta({})
         for key, direction in directions.items():
             scale = -weights[owner].to(direction.residual)[:, None]
             projection = _projection(model, key)
             u, v = scale * direction.residual, direction.inner
-            parts[projection.weight_name] = _part(projection, chosen[key].segments, u, v)
-        return WeightDelta(parts), float(weights @ gram @ weights) / 2 / learning
+            total += _change(projection, chosen[key].segments, u, v)
+        return total, float(weights @ gram @ weights) / 2 / learning
 
     # -- what is kept -------------------------------------------------------------------------
 
@@ -317,12 +311,12 @@ def _projection(model: EditableModel, key: Matrix) -> Projection:
     return ffn.key if key[1] == KEY else ffn.value
 
 
-def _part(projection: Projection, index: Tensor | None, u: Tensor, v: Tensor) -> Part:
+def _change(projection: Projection, index: Tensor | None, u: Tensor, v: Tensor) -> WeightDelta:
     """Return Σ_p u_p ⊗ v_p over segments, u [P, D] and v [P, S], as a change of the weight."""
-    dtype = promoted(projection.weight.dtype)
     if index is None and projection.offset == 0:
-        factors = (u.T, v) if projection.axis == 1 else (v.T, u)
-        return LowRank(*(factor.to(dtype).contiguous() for factor in factors))
+        return low_rank(projection, Factors(u.T, v))
     kind = Rows if projection.axis == 0 else Columns
     index = torch.arange(v.shape[1]) if index is None else index
-    return kind((index + projection.offset).to(v.device), (v.T @ u).to(dtype))
+    values = (v.T @ u).to(promoted(projection.weight.dtype))
+    part = kind((index + projection.offset).to(v.device), values)
+    return WeightDelta({projection.weight_name: part})

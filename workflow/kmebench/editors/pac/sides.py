@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from kmebench.editors.base import Assets
-from kmebench.editors.locate.covariance.factors import inverse_of, read_inverse
+from kmebench.editors.locate.covariance.factors import damped, inverse_of, read_inverse
 from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.needs import Covariance, Inverse, NeutralMetric
 from kmebench.editors.pac.cards import NPACHparams
 from kmebench.editors.pac.gradients import KEY
-from kmebench.editors.pac.metric import Solve, damped, inverse, solver, with_rows
+from kmebench.editors.pac.metric import Solve, solver, with_rows
 from kmebench.editors.pac.neutral import read_metric
 
 
@@ -49,7 +49,7 @@ class MatrixMetric:
         if not self.inverted and own.dim() == 1:
             own = 1 / (own if index is None else own[index])
         elif not self.inverted:
-            own = inverse(own if index is None else own[index][:, index])
+            own = inverse_of(own if index is None else own[index][:, index])
         return solver(self.residual), solver(own)
 
     def to(self, device: torch.device | str) -> "MatrixMetric":
@@ -78,7 +78,7 @@ def read_matrix_metric(
     """
     moments = read_metric(assets[NeutralMetric.asset], layer)
     residual = moments.inputs if matrix == KEY else moments.outputs
-    residual = inverse(damped(residual, hparams.residual_damping))
+    residual = inverse_of(residual, hparams.residual_damping)
     if matrix == KEY:
         return MatrixMetric(matrix, residual, damped(moments.inner, hparams.segment_damping))
     damping = hparams.segment_damping

@@ -29,18 +29,25 @@ class Eigen(NamedTuple):
     vectors: Tensor
 
 
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """Return Σ + ε m I in float64 of Σ [X, X], or of its diagonal [X]; m is its mean eigenvalue."""
+    moment = exact(moment)
+    if moment.dim() == 1:
+        return moment + damping * moment.mean()
+    added = damping * moment.diagonal().mean()
+    return moment + added * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
 def inverse_of(covariance: Tensor, damping: float = 0.0) -> Tensor:
     """Return (C + ε m I)⁻¹, [M, M] float64, with ε the ``damping`` and m the mean eigenvalue of C.
 
     Raises:
         EditError: the sum is not positive definite.
     """
-    covariance = exact(covariance)
-    added = damping * covariance.diagonal().mean()
-    damped = covariance + added * torch.eye(len(covariance)).to(added)
-    factor, info = torch.linalg.cholesky_ex(damped)
+    whole = damped(covariance, damping)
+    factor, info = torch.linalg.cholesky_ex(whole)
     if info:
-        smallest = float(torch.linalg.eigvalsh(damped)[0])
+        smallest = float(torch.linalg.eigvalsh(whole)[0])
         raise EditError(
             f"The covariance is singular (smallest eigenvalue {smallest:.2g}): it was made "
             "from too few tokens; raise covariance.tokens."
