@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -101,6 +102,26 @@ def test_the_script_ends_as_it_would_by_itself(server, start, body, status, mess
     ended, _, err = _ended(start(body))
     assert ended == status
     assert message in err if message else err == ""
+
+
+def test_a_signal_before_the_fork_is_known_reaches_it_too(monkeypatch, tmp_path, start):
+    fork = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "server"))
+        listener.listen()
+        address = json.dumps([str(tmp_path / "server"), sys.executable])
+        monkeypatch.setenv(forkserver.ADDRESS, address)
+        process = start()
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rw") as stream:
+            stream.readline()
+            stream.readline()  # the job has been handed over
+            process.terminate()
+            time.sleep(0.2)
+            assert process.poll() is None
+            print(fork.pid, file=stream, flush=True)
+            assert fork.wait(timeout=10) == -signal.SIGTERM
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
 
 
 def test_a_signal_reaches_the_script(server, start):

@@ -266,6 +266,29 @@ def test_all_texts_of_an_edit_together_count_once_in_the_memory(make_model, requ
     torch.testing.assert_close(texts.T @ texts, 0.5 * rows.T @ rows / 4)
 
 
+@pytest.mark.parametrize("positions", ["subject_last", "from_subject", "all"])
+def test_positions_begin_and_end_where_their_name_says(make_model, requests, assets, positions):
+    model = make_model("llama")
+    values = PLAIN | {"positions": positions, "memory": 0.5}
+    editor = build_editor("npac", values, assets(model))
+    editor(model, requests[1:2])
+    request = requests[1]  # the subject stands inside the prompt, and the target has many tokens
+    (text,) = model.encode_subjects([SubjectText.of(request, "", request.target_new)])
+    end = len(text.ids) - 1  # the last token of the target is never an input
+    wanted = {"subject_last": 1, "from_subject": end - text.subject_last, "all": end}[positions]
+    assert 0 < text.subject_last < end - 1
+    assert len(editor.state_dict()["kept.0.1"]) == wanted
+
+
+def test_segments_are_chosen_once_for_an_edit(make_model, requests, assets):
+    model = make_model("llama")
+    values = PLAIN | {"paths": 4, "steps": 4}
+    result = build_editor("npac", values, assets(model))(model, requests[:1])
+    assert result.steps == 4
+    moved = changes(model, result.edit.weights).values()
+    assert [int(part.any(dim=0).sum()) for part in moved] == [4, 4]
+
+
 def test_two_ways_to_choose_segments_are_refused():
     with pytest.raises(ConfigError, match="paths and share both choose segments; set one of them"):
         build_editor("npac", {"paths": 3, "share": 0.5}, {})
