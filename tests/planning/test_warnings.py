@@ -38,7 +38,7 @@ def told(config):
 def test_methods_whose_values_were_chosen_for_no_model_are_named_once(config):
     config["experiments"]["again"] = TINY["experiments"]["main"] | {"mode": "consecutive"}
     (warning,) = told(config)
-    assert warning.startswith("tiny-gptj: full-c, lora run untuned, with the editors' own values;")
+    assert warning.startswith("tiny-gptj: full-c, lora run untuned, with defaults alone;")
     assert "config/tuned/" in warning
     assert "models.tiny-gptj.hparams" in warning
 

@@ -245,3 +245,15 @@ def test_a_table_without_rows_is_said_so():
 def test_a_figure_of_paths_without_runs_that_have_them_says_what_to_do(table):
     with pytest.raises(KMEBenchError, match="set the figure to null"):
         table([], [], {})
+
+
+def test_titles_of_panels_end_inside_the_figure():
+    dataset, modes = "OpenFacts (CounterFact form)", ("Batch editing", "Consecutive editing")
+    rows = [{"dataset": d, "mode": m, "n": 4} for d in (dataset, "ZsRE") for m in modes]
+    figure, found = panels.panels(pd.DataFrame(rows), "dataset", "mode")
+    figure.canvas.draw()
+    for axes, _ in found:
+        title = axes.title if axes.get_title() else axes._left_title
+        assert title.get_window_extent().x1 <= figure.bbox.x1
+    assert found[0][0].get_title(loc="left").splitlines() == [f"{dataset} · {modes[0]}", "4 edits"]
+    assert found[2][0].get_title(loc="left") == "ZsRE · Batch editing · 4 edits"

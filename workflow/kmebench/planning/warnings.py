@@ -22,8 +22,9 @@ def _untuned(config: Mapping[str, Any]) -> Iterator[str]:
             methods.append(run.method)
     for model, methods in untuned.items():
         if methods:
+            verb = "runs" if len(methods) == 1 else "run"
             yield (
-                f"{model}: {', '.join(methods)} run untuned, with the editors' own values; copy "
+                f"{model}: {', '.join(methods)} {verb} untuned, with defaults alone; copy "
                 f"what a search of this model chooses to config/tuned/, or set "
                 f"models.{model}.hparams."
             )

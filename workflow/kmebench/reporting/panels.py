@@ -20,6 +20,8 @@ from kmebench.io.files import atomic_path
 plt.style.use(Path(__file__).with_name("kmebench.mplstyle"))
 COLOURS: list[str] = plt.rcParams["axes.prop_cycle"].by_key()["color"]
 WIDTH, HEIGHT = 3.4, 2.5  # of one panel, inches: a paper's column
+#: Letters of a panel's title to an inch.
+LETTERS = 15
 #: Axes of a figure, each with the rows of the table that it shows.
 Panels = Sequence[tuple[Axes, pd.DataFrame]]
 #: What figures leave out of their files, so that the same figure is the same bytes.
@@ -77,9 +79,16 @@ def panels(
                 axes.set_axis_off()
                 continue
             title = f"{above} · {beside}" if len(down) > 1 else str(beside)
-            axes.set_title(f"{title} · {edits(part)}" if "n" in part else title)
+            parts = [title, edits(part)] if "n" in part else [title]
+            axes.set_title(_title(parts, size[0] / len(across)))
             found.append((axes, part))
     return figure, found
+
+
+def _title(parts: Sequence[str], inches: float) -> str:
+    """Write the parts of a panel's title on one line, or on several where it is too narrow."""
+    line = " · ".join(parts)
+    return line if len(line) <= LETTERS * inches else "\n".join(parts)
 
 
 def edits(table: pd.DataFrame) -> str:
