@@ -308,7 +308,8 @@ def test_a_second_command_is_refused_and_a_killed_run_resumes_with_the_same_byte
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(job, lambda: any((copy_of_finished.folder / ".snakemake/locks").glob("*")))
+    locks = copy_of_finished.folder / ".snakemake/locks"  # of the inputs first, then the outputs
+    wait_for(job, lambda: any(target in path.read_text() for path in locks.glob("*.output.lock")))
     job.send_signal(signal.SIGSTOP)  # so that no edit begins before the second command has ended
     output = copy_of_finished.run(f"{RUN}/timing.json", "--forcerun", "edit", check=False)
     assert "cannot be locked" in output
