@@ -248,5 +248,30 @@ class Trained(Need):
         return f"trained/{model}/{dataset.removesuffix(DEVELOPMENT)}/{self.name}.safetensors"
 
 
+@dataclass(frozen=True)
+class Encoder(Need):
+    """The folder of the sentence encoder, one for all models (``encoder`` in the config)."""
+
+    asset: ClassVar[str] = "encoder"
+    rule: ClassVar[str] = "fetch_encoder"
+
+    def path(self, model: str, dataset: str) -> str:
+        """Return where the folder lies below the results."""
+        return "encoder"
+
+
+@dataclass(frozen=True)
+class Development(Need):
+    """The records of the development split themselves."""
+
+    asset: ClassVar[str] = "development"
+    rule: ClassVar[str] = "prepare_dataset"
+
+    def path(self, model: str, dataset: str) -> str:
+        """Return where the file lies below the results: a tuning run reads its own data set."""
+        return f"data/{dataset.removesuffix(DEVELOPMENT)}{DEVELOPMENT}.jsonl"
+
+
+_NEEDS = (Paths, Covariance, Inverse, NeutralMetric, Targets, Trained, Encoder, Development)
 #: The rules that make stages.
-RULES = tuple(need.rule for need in (Paths, Covariance, Inverse, NeutralMetric, Targets, Trained))
+RULES = tuple(need.rule for need in _NEEDS)

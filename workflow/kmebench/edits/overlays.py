@@ -21,10 +21,16 @@ if TYPE_CHECKING:
 
 
 class Text(NamedTuple):
-    """A prompt, perhaps with the target that is to be scored behind it."""
+    """A prompt, perhaps with the target that is to be scored behind it.
+
+    ``case_id`` names the request that asks, where one does. An overlay that rewrites a prompt
+    names in ``context`` what it put before it: texts behind the same context are read together.
+    """
 
     prompt: str
     target: str | None = None
+    case_id: str | None = None
+    context: str = ""
 
 
 @dataclass
@@ -99,7 +105,10 @@ class Overlay(ABC):
 
 
 #: Kinds of this library, with the module that defines each.
-_MODULES = {"codebook": "kmebench.edits.codebook"}
+_MODULES = {
+    "codebook": "kmebench.edits.codebook",
+    "contexts": "kmebench.edits.contexts",
+}
 #: Installed packages name the kinds of their overlays under this entry point group.
 ENTRY_POINTS = "kmebench.overlays"
 

@@ -19,10 +19,12 @@ from transformers import (
 
 from kmebench.edits.overlays import Text
 from kmebench.evaluation.answers import has_stopped, natural_stop
+from kmebench.evaluation.behind import by_context, without_gaps
 from kmebench.evaluation.prompts import Prompt, wild_prompt
 from kmebench.memory import halved_if_needed
 from kmebench.models.editable import EditableModel
-from kmebench.models.encoding import Pair, length_sorted_chunks
+from kmebench.models.encoding import Encoded, length_sorted_chunks
+from kmebench.models.prefixes import Prefix
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,19 @@ def predict(
 def _predict(
     model: EditableModel, prompts: Sequence[Prompt], settings: Settings, decode: bool
 ) -> dict[str, list]:
-    pairs = {(p.prompt, p.target) for p in prompts}
-    pairs |= {(p.prompt, p.target_new) for p in prompts if p.target_new is not None}
-    pairs |= {(p.prompt, p.target_true) for p in prompts if p.target_true is not None}
-    forced = _teacher_forced(model, sorted(pairs), settings.batch_size)
+    scored = [
+        Text(p.prompt, target, p.case_id)
+        for p in prompts
+        for target in (p.target, p.target_new, p.target_true)
+        if target is not None
+    ]
+    forced = _teacher_forced(model, sorted(set(scored)), settings.batch_size)
     nan = float("nan")
 
-    def logprob(prompt: Prompt, target: str | None) -> float:
-        return nan if target is None else forced[prompt.prompt, target].logprob
+    def logprob(p: Prompt, target: str | None) -> float:
+        return nan if target is None else forced[Text(p.prompt, target, p.case_id)].logprob
 
-    told = [forced[p.prompt, p.target] for p in prompts]
+    told = [forced[Text(p.prompt, p.target, p.case_id)] for p in prompts]
     columns: dict[str, list] = {
         "target_ids": [list(answer.target_ids) for answer in told],
         "ids": [answer.ids for answer in told],
@@ -99,48 +104,79 @@ class _Forced(NamedTuple):
 
 
 def _teacher_forced(
-    model: EditableModel, pairs: Sequence[Pair], batch_size: int
-) -> dict[Pair, _Forced]:
+    model: EditableModel, texts: Sequence[Text], batch_size: int
+) -> dict[Text, _Forced]:
     """Tell every target to the model; targets that differ in the last token alone, at once."""
-    asked = model.rewritten([Text(*pair) for pair in pairs])
+    asked = model.rewritten(texts)
     # An overlay may put other words before a target, never another target.
-    prompts = zip(asked, pairs, strict=True)
-    encoded = model.encode([(text.prompt, target) for text, (_, target) in prompts])
+    pairs = [(new.prompt, old.target or "") for new, old in zip(asked, texts, strict=True)]
+    encoded = model.encode(pairs)
+    prompts = [item.ids[: -item.n_target] for item in encoded]
+    found = {}
+    for prefix, rows in by_context(model, asked, prompts):
+        told = _told(model, [encoded[i] for i in rows], prefix, batch_size)
+        for index, (ids, logprob) in zip(rows, told, strict=True):
+            found[texts[index]] = _Forced(prompts[index], encoded[index].target_ids, ids, logprob)
+    return found
+
+
+def _told(
+    model: EditableModel, encoded: Sequence[Encoded], prefix: Prefix | None, batch_size: int
+) -> list[tuple[list[int], float]]:
+    """Return the likeliest tokens and the target's log-probability of texts behind a prefix."""
+    shared = len(prefix.ids) if prefix else 0
     alike: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for index, item in enumerate(encoded):  # the last token is only predicted, never fed
-        alike.setdefault((item.ids[:-1], item.n_target), []).append(index)
+        alike.setdefault((item.ids[shared:-1], item.n_target), []).append(index)
     groups = list(alike.values())
-    found = {}
+    found: dict[int, tuple[list[int], float]] = {}
     for chunk in length_sorted_chunks([len(fed) for fed, _ in alike], batch_size):
-        batch = model.collate([encoded[groups[i][0]] for i in chunk])
-        log_probs = model.answer_logits(batch).log_softmax(dim=-1)
+        firsts = [encoded[groups[i][0]] for i in chunk]
+        batch = model.collate([Encoded(item.ids[shared:], item.n_target) for item in firsts])
+        log_probs = model.answer_logits(batch, prefix).log_softmax(dim=-1)
         for group, rows in zip(chunk, log_probs.split(batch.counts.tolist()), strict=True):
             ids = rows.argmax(dim=-1).tolist()
             for index in groups[group]:
-                target = encoded[index].target_ids
-                gold = rows.gather(1, torch.tensor(target, device=rows.device)[:, None])
-                prompt = encoded[index].ids[: -len(target)]
-                found[pairs[index]] = _Forced(prompt, target, ids, float(gold.mean()))
-    return found
+                target = torch.tensor(encoded[index].target_ids, device=rows.device)
+                found[index] = ids, float(rows.gather(1, target[:, None]).mean())
+    return [found[index] for index in range(len(encoded))]
 
 
 def _decode_free(
     model: EditableModel, prompts: Sequence[Prompt], told: Sequence[_Forced], settings: Settings
 ) -> list[list[int]]:
     """Decode greedily, as many tokens as the target has, where teacher forcing leaves it open."""
-    asked = model.rewritten([Text(p.prompt) for p in prompts])
+    asked = model.rewritten([Text(p.prompt, case_id=p.case_id) for p in prompts])
     tokenised = model.encode_prompts([text.prompt for text in asked])
     decoded = [answer.ids for answer in told]
     lengths = [len(answer.ids) for answer in told]
     left = [i for i, answer in enumerate(told) if not answer.is_greedy(tokenised[i])]
-    for chunk in length_sorted_chunks([lengths[i] for i in left], settings.batch_size):
-        rows = [left[i] for i in chunk]
-        for group in _with_room(rows, tokenised, lengths, model.context):
-            longest = max(lengths[i] for i in group)
-            said = model.generate([tokenised[i] for i in group], longest)
-            for index, row in zip(group, said, strict=True):
-                decoded[index] = row[: lengths[index]].tolist()
+    behind = by_context(model, [asked[i] for i in left], [tokenised[i] for i in left])
+    for prefix, places in behind:
+        rows = [left[i] for i in places]
+        for chunk in length_sorted_chunks([lengths[i] for i in rows], settings.batch_size):
+            chosen = [rows[i] for i in chunk]
+            for group in _together(model, prefix, chosen, tokenised, lengths):
+                longest = max(lengths[i] for i in group)
+                said = model.generate([tokenised[i] for i in group], longest, prefix=prefix)
+                for index, row in zip(group, said, strict=True):
+                    decoded[index] = row[: lengths[index]].tolist()
     return decoded
+
+
+def _together(
+    model: EditableModel,
+    prefix: Prefix | None,
+    chunk: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+) -> list[list[int]]:
+    """Split a chunk into rows that can be decoded together: they have room, and no gaps."""
+    return [
+        rows
+        for alike in without_gaps(model, prefix, chunk, prompts)
+        for rows in _with_room(alike, prompts, lengths, model.context)
+    ]
 
 
 def _with_room(
@@ -158,17 +194,21 @@ def _with_room(
 
 def _decode_wild(model: EditableModel, prompts: Sequence[Prompt], settings: Settings) -> list[str]:
     """Decode answers to the question-answer prompt, cut at their natural stop."""
-    asked = model.rewritten([Text(wild_prompt(p.prompt)) for p in prompts])
+    asked = model.rewritten([Text(wild_prompt(p.prompt), case_id=p.case_id) for p in prompts])
     tokenised = model.encode_prompts([text.prompt for text in asked], room=settings.wild_max_tokens)
     decoded = [""] * len(prompts)
-    for chunk in length_sorted_chunks([len(ids) for ids in tokenised], settings.batch_size):
-        ids = [tokenised[i] for i in chunk]
-        targets = [prompts[i].target for i in chunk]
-        stop = _NaturalStop(model.tokenizer, targets, max(len(x) for x in ids))
-        rows = model.generate(ids, settings.wild_max_tokens, StoppingCriteriaList([stop]))
-        texts = model.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        for index, text, target in zip(chunk, texts, targets, strict=True):
-            decoded[index] = natural_stop(text, target)
+    for prefix, rows in by_context(model, asked, tokenised):
+        lengths = [len(tokenised[i]) for i in rows]
+        for chunk in length_sorted_chunks(lengths, settings.batch_size):
+            chosen = [rows[i] for i in chunk]
+            for group in without_gaps(model, prefix, chosen, tokenised):
+                ids, targets = [tokenised[i] for i in group], [prompts[i].target for i in group]
+                stop = _NaturalStop(model.tokenizer, targets, max(len(x) for x in ids))
+                stopping = StoppingCriteriaList([stop])
+                said = model.generate(ids, settings.wild_max_tokens, stopping, prefix)
+                texts = model.tokenizer.batch_decode(said, skip_special_tokens=True)
+                for index, text, target in zip(group, texts, targets, strict=True):
+                    decoded[index] = natural_stop(text, target)
     return decoded
 
 

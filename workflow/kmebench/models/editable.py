@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -24,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from kmebench.data.texts import shown
 from kmebench.edits.edit import Edit
 from kmebench.edits.ledger import Ledger
-from kmebench.edits.overlays import Passage, Text
+from kmebench.edits.overlays import Overlay, Passage, Text
 from kmebench.edits.weights import WeightDelta
 from kmebench.errors import ModelError
 from kmebench.models.encoding import (
@@ -40,6 +41,7 @@ from kmebench.models.encoding import (
 )
 from kmebench.models.hooks import hooked, on_output
 from kmebench.models.layouts import FFN, context_of, ffn_layers, layout_of, windows_of
+from kmebench.models.prefixes import Prefix, keys_and_values
 from kmebench.precision import promoted
 
 logger = logging.getLogger("kmebench")
@@ -228,22 +230,39 @@ class EditableModel:
             texts = overlay.rewrite(texts)
         return texts
 
-    def answer_logits(self, batch: Batch) -> Tensor:
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether what texts begin with may be read apart: no overlay acts inside the model."""
+        return all(type(each).hooks is Overlay.hooks for each in self.edits.overlays.values())
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int]) -> Prefix:
+        """Read what several texts begin with, once for all of them."""
+        cache = DynamicCache()  # no configuration: a layer with a window would drop positions
+        batch = torch.tensor([ids], device=self.device)
+        self.model.base_model(input_ids=batch, past_key_values=cache, use_cache=True)
+        return Prefix(tuple(ids), keys_and_values(cache))
+
+    def answer_logits(self, batch: Batch, prefix: Prefix | None = None) -> Tensor:
         """Return the logits at the answer positions, [A, vocabulary], in float32 or float64.
 
-        The head is applied there only: on a small model it is a fifth of all work.
+        The texts of the batch stand behind ``prefix``, which they do not hold. The head is applied
+        at the answer positions only: on a small model it is a fifth of all work.
         """
         passage = Passage(batch.prompt_last, batch.rows)
         with self.passage(passage):
-            answers = self.final_states(batch)
+            answers = self.final_states(batch, prefix)
         return self._overlaid(passage, self.head(answers))
 
-    def final_states(self, batch: Batch) -> Tensor:
+    def final_states(self, batch: Batch, prefix: Prefix | None = None) -> Tensor:
         """Return the normed final states at the answer positions, [A, D].
 
         Hooks of overlays act on them only within a :meth:`passage`.
         """
-        passed = self.model.base_model(input_ids=batch.input_ids, use_cache=False)
+        cached = {"past_key_values": prefix.cache()} if prefix else {}
+        passed = self.model.base_model(
+            input_ids=batch.input_ids, use_cache=prefix is not None, **cached
+        )
         hidden = passed.last_hidden_state
         return hidden[batch.rows.to(hidden.device), batch.positions.to(hidden.device)]
 
@@ -270,8 +289,8 @@ class EditableModel:
     @torch.no_grad()
     def next_token_logits(self, prompt: str) -> Tensor:
         """Return the logits of the token after a prompt, [vocabulary], float32 or float64."""
-        ((text, _),) = self.rewritten([Text(prompt)])
-        (ids,) = self.encode_prompts([text])
+        (asked,) = self.rewritten([Text(prompt)])
+        (ids,) = self.encode_prompts([asked.prompt])
         # The padding stands for the token to predict; causal attention keeps it from being read.
         return self.answer_logits(self.collate([Encoded((*ids, self.pad_id), n_target=1)]))[0]
 
@@ -281,17 +300,22 @@ class EditableModel:
         prompts: Sequence[Sequence[int]],
         n_tokens: int,
         stopping: StoppingCriteriaList | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """Go on greedily from prompts, R rows of token ids; return the new tokens, [R, ≤ n].
 
-        Prompts are padded on the left. Rows that end early are filled with padding.
+        Prompts are padded on the left, behind a ``prefix`` that all of them begin with. Where
+        attention has a window, prompts behind a prefix must be of one length: padding between
+        would take its places. Rows that end early are filled with padding.
         """
-        longest = max(len(ids) for ids in prompts)
+        longest, shared = max(len(ids) for ids in prompts), len(prefix.ids) if prefix else 0
         input_ids = torch.full((len(prompts), longest), self.pad_id)
         mask = torch.zeros_like(input_ids)
         for row, ids in enumerate(prompts):
-            input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-            mask[row, longest - len(ids) :] = 1
+            own = longest - len(ids) + shared  # column of the first token behind the prefix
+            for columns, part in ((slice(shared), ids[:shared]), (slice(own, None), ids[shared:])):
+                input_ids[row, columns] = torch.tensor(part, dtype=torch.long)
+                mask[row, columns] = 1
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=n_tokens,
@@ -307,6 +331,7 @@ class EditableModel:
                 generation_config=config,
                 stopping_criteria=stopping,
                 logits_processor=processors,
+                **({"past_key_values": prefix.cache()} if prefix else {}),
             )
         return output[:, longest:].cpu()
 

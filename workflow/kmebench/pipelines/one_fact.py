@@ -69,8 +69,8 @@ def says(model: EditableModel, prompt: str, tokens: int = 12) -> str:
     """
     _check_question(model, prompt)
     _check_count(tokens, "tokens")
-    ((text, _),) = model.rewritten([Text(prompt)])
-    (said,) = model.generate(model.encode_prompts([text], room=tokens), tokens)
+    (asked,) = model.rewritten([Text(prompt)])
+    (said,) = model.generate(model.encode_prompts([asked.prompt], room=tokens), tokens)
     return " ".join(model.tokenizer.decode(said, skip_special_tokens=True).split())
 
 

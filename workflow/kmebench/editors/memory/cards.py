@@ -3,7 +3,13 @@
 from typing import Annotated, Literal
 
 from kmebench.editors.cards import Card, Count, Real, Whole, about, hyperparameters
+from kmebench.editors.needs import Development, Encoder, Need, Pipeline
 from kmebench.editors.sizes import Job
+
+#: Bytes of the sentence encoder and of its states, and tokens of a block of IKE's context.
+_ENCODER, _BLOCK = 0.3e9, 40
+#: Questions that are asked together behind a context (evaluation.batch_size).
+_QUESTIONS = 32
 
 
 @hyperparameters
@@ -28,6 +34,59 @@ class GRACEHparams:
     micro_batch: Annotated[Count, about("Requests in one forward pass.")] = 50
 
 
+@hyperparameters
+class IKEHparams:
+    """Hyper-parameters of IKE; 32 demonstrations take about 1,300 tokens."""
+
+    scope: Annotated[
+        Literal["oracle", "retrieved"],
+        about("Whose context a question gets: its own request's, or the nearest fact's."),
+    ] = "retrieved"
+    demonstrations: Annotated[
+        Whole, about("Development records shown before the fact; 0 shows the fact alone (ICE).")
+    ] = 32
+    threshold: Annotated[
+        float, about("Cosine from which on a question is about a fact, if retrieved.", ge=-1, le=1)
+    ] = 0.65
+
+
+@hyperparameters
+class SERACHparams:
+    """Hyper-parameters of the untrained SERAC."""
+
+    counterfactual: Annotated[
+        Literal["self"], about("What answers in scope: the model itself, behind the edit.")
+    ] = "self"
+    threshold: Annotated[
+        float, about("Similarity (1 + cosine) / 2 from which on a question is in scope.", ge=0, le=1)
+    ] = 0.8
+
+
+def _ike_needs(hparams: IKEHparams, pipeline: Pipeline) -> tuple[Need, ...]:
+    return (Encoder(), Development()) if hparams.demonstrations else (Encoder(),)
+
+
+def _serac_needs(hparams: SERACHparams, pipeline: Pipeline) -> tuple[Need, ...]:
+    return (Encoder(),)
+
+
+def _asked_behind(job: Job, blocks: int) -> float:
+    """The encoder, and what attention keeps of a context: in every layer once, in one per question.
+
+    Keys and values of width D both; families whose heads share them keep less.
+    """
+    layer = 2 * 4 * job.width * blocks * _BLOCK
+    return _ENCODER + (job.layers + 2 * _QUESTIONS) * layer
+
+
+def _ike(hparams: IKEHparams, job: Job) -> float:
+    return _asked_behind(job, hparams.demonstrations + 2)
+
+
+def _serac(hparams: SERACHparams, job: Job) -> float:
+    return _asked_behind(job, 1)
+
+
 def _grace(hparams: GRACEHparams, job: Job) -> float:
     """The graph of the layers above the codebook."""
     return job.graph(min(job.requests, hparams.micro_batch), job.layers - hparams.layer)
@@ -43,5 +102,25 @@ CARDS = [
         "adaptors",
         summary="Keeps edits in a codebook beside the weights, which answers near their prompts.",
         holds=_grace,
-    )
+    ),
+    Card(
+        "ike",
+        "kmebench.editors.memory.ike:IKE",
+        IKEHparams,
+        "memory",
+        "Zheng et al. 2023, Can we edit factual knowledge by in-context learning?",
+        needs=_ike_needs,
+        summary="Asks questions about a fact behind demonstrations and the fact itself.",
+        holds=_ike,
+    ),
+    Card(
+        "serac",
+        "kmebench.editors.memory.serac:SERAC",
+        SERACHparams,
+        "memory",
+        "Mitchell et al. 2022, Memory-based model editing at scale",
+        needs=_serac_needs,
+        summary="Asks questions in the scope of an edit behind it (untrained form).",
+        holds=_serac,
+    ),
 ]

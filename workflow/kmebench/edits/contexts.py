@@ -1,0 +1,92 @@
+"""Contexts: facts as text that stands before questions (IKE, Zheng et al. 2023; untrained SERAC).
+
+A question is answered behind the context of one fact, or as it is: no bit changes then. In the
+scope ``oracle`` every request is asked behind its own fact, as IKE was published. In the scope
+``retrieved`` a question finds its fact itself: the one with the key of the largest cosine, if
+that is at least the threshold. Whose question it is must not matter then, and is not looked at.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from kmebench.edits.overlays import Overlay, Text
+from kmebench.edits.sentences import SentenceEncoder
+
+Scope = Literal["oracle", "retrieved"]
+
+
+class Fact(NamedTuple):
+    """One fact, and the text that stands before questions about it."""
+
+    case_id: str
+    subject: str
+    prompt: str  # filled
+    context: str
+
+
+@dataclass(frozen=True)
+class Contexts(Overlay):
+    """n facts with their keys, oldest first."""
+
+    scope: Scope
+    threshold: float  # of the cosine
+    encoder: SentenceEncoder
+    facts: tuple[Fact, ...] = ()
+    keys: Tensor | None = None  # [n, D], of norm 1; None: no fact
+
+    kind: ClassVar[str] = "contexts"
+
+    def with_facts(self, facts: Sequence[Fact], keys: Tensor) -> Self:
+        """Return a successor that holds further facts with their keys [m, D]."""
+        held = [] if self.keys is None else [self.keys]
+        return replace(self, facts=(*self.facts, *facts), keys=torch.cat([*held, keys]))
+
+    def rewrite(self, texts: Sequence[Text]) -> Sequence[Text]:
+        """Put contexts before the prompts that have one."""
+        if self.keys is None or not texts:
+            return texts
+        found = self._own(texts) if self.scope == "oracle" else self._nearest(texts)
+        return [
+            text if fact is None else _behind(fact.context, text)
+            for text, fact in zip(texts, found, strict=True)
+        ]
+
+    def _own(self, texts: Sequence[Text]) -> list[Fact | None]:
+        by_case = {fact.case_id: fact for fact in self.facts}
+        return [by_case.get(text.case_id) if text.case_id else None for text in texts]
+
+    def _nearest(self, texts: Sequence[Text]) -> list[Fact | None]:
+        cosines = self.encoder.embed([text.prompt for text in texts]) @ self.keys.T  # [R, n]
+        nearest = cosines.max(dim=1)
+        # Keys of one prompt are equal, and which of them is found is up to rounding.
+        latest = {fact.prompt: fact for fact in self.facts}
+        return [
+            latest[self.facts[place].prompt] if cosine >= self.threshold else None
+            for cosine, place in zip(*map(Tensor.tolist, nearest), strict=True)
+        ]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the keys, and everything else as JSON in bytes; the encoder by its hash."""
+        encoder = (self.encoder.folder, self.encoder.sha256)
+        told = json.dumps([self.scope, self.threshold, encoder, self.facts]).encode()
+        keys = {} if self.keys is None else {"keys": self.keys}
+        return {**keys, "facts": torch.frombuffer(bytearray(told), dtype=torch.uint8)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Rebuild contexts; see :meth:`Overlay.from_tensors`."""
+        told = json.loads(tensors["facts"].numpy().tobytes())
+        scope, threshold, encoder, facts = told
+        keys = tensors["keys"] if facts else None
+        if keys is not None and len(keys) != len(facts):
+            raise ValueError("contexts have one key per fact")
+        return cls(scope, threshold, SentenceEncoder(*encoder), tuple(Fact(*f) for f in facts), keys)
+
+
+def _behind(context: str, text: Text) -> Text:
+    return text._replace(prompt=context + text.prompt, context=context)
