@@ -8,11 +8,12 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, BertConfig, BertModel, PretrainedConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from kmebench.data.records import EditRequest
@@ -103,7 +104,7 @@ def small_config(
         "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
         "opt": {"dropout": 0.0, "word_embed_proj_dim": 16, "activation_function": "gelu"},
     }[family]
-    return CONFIG_MAPPING[family](**common, **own | others)
+    return CONFIG_MAPPING[family](**common | own | others)
 
 
 @pytest.fixture(scope="session")
@@ -180,6 +181,27 @@ def requests() -> list[EditRequest]:
             ("The capital of France is", "Paris"),
         ),
     ]
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tokenizer, tmp_path_factory) -> Path:
+    """A random sentence encoder of the form of the real one."""
+    folder = tmp_path_factory.mktemp("encoder")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = BertModel(config)
+    for parameter in model.parameters():  # so large that texts differ
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 CAPITALS = {

@@ -72,7 +72,7 @@ def test_what_teacher_forcing_settles_is_not_decoded_again(trained, capital_requ
     decoded = []
     usual = trained.generate
     monkeypatch.setattr(
-        trained, "generate", lambda ids, *rest: decoded.extend(ids) or usual(ids, *rest)
+        trained, "generate", lambda ids, *a, **k: decoded.extend(ids) or usual(ids, *a, **k)
     )
     columns = predict(trained, prompts, Settings(wild_max_tokens=1), decode=True)
     lengths = [len(ids) for ids in columns["target_ids"]]
@@ -107,7 +107,7 @@ def test_decoding_does_not_stop_inside_the_target(said, target, answer, trained,
     """The model would say `said`, token by token, for as long as it is not stopped."""
     words = trained.tokenizer(said, add_special_tokens=False)["input_ids"]
 
-    def says(model, prompts, n_tokens, stopping=None):
+    def says(model, prompts, n_tokens, stopping=None, prefix=None):
         rows = torch.tensor([list(prompts[0]) for _ in prompts])
         start = rows.shape[1]
         for token in words:
@@ -144,10 +144,10 @@ def out_of_memory_beyond(model, rows, monkeypatch):
     """Let a model be asked about ``rows`` texts at once, and no more."""
     ask = model.answer_logits
 
-    def limited(batch):
+    def limited(batch, prefix=None):
         if len(batch.counts) > rows:
             raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-        return ask(batch)
+        return ask(batch, prefix)
 
     monkeypatch.setattr(model, "answer_logits", limited)
 

@@ -16,7 +16,7 @@ from kmebench.editors.locate.covariance.factors import cache_factor
 from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.store import Covariances, check_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
-from kmebench.editors.needs import Covariance, Inverse, NeutralMetric, Spectrum, Trained
+from kmebench.editors.needs import Covariance, Inverse, NeutralMetric, Spectrum
 from kmebench.editors.pac.neutral import write_metric
 from kmebench.edits.edit import Edit
 from kmebench.errors import ConfigError, KMEBenchError, ModelError
@@ -36,11 +36,12 @@ from kmebench.pipelines.one_fact import (
 from kmebench.planning.by_hand import (
     Kind,
     MadeByHand,
+    MadeByWorkflow,
     Source,
     fact,
     find_model,
     method_of,
-    trained_path,
+    workflow_path,
 )
 from kmebench.planning.workflow import make
 
@@ -233,8 +234,8 @@ def _file(
 
     ``layers`` are those whose covariance all needs of the editor are about.
     """
-    if isinstance(need, Trained):
-        path = trained_path(model.source, need)
+    if isinstance(need, MadeByWorkflow):
+        path = workflow_path(model.source, need)
         make(path, model.source.configfiles)
         return path
     if isinstance(need, NeutralMetric):

@@ -23,6 +23,26 @@ rule fetch_model:
         "../scripts/fetch_model.py"
 
 
+rule fetch_encoder:
+    "Bring the sentence encoder here, by which editors look facts up."
+    input:
+        code=code("fetch_model"),
+    output:
+        folder=directory("<results>/encoder"),
+    log:
+        "<logs>/fetch_encoder.log",
+    localrule: True
+    conda:
+        "../../envs/edit.yaml"
+    params:
+        source=inputs.encoder_source,
+        content=inputs.encoder_content,
+    message:
+        "Fetching the sentence encoder"
+    script:
+        "../scripts/fetch_model.py"
+
+
 rule train_model:
     "Train a tiny model until it knows the facts of this repository."
     input:

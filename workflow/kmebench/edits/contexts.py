@@ -24,7 +24,6 @@ class Fact(NamedTuple):
     """One fact, and the text that stands before questions about it."""
 
     case_id: str
-    subject: str
     prompt: str  # filled
     context: str
 
@@ -85,7 +84,8 @@ class Contexts(Overlay):
         keys = tensors["keys"] if facts else None
         if keys is not None and len(keys) != len(facts):
             raise ValueError("contexts have one key per fact")
-        return cls(scope, threshold, SentenceEncoder(*encoder), tuple(Fact(*f) for f in facts), keys)
+        held = tuple(Fact(*fact) for fact in facts)
+        return cls(scope, threshold, SentenceEncoder(*encoder), held, keys)
 
 
 def _behind(context: str, text: Text) -> Text:

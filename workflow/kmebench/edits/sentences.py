@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from kmebench.errors import ModelError
 from kmebench.io.files import sha256_of
@@ -45,6 +46,8 @@ class SentenceEncoder:
         Raises:
             ModelError: the encoder is not there any more, or is another one.
         """
+        if not texts:
+            return torch.empty(0, self._loaded[0].config.hidden_size)
         different = sorted(set(texts), key=lambda text: (len(text), text))
         chunks = [different[i : i + BATCH] for i in range(0, len(different), BATCH)]
         rows = {
@@ -71,7 +74,7 @@ class SentenceEncoder:
                 f"The sentence encoder in {self.folder} has weights of the sha256 {found}, and the "
                 f"edit was made with {self.sha256}; put that encoder there."
             )
-        # Whatever the model that is edited computes in, and by the same kernels everywhere.
+        transformers_logging.disable_progress_bar()
         model = AutoModel.from_pretrained(self.folder, dtype=torch.float32, use_safetensors=True)
         return model.eval(), AutoTokenizer.from_pretrained(self.folder)
 

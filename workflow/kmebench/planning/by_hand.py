@@ -11,6 +11,8 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.cards import card_of, plain, registered
 from kmebench.editors.needs import (
     Covariance,
+    Development,
+    Encoder,
     Inverse,
     Need,
     NeutralMetric,
@@ -27,8 +29,10 @@ from kmebench.planning.workflow import SNAKEFILE
 DEVICES = ("auto", "cpu", "mps", "cuda", "balanced", "sequential")
 #: Facts are given by hand, so no stage of a data set is cached for them.
 _PIPELINE = Pipeline("consecutive", 1)
+#: What the workflow makes whatever fact is edited.
+MadeByWorkflow = Trained | Encoder | Development
 #: Needs that can be met without a data set.
-MadeByHand = Covariance | Inverse | NeutralMetric | Spectrum | Trained
+MadeByHand = Covariance | Inverse | NeutralMetric | Spectrum | MadeByWorkflow
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -195,6 +199,13 @@ def _can_be_met(source: Source, method: str, need: Need) -> MadeByHand:
         return need
     if isinstance(need, Trained) and source.kind is Kind.CONFIG:
         return need
+    if isinstance(need, Encoder | Development):
+        if not source.config:
+            raise ConfigError(
+                f"The method {method!r} needs the {need.asset} that the workflow brings; edit in "
+                "the folder of KME-Bench."
+            )
+        return need
     mend = "take a model of the config" if isinstance(need, Trained) else "run an experiment"
     raise ConfigError(
         f"The method {method!r} needs the {need.asset} of a data set, which the workflow alone "
@@ -202,8 +213,8 @@ def _can_be_met(source: Source, method: str, need: Need) -> MadeByHand:
     )
 
 
-def trained_path(source: Source, need: Trained) -> Path:
-    """Return the file of a trained stage: of the first data set with a development split."""
+def workflow_path(source: Source, need: MadeByWorkflow) -> Path:
+    """Return what the workflow makes: of the first data set with a development split."""
     datasets = source.config["datasets"]
     developed = [name for name, spec in datasets.items() if spec.get("development")]
     return source.results / need.path(source.name, (developed or list(datasets))[0])

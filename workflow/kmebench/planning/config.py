@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError, best_match
 from snakemake.utils import update_config
 
-from kmebench.editors.needs import RULES, Trained
+from kmebench.editors.needs import RULES, Development, Trained
 from kmebench.errors import ConfigError
 from kmebench.names import near_name, nearest
 from kmebench.planning import grid
@@ -135,9 +135,10 @@ def _check_needs(config: dict[str, Any]) -> None:
                     f"{nearest(need.rule, RULES)}"
                 )
             dataset = run.dataset.removesuffix(grid.DEVELOPMENT)
-            if isinstance(need, Trained) and not config["datasets"][dataset]["development"]:
+            of_split = isinstance(need, Trained | Development)
+            if of_split and not config["datasets"][dataset]["development"]:
                 raise ConfigError(
-                    f"{reads}, trained on the development split of {dataset!r}, which has none; "
+                    f"{reads}, made of the development split of {dataset!r}, which has none; "
                     f"set datasets.{dataset}.development, to 100 say."
                 )
 

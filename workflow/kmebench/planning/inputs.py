@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kmebench.editors.needs import Paths, Targets, Trained
+from kmebench.editors.needs import Encoder, Paths, Targets, Trained
 from kmebench.io import origins
 from kmebench.planning import grid, memory
 from kmebench.planning.dependencies import code
@@ -98,6 +98,16 @@ class Inputs:
         """Return the content of the user's folder or file, for a model that is one."""
         note = f"{self.results}/models/{wildcards.model}/{origins.NOTE}"
         return origins.parameter(self.model_source(wildcards).get("path"), note)
+
+    @property
+    def encoder_source(self) -> dict[str, Any]:
+        """Return where the sentence encoder comes from."""
+        return dict(self.config["encoder"]["source"])
+
+    def encoder_content(self, wildcards: Any) -> str | None:
+        """Return the content of the user's folder, for an encoder that is one."""
+        note = f"{self.results}/{Encoder().path('', '')}/{origins.NOTE}"
+        return origins.parameter(self.encoder_source.get("path"), note)
 
     def load(self, wildcards: Any) -> dict[str, str]:
         """Return how a job's model is loaded."""

@@ -46,7 +46,7 @@ class IKEHparams:
         Whole, about("Development records shown before the fact; 0 shows the fact alone (ICE).")
     ] = 32
     threshold: Annotated[
-        float, about("Cosine from which on a question is about a fact, if retrieved.", ge=-1, le=1)
+        Real, about("Cosine from which on a question is about a fact, if retrieved.", le=1)
     ] = 0.65
 
 
@@ -58,7 +58,7 @@ class SERACHparams:
         Literal["self"], about("What answers in scope: the model itself, behind the edit.")
     ] = "self"
     threshold: Annotated[
-        float, about("Similarity (1 + cosine) / 2 from which on a question is in scope.", ge=0, le=1)
+        Real, about("Similarity (1 + cosine) / 2 from which on a question is in scope.", le=1)
     ] = 0.8
 
 

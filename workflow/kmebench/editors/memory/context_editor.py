@@ -25,10 +25,10 @@ class ContextEditor(Editor):
         carried = model.edits.overlays.get(self.name)
         memory = carried if isinstance(carried, Contexts) else self.empty()
         with self.stopwatch("retrieve"):
-            contexts = self.contexts(requests, memory.facts)
+            contexts = self.contexts(requests)
             keys = self.encoder.embed([self.key(request) for request in requests])
         facts = [
-            Fact(request.case_id, request.subject, request.filled_prompt, context)
+            Fact(request.case_id, request.filled_prompt, context)
             for request, context in zip(requests, contexts, strict=True)
         ]
         self._check_room(model, facts)
@@ -44,7 +44,7 @@ class ContextEditor(Editor):
         """Return a memory without facts."""
 
     @abstractmethod
-    def contexts(self, requests: Sequence[EditRequest], earlier: Sequence[Fact]) -> list[str]:
+    def contexts(self, requests: Sequence[EditRequest]) -> list[str]:
         """Return what stands before questions about each request."""
 
     @abstractmethod

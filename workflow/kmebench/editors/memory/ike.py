@@ -15,7 +15,7 @@ from torch import Tensor
 from kmebench.data.records import EditRequest, read_requests
 from kmebench.editors.memory.cards import IKEHparams
 from kmebench.editors.memory.context_editor import ContextEditor
-from kmebench.edits.contexts import Contexts, Fact
+from kmebench.edits.contexts import Contexts
 from kmebench.errors import EditError
 
 
@@ -32,39 +32,34 @@ class IKE(ContextEditor):
         """Return the prompt alone: with the answer, questions are less like their own facts."""
         return request.filled_prompt
 
-    def contexts(self, requests: Sequence[EditRequest], earlier: Sequence[Fact]) -> list[str]:
+    def contexts(self, requests: Sequence[EditRequest]) -> list[str]:
         """Return demonstrations, the fact as a block, and how a question about it begins."""
-        edited = {(fact.case_id, fact.subject, fact.prompt) for fact in earlier}
-        edited |= {_identity(request) for request in requests}
-        shown = self._shown(requests, edited)
-        return [_context(request, blocks) for request, blocks in zip(requests, shown, strict=True)]
-
-    def _shown(
-        self, requests: Sequence[EditRequest], edited: set[tuple[str, str, str]]
-    ) -> list[list[str]]:
-        """Return the demonstration blocks of each request, the nearest record first."""
-        k = self.hparams.demonstrations
-        if not k:
-            return [[] for _ in requests]
-        records, keys = self._records
-        values = [set(each) for each in zip(*edited, strict=True)]  # cases, subjects, prompts
-        usable = [
-            place
-            for place, record in enumerate(records)
-            if not any(x in known for x, known in zip(_identity(record), values, strict=True))
+        if not self.hparams.demonstrations:
+            return [_context(request, []) for request in requests]
+        queries = self.encoder.embed([f"{_fact(r)}\nPrompt: {r.filled_prompt}" for r in requests])
+        return [
+            _context(request, self._blocks(request, self._nearest(request, query)))
+            for request, query in zip(requests, queries, strict=True)
         ]
+
+    def _nearest(self, request: EditRequest, query: Tensor) -> list[EditRequest]:
+        """Return the k development records nearest to a request, the nearest first.
+
+        None shares case, subject or prompt with it.
+
+        Raises:
+            EditError: there are fewer.
+        """
+        (records, keys), k = self._records, self.hparams.demonstrations
+        ranked = (keys @ query).argsort(descending=True, stable=True).tolist()
+        usable = [records[i] for i in ranked if not _alike(records[i], request)]
         if len(usable) < k:
             raise EditError(
-                f"{self.name}: {len(usable)} development records can be shown (with a paraphrase "
-                f"and a locality prompt, and not of an edited fact), fewer than {k}; raise the "
-                "data set's development, or lower demonstrations."
+                f"{self.name}: {len(usable)} development records with a paraphrase and a locality "
+                f"prompt can be shown for the request {request.case_id!r}, fewer than {k}; raise "
+                "development of the data set, or lower demonstrations."
             )
-        queries = self.encoder.embed([f"{_fact(r)}\nPrompt: {r.filled_prompt}" for r in requests])
-        ranked = (queries @ keys[usable].T).argsort(dim=1, descending=True, stable=True)[:, :k]
-        return [
-            self._blocks(request, [records[usable[i]] for i in row])
-            for request, row in zip(requests, ranked.tolist(), strict=True)
-        ]
+        return usable[:k]
 
     def _blocks(self, request: EditRequest, records: Sequence[EditRequest]) -> list[str]:
         """Show each record in one kind: copy, update and retain as 1 to 3 to 4, at random.
@@ -85,11 +80,16 @@ class IKE(ContextEditor):
         records = read_requests(self.assets["development"])
         records = [record for record in records if record.paraphrases and record.locality]
         blocks = [f"{_fact(r)}\nPrompt: {r.filled_prompt} {r.target_new}" for r in records]
-        return records, self.encoder.embed(blocks) if records else torch.empty(0)
+        return records, self.encoder.embed(blocks)
 
 
-def _identity(request: EditRequest) -> tuple[str, str, str]:
-    return request.case_id, request.subject, request.filled_prompt
+def _alike(one: EditRequest, other: EditRequest) -> bool:
+    """Whether two requests share case, subject or prompt."""
+    return (
+        one.case_id == other.case_id
+        or one.subject == other.subject
+        or one.filled_prompt == other.filled_prompt
+    )
 
 
 def _context(request: EditRequest, blocks: Sequence[str]) -> str:

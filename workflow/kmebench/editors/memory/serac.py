@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from kmebench.data.records import EditRequest
 from kmebench.editors.memory.cards import SERACHparams
 from kmebench.editors.memory.context_editor import ContextEditor
-from kmebench.edits.contexts import Contexts, Fact
+from kmebench.edits.contexts import Contexts
 
 
 class SERAC(ContextEditor):
@@ -26,6 +26,6 @@ class SERAC(ContextEditor):
         """Return the edit, its answer too."""
         return f"{request.filled_prompt} {request.target_new}"
 
-    def contexts(self, requests: Sequence[EditRequest], earlier: Sequence[Fact]) -> list[str]:
+    def contexts(self, requests: Sequence[EditRequest]) -> list[str]:
         """Return each edit as a line."""
         return [f"{self.key(request)}\n" for request in requests]
