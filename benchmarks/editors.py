@@ -28,7 +28,7 @@ from common import (
 
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.locate.covariance.store import write_covariance
-from kmebench.editors.needs import NeutralMetric, Pipeline
+from kmebench.editors.needs import Development, Encoder, NeutralMetric, Pipeline
 from kmebench.models.editable import EditableModel
 from kmebench.planning.config import read_config
 from kmebench.planning.grid import base_hparams, card_of_method
@@ -108,6 +108,8 @@ def rows(arguments: argparse.Namespace, covariance: Path) -> list[list[str]]:
                 made_up = covariance.with_name("metric.safetensors")
                 made = Path("results", need.path(name, ""))
                 assets[need.key] = made_up if arguments.architecture else made
+            if isinstance(need, Encoder | Development):
+                assets[need.key] = Path("results", need.path(name, "openfacts-counterfact"))
         editor = build_editor(card.name, hparams, assets)
         found.append([method, *measure(model, editor, size, arguments.repeats)])
         print(" ".join(found[-1]), flush=True)

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, BertConfig, BertModel, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from kmebench.data.records import EditRequest
 from kmebench.models.editable import EditableModel
 from kmebench.models.tiny import train_tiny, train_tokenizer
+from tests.encoders import write_encoder
 
 # pytest-xdist runs one process on every core; so do the workflows that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -185,23 +186,7 @@ def requests() -> list[EditRequest]:
 
 @pytest.fixture(scope="session")
 def encoder_folder(tokenizer, tmp_path_factory) -> Path:
-    """A random sentence encoder of the form of the real one."""
-    folder = tmp_path_factory.mktemp("encoder")
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = BertModel(config)
-    for parameter in model.parameters():  # so large that texts differ
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_encoder(tmp_path_factory.mktemp("encoder"), tokenizer)
 
 
 CAPITALS = {

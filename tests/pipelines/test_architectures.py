@@ -7,6 +7,7 @@ import torch
 from transformers import GPTJConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
+from kmebench.data.records import write_requests
 from kmebench.editors.cards import registered
 from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
@@ -66,6 +67,8 @@ EDITORS = {
     "kn": {"steps": 2, "prompts": 2},
     "lora": {"steps": 2},
     "grace": {"layer": 1, "steps": 2},
+    "ike": {"demonstrations": 2},
+    "serac": {},
     "none": {},
 }
 
@@ -84,7 +87,7 @@ def test_every_editor_is_among_them():
     ],
 )
 def test_a_paper_architecture_passes_through_every_stage(
-    architecture, dtype, editors, tokenizer, requests, tmp_path
+    architecture, dtype, editors, tokenizer, requests, encoder_folder, tmp_path
 ):
     torch.manual_seed(0)
     folder = tmp_path / "model"
@@ -106,6 +109,7 @@ def test_a_paper_architecture_passes_through_every_stage(
     measure_covariance(tmp_path / "covariance.safetensors", model, [0, 1], text)
     if "npac" in editors:
         write_metric(tmp_path / "neutral_metric.safetensors", model, NeutralMetric((0, 1), 254))
+    write_requests(tmp_path / "d.jsonl", requests)
     runs, files = [], []
     for editor in editors:
         every = ("batch", "consecutive", "breadth_first")
@@ -137,7 +141,8 @@ def test_a_paper_architecture_passes_through_every_stage(
                 assets={
                     name: str(tmp_path / f"{name}.safetensors")
                     for name in ("paths", "covariance", "neutral_metric")
-                },
+                }
+                | {"encoder": str(encoder_folder), "development": str(tmp_path / "d.jsonl")},
                 original=str(tmp_path / "original.parquet"),
                 inputs=[__file__],
                 output=output,

@@ -107,7 +107,7 @@ class Overlay(ABC):
 #: Kinds of this library, with the module that defines each.
 _MODULES = {
     "codebook": "kmebench.edits.codebook",
-    "contexts": "kmebench.edits.contexts",
+    "text_memory": "kmebench.edits.text_memory",
 }
 #: Installed packages name the kinds of their overlays under this entry point group.
 ENTRY_POINTS = "kmebench.overlays"

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest, read_requests
 from kmebench.editors.memory.cards import IKEHparams
-from kmebench.editors.memory.context_editor import ContextEditor
-from kmebench.edits.contexts import Contexts
+from kmebench.editors.memory.text_editor import TextEditor
+from kmebench.edits.text_memory import TextMemory
 from kmebench.errors import EditError
 
 
-class IKE(ContextEditor):
+class IKE(TextEditor):
     """Facts behind demonstrations."""
 
     hparams: IKEHparams
 
-    def empty(self) -> Contexts:
-        """Return a memory without facts; see :meth:`ContextEditor.empty`."""
-        return Contexts(self.hparams.scope, self.hparams.threshold, self.encoder)
+    def empty(self) -> TextMemory:
+        """Return a memory without facts; see :meth:`TextEditor.empty`."""
+        return TextMemory(self.hparams.scope, self.hparams.threshold, self.encoder)
 
     def key(self, request: EditRequest) -> str:
         """Return the prompt alone: with the answer, questions are less like their own facts."""

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.memory.cards import SERACHparams
-from kmebench.editors.memory.context_editor import ContextEditor
-from kmebench.edits.contexts import Contexts
+from kmebench.editors.memory.text_editor import TextEditor
+from kmebench.edits.text_memory import TextMemory
 
 
-class SERAC(ContextEditor):
+class SERAC(TextEditor):
     """Facts as single lines before the questions in their scope."""
 
     hparams: SERACHparams
 
-    def empty(self) -> Contexts:
+    def empty(self) -> TextMemory:
         """Return a memory without facts: s = (1 + cosine) / 2 is compared with the threshold."""
-        return Contexts("retrieved", 2 * self.hparams.threshold - 1, self.encoder)
+        return TextMemory("retrieved", 2 * self.hparams.threshold - 1, self.encoder)
 
     def key(self, request: EditRequest) -> str:
         """Return the edit, its answer too."""

@@ -9,8 +9,8 @@ import torch
 
 from kmebench.data.records import EditRequest, write_requests
 from kmebench.editors.base import build_editor
-from kmebench.editors.memory.context_editor import ROOM
-from kmebench.edits.contexts import Contexts, Fact
+from kmebench.editors.memory.text_editor import ROOM
+from kmebench.edits.text_memory import TextMemory, Fact
 from kmebench.edits.edit import Edit
 from kmebench.edits.overlays import Text
 from kmebench.edits.sentences import SentenceEncoder
@@ -20,6 +20,7 @@ from kmebench.pipelines.checkpoints import Checkpoints
 from kmebench.pipelines.pipelines import Setup, run_batches, run_consecutive
 
 ROOMY = {"max_position_embeddings": 2048}
+VALUES = {"ike": {"demonstrations": 8}, "serac": {}}
 NAMES = ("Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ivy", "Jo")
 
 
@@ -164,10 +165,10 @@ def test_no_record_is_shown_for_itself(ike, requests, other):
 @pytest.mark.parametrize("method", ["ike", "serac"])
 def test_a_question_finds_the_fact_that_is_nearest_of_all(method, make_model, assets, requests):
     model = make_model("llama", **ROOMY)
-    values = {"threshold": 0.0} | ({"demonstrations": 0} if method == "ike" else {})
-    memory = memory_of(model, build_editor(method, values, assets), requests)
-    own = " ".join if method == "serac" else lambda pair: pair[0]
-    keys = [own((r.filled_prompt, r.target_new)) for r in requests]
+    editor = build_editor(method, VALUES[method] | {"threshold": 0.0}, assets)
+    memory = memory_of(model, editor, requests)
+    told = {"ike": "", "serac": " {}"}[method]
+    keys = [r.filled_prompt + told.format(r.target_new) for r in requests]
     questions = [q for r in requests for q in (*r.paraphrases, r.locality[0][0], r.filled_prompt)]
     for question, asked in zip(questions, model.rewritten([*map(Text, questions)]), strict=True):
         scores = [cosine(memory.encoder, question, key) for key in keys]
@@ -218,15 +219,14 @@ def test_whose_question_it_is_does_not_matter_to_retrieval(make_model, ike, requ
 def test_out_of_scope_no_bit_changes(method, make_model, assets, requests):
     model = make_model("llama", **ROOMY)
     weights = {name: p.clone() for name, p in model.model.named_parameters()}
-    values = {"threshold": 1.0} | ({"demonstrations": 8} if method == "ike" else {})
-    memory = memory_of(model, build_editor(method, values, assets), requests)
+    memory = memory_of(model, build_editor(method, VALUES[method], assets), requests)
     memory = replace(memory, threshold=1.1)  # above what rounding may do to a cosine of 1
     questions = [Text(r.locality[0][0], "Rome", r.case_id) for r in requests]
     for rewritten, text in zip(memory.rewrite(questions), questions, strict=True):
         assert rewritten is text
     assert all(torch.equal(weights[n], p) for n, p in model.model.named_parameters())
     assert not model.edits.total().weights
-    empty = build_editor(method, values, assets).empty()
+    empty = build_editor(method, VALUES[method], assets).empty()
     assert empty.rewrite(questions) is questions
 
 
@@ -246,12 +246,11 @@ def test_an_open_gate_of_one_question_leaves_the_others_as_they_are(make_model, 
 @pytest.mark.parametrize("method", ["ike", "serac"])
 def test_a_saved_edit_asks_the_same(method, make_model, assets, requests, tmp_path):
     model = make_model("llama", **ROOMY)
-    memory = memory_of(model, build_editor(method, {}, assets | {"x": assets["encoder"]})
-                       if method == "serac" else build_editor(method, {"demonstrations": 8}, assets),
-                       requests)  # fmt: skip
+    editor = build_editor(method, VALUES[method], assets)
+    memory = memory_of(model, editor, requests)
     model.edits.total().save(tmp_path / "e.safetensors")
     (loaded,) = Edit.load(tmp_path / "e.safetensors").overlays.values()
-    assert isinstance(loaded, Contexts)
+    assert isinstance(loaded, TextMemory)
     assert loaded.facts == memory.facts
     assert torch.equal(loaded.keys, memory.keys)
     texts = [Text(r.filled_prompt, "Rome", r.case_id) for r in requests]
@@ -259,13 +258,13 @@ def test_a_saved_edit_asks_the_same(method, make_model, assets, requests, tmp_pa
 
 
 def test_a_memory_without_facts_reads_back(encoder_folder, tmp_path):
-    empty = Contexts("oracle", 0.5, SentenceEncoder.open(encoder_folder))
+    empty = TextMemory("oracle", 0.5, SentenceEncoder.open(encoder_folder))
     Edit(overlays={"ike": empty}).save(tmp_path / "e.safetensors")
     assert dict(Edit.load(tmp_path / "e.safetensors").overlays) == {"ike": empty}
 
 
 def test_a_damaged_memory_is_a_sentence(encoder_folder, tmp_path):
-    memory = Contexts("oracle", 0.5, SentenceEncoder.open(encoder_folder))
+    memory = TextMemory("oracle", 0.5, SentenceEncoder.open(encoder_folder))
     two = memory.with_facts([Fact("a", "p", "c")], torch.ones(2, 16))
     Edit(overlays={"ike": two}).save(tmp_path / "e.safetensors")
     with pytest.raises(KMEBenchError, match="is a damaged edit"):

@@ -1,4 +1,4 @@
-"""Contexts: facts as text that stands before questions (IKE, Zheng et al. 2023; untrained SERAC).
+"""Text memories: facts as text that stands before questions (IKE, Zheng et al. 2023; untrained SERAC).
 
 A question is answered behind the context of one fact, or as it is: no bit changes then. In the
 scope ``oracle`` every request is asked behind its own fact, as IKE was published. In the scope
@@ -29,7 +29,7 @@ class Fact(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Contexts(Overlay):
+class TextMemory(Overlay):
     """n facts with their keys, oldest first."""
 
     scope: Scope
@@ -38,7 +38,7 @@ class Contexts(Overlay):
     facts: tuple[Fact, ...] = ()
     keys: Tensor | None = None  # [n, D], of norm 1; None: no fact
 
-    kind: ClassVar[str] = "contexts"
+    kind: ClassVar[str] = "text_memory"
 
     def with_facts(self, facts: Sequence[Fact], keys: Tensor) -> Self:
         """Return a successor that holds further facts with their keys [m, D]."""
@@ -78,12 +78,12 @@ class Contexts(Overlay):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """Rebuild contexts; see :meth:`Overlay.from_tensors`."""
+        """Rebuild a text memory; see :meth:`Overlay.from_tensors`."""
         told = json.loads(tensors["facts"].numpy().tobytes())
         scope, threshold, encoder, facts = told
         keys = tensors["keys"] if facts else None
         if keys is not None and len(keys) != len(facts):
-            raise ValueError("contexts have one key per fact")
+            raise ValueError("a text memory has one key per fact")
         held = tuple(Fact(*fact) for fact in facts)
         return cls(scope, threshold, SentenceEncoder(*encoder), held, keys)
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
-from kmebench.edits.contexts import Contexts, Fact
+from kmebench.edits.text_memory import TextMemory, Fact
 from kmebench.edits.edit import Edit
 from kmebench.edits.sentences import SentenceEncoder
 from kmebench.errors import EditError
@@ -17,13 +17,13 @@ from kmebench.models.encoding import encode_prompts
 ROOM = 128
 
 
-class ContextEditor(Editor):
+class TextEditor(Editor):
     """Facts as text before questions; the model carries them from edit to edit."""
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> Edit:
         """Remember ``requests``; see :meth:`Editor.edit`. Weights never change."""
         carried = model.edits.overlays.get(self.name)
-        memory = carried if isinstance(carried, Contexts) else self.empty()
+        memory = carried if isinstance(carried, TextMemory) else self.empty()
         with self.stopwatch("retrieve"):
             contexts = self.contexts(requests)
             keys = self.encoder.embed([self.key(request) for request in requests])
@@ -40,7 +40,7 @@ class ContextEditor(Editor):
         return SentenceEncoder.open(self.assets["encoder"])
 
     @abstractmethod
-    def empty(self) -> Contexts:
+    def empty(self) -> TextMemory:
         """Return a memory without facts."""
 
     @abstractmethod
