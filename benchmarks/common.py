@@ -7,12 +7,15 @@ import statistics
 import string
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     GPTJConfig,
     LlamaConfig,
     PretrainedConfig,
@@ -20,7 +23,7 @@ from transformers import (
 )
 
 from kmebench.data.openfacts import fact_sentences, load_relations
-from kmebench.data.records import EditRequest
+from kmebench.data.records import EditRequest, write_requests
 from kmebench.editors.pac.neutral import Moments, save_metric
 from kmebench.models.editable import EditableModel, pick_device
 from kmebench.models.tiny import END, train_tokenizer
@@ -103,6 +106,21 @@ def openfacts_requests(count: int) -> list[EditRequest]:
         prompt = relation.prompt
         found.append(EditRequest(str(number), subject, prompt, new, true))
     return found
+
+
+def made_up_retrieval(folder: Path) -> dict[str, Path]:
+    """Write what IKE reads: a random encoder of all-MiniLM-L6-v2's size, and records to show."""
+    tokenizer = train_tokenizer([f"{p} {t}" for p, t in fact_sentences(OPENFACTS)])
+    shape = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+    encoder = folder / "encoder"
+    BertModel(BertConfig(vocab_size=30522, **shape)).save_pretrained(encoder)
+    tokenizer.save_pretrained(encoder)
+    records = [
+        replace(r, paraphrases=(r.filled_prompt,), locality=((r.filled_prompt, r.target_true),))
+        for r in openfacts_requests(400)[-100:]  # not those that are edited
+    ]
+    write_requests(folder / "development.jsonl", records)
+    return {"encoder": encoder, "development": folder / "development.jsonl"}
 
 
 def said(model: EditableModel, requests: Sequence[EditRequest]) -> float:

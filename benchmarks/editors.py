@@ -16,6 +16,7 @@ import torch
 from common import (
     build,
     made_up_metric,
+    made_up_retrieval,
     openfacts_requests,
     parser,
     peak_memory,
@@ -28,7 +29,7 @@ from common import (
 
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.locate.covariance.store import write_covariance
-from kmebench.editors.needs import Development, Encoder, NeutralMetric, Pipeline
+from kmebench.editors.needs import NeutralMetric, Pipeline
 from kmebench.models.editable import EditableModel
 from kmebench.planning.config import read_config
 from kmebench.planning.grid import base_hparams, card_of_method
@@ -92,24 +93,25 @@ def measure(model: EditableModel, editor: Editor, size: int, repeats: int) -> li
     return [f.format(x) for f, x in zip(FORMATS, numbers, strict=True)]
 
 
-def rows(arguments: argparse.Namespace, covariance: Path) -> list[list[str]]:
+def rows(arguments: argparse.Namespace, scratch: Path) -> list[list[str]]:
     model, config = build(arguments), read_config(arguments.config)
     name = arguments.architecture or arguments.model.name
     methods = arguments.methods or list(config["methods"])
+    covariance = Path(f"results/covariance/{name}.safetensors")
     if arguments.architecture:
+        covariance = scratch / "covariance.safetensors"
         made_up_covariance(covariance, model, covariance_layers(config, name, methods))
-        made_up_metric(covariance.with_name("metric.safetensors"), model)
+        made_up_metric(scratch / "metric.safetensors", model)
+    retrieval = made_up_retrieval(scratch)
     found = []
     for method, size in itertools.product(methods, arguments.sizes):
         hparams, card = hparams_of(config, name, method, size), card_of_method(config, method)
-        assets = {"covariance": covariance}
+        assets = {"covariance": covariance, **retrieval}
         for need in card.needs_of(card.values(hparams), Pipeline("consecutive", 1)):
             if isinstance(need, NeutralMetric):
-                made_up = covariance.with_name("metric.safetensors")
+                made_up = scratch / "metric.safetensors"
                 made = Path("results", need.path(name, ""))
                 assets[need.key] = made_up if arguments.architecture else made
-            if isinstance(need, Encoder | Development):
-                assets[need.key] = Path("results", need.path(name, "openfacts-counterfact"))
         editor = build_editor(card.name, hparams, assets)
         found.append([method, *measure(model, editor, size, arguments.repeats)])
         print(" ".join(found[-1]), flush=True)
@@ -123,12 +125,8 @@ def main() -> None:
     options.add_argument("--methods", nargs="+", help="some of the rows (default: all)")
     options.set_defaults(repeats=3)
     arguments = options.parse_args()
-    if not arguments.architecture:
-        covariance = Path(f"results/covariance/{arguments.model.name}.safetensors")
-        print(table(HEADER, rows(arguments, covariance)))
-        return
     with tempfile.TemporaryDirectory() as folder:
-        print(table(HEADER, rows(arguments, Path(folder, "covariance.safetensors"))))
+        print(table(HEADER, rows(arguments, Path(folder))))
 
 
 if __name__ == "__main__":

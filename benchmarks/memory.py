@@ -19,7 +19,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kmebench.editors.needs import Inverse, NeutralMetric, Pipeline, Spectrum
+from kmebench.editors.needs import (
+    Development,
+    Encoder,
+    Inverse,
+    NeutralMetric,
+    Pipeline,
+    Spectrum,
+)
 from kmebench.planning.config import read_checked_config, read_config
 from kmebench.planning.grid import Run, base_hparams, card_of_method
 from kmebench.planning.memory import asked_by_run
@@ -70,14 +77,16 @@ def measure(arguments: argparse.Namespace, method: str, size: int) -> int:
 
 
 def made_up(folder: Path, kind: str, model: Any) -> Path:
-    """Write a neutral metric, or inverse or spectrum of a diagonal C, seven tenths of it unused."""
+    """Write a neutral metric, what IKE reads, or a factor of a diagonal C, seven tenths unused."""
     import torch
-    from common import made_up_metric
+    from common import made_up_metric, made_up_retrieval
 
     from kmebench.editors.locate.covariance.factors import FORMAT
     from kmebench.io.tensors import write_tensors
 
     path, width = folder / kind, model.ffn_width
+    if kind in (Encoder.asset, Development.asset):
+        return made_up_retrieval(folder)[kind]
     if kind == NeutralMetric.asset:
         made_up_metric(path, model)
         return path

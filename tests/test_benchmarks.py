@@ -82,6 +82,12 @@ def test_editors_prints_a_row_for_every_configured_method(benchmark, capsys, tmp
     assert named == [method for method in config["methods"] for _ in range(2)]
 
 
+def test_shared_context_prints_what_a_question_costs(benchmark, capsys):
+    benchmark("shared_context", "--architecture", "llama", "--blocks", "3")
+    lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2:] == ["none", "read once", "read with each question"]
+
+
 @pytest.mark.parametrize("method", ["pac", "lora"])
 def test_long_run_prints_a_row_for_every_stretch(method, benchmark, capsys):
     arguments = ("--architecture", "gptj", "--method", method, "--edits", "6", "--every", "2")
