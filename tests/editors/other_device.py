@@ -30,6 +30,7 @@ from kmebench.editors.pac.neutral import write_metric
 from kmebench.evaluation.health import NeutralSettings, NeutralText, health
 from kmebench.models.editable import EditableModel
 from kmebench.models.tiny import train_tokenizer
+from tests.encoders import write_encoder
 
 #: The value to write, if there is one, must lie with what it is written to.
 INDEXING = {

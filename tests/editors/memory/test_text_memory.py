@@ -10,10 +10,10 @@ import torch
 from kmebench.data.records import EditRequest, write_requests
 from kmebench.editors.base import build_editor
 from kmebench.editors.memory.text_editor import ROOM
-from kmebench.edits.text_memory import TextMemory, Fact
 from kmebench.edits.edit import Edit
 from kmebench.edits.overlays import Text
 from kmebench.edits.sentences import SentenceEncoder
+from kmebench.edits.text_memory import Fact, TextMemory
 from kmebench.errors import EditError, KMEBenchError
 from kmebench.evaluation.predict import Settings
 from kmebench.pipelines.checkpoints import Checkpoints

@@ -1,4 +1,4 @@
-"""Text memories: facts as text that stands before questions (IKE, Zheng et al. 2023; untrained SERAC).
+"""Text memories: facts as text before questions (IKE, Zheng et al. 2023; untrained SERAC).
 
 A question is answered behind the context of one fact, or as it is: no bit changes then. In the
 scope ``oracle`` every request is asked behind its own fact, as IKE was published. In the scope

@@ -6,9 +6,9 @@ from functools import cached_property
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
-from kmebench.edits.text_memory import TextMemory, Fact
 from kmebench.edits.edit import Edit
 from kmebench.edits.sentences import SentenceEncoder
+from kmebench.edits.text_memory import Fact, TextMemory
 from kmebench.errors import EditError
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import encode_prompts
