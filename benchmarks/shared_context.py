@@ -52,7 +52,8 @@ def milliseconds(
     """Time of one question."""
     model.apply(edit)
     settings = Settings(batch_size=32)
-    spent = seconds(lambda: predict(model, prompts, settings, decode=False), repeats)
+    asked = lambda: predict(model, prompts, settings, decode=False)  # noqa: E731
+    spent = seconds(asked, repeats, warm_up=0)
     model.revert()
     return 1000 * spent / len(prompts)
 
@@ -68,6 +69,7 @@ def main() -> None:
         for r in openfacts_requests(QUESTIONS)
     ]
     (ids,) = model.encode_prompts([context])
+    milliseconds(model, Edit(), prompts, 1)  # warms up
     none = milliseconds(model, Edit(), prompts, arguments.repeats)
     rows = [["none", "0", f"{none:.1f}", ""]]
     shared = milliseconds(model, memory(TextMemory, context), prompts, arguments.repeats)

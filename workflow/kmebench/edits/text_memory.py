@@ -49,7 +49,8 @@ class TextMemory(Overlay):
         """Put contexts before the prompts that have one."""
         if self.keys is None or not texts:
             return texts
-        found = self._own(texts) if self.scope == "oracle" else self._nearest(texts)
+        oracle = self.scope == "oracle"
+        found = self._own(texts) if oracle else self._nearest(texts, self.keys)
         return [
             text if fact is None else _behind(fact.context, text)
             for text, fact in zip(texts, found, strict=True)
@@ -59,8 +60,8 @@ class TextMemory(Overlay):
         by_case = {fact.case_id: fact for fact in self.facts}
         return [by_case.get(text.case_id) if text.case_id else None for text in texts]
 
-    def _nearest(self, texts: Sequence[Text]) -> list[Fact | None]:
-        cosines = self.encoder.embed([text.prompt for text in texts]) @ self.keys.T  # [R, n]
+    def _nearest(self, texts: Sequence[Text], keys: Tensor) -> list[Fact | None]:
+        cosines = self.encoder.embed([text.prompt for text in texts]) @ keys.T  # [R, n]
         nearest = cosines.max(dim=1)
         # Keys of one prompt are equal, and which of them is found is up to rounding.
         latest = {fact.prompt: fact for fact in self.facts}

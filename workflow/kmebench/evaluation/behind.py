@@ -34,7 +34,7 @@ def _begin(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     They are found among tokens and not in the text: a tokenizer may join the end of a context and
     the begin of a question to one token.
     """
-    first, last = min(prompts), max(prompts)  # what these two share, all share
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what both share, all share
     both = zip(first, last, strict=False)
     alike = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
     return tuple(alike[: min(map(len, prompts)) - 1])
