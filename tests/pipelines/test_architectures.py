@@ -85,11 +85,8 @@ def test_every_editor_is_among_them():
 @pytest.mark.parametrize(
     ("architecture", "dtype", "editors"),
     [
-        (
-            "gpt-j-6b",
-            "bfloat16",
-            ("pac", "pac-released", "lora", "memit", "locft-bf"),
-        ),  # it has biases
+        # GPT-J has biases.
+        ("gpt-j-6b", "bfloat16", ("pac", "pac-released", "lora", "memit", "locft-bf")),
         ("llama2-7b", "float32", ("pac", "rome", "memit")),
         ("llama3-8b", "bfloat16", tuple(EDITORS)),
     ],
