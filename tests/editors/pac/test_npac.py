@@ -1,5 +1,6 @@
 """Natural PAC against autograd and dense algebra, and what it remembers."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -14,6 +15,7 @@ from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.locate.covariance.texts import TextSettings
 from kmebench.editors.needs import Covariance, Inverse, NeutralMetric
 from kmebench.editors.pac.gradients import KEY, VALUE
+from kmebench.editors.pac.neighbours import SUBJECTS, neighbours
 from kmebench.editors.pac.neutral import read_metric, write_metric
 from kmebench.errors import ConfigError, EditError
 from kmebench.models.encoding import SubjectText
@@ -111,6 +113,49 @@ def test_a_step_is_the_natural_gradient_to_where_the_loss_vanishes(
     assert found.keys() == directions.keys()
     for key, direction in directions.items():
         torch.testing.assert_close(found[key], -loss / square * direction, rtol=1e-6, atol=1e-9)
+
+
+def test_the_longest_step_costs_all_its_nats(make_model, requests, assets):
+    model = make_model("llama")
+    files = assets(model)
+    nats = 3.0  # more than the step to where the loss vanishes costs
+    values = PLAIN | {"nats": nats, "step": "longest"}
+    found = changes(model, build_editor("npac", values, files)(model, requests[:1]).edit.weights)
+    cost = 0.0
+    for key, change in found.items():
+        residual, inner = sides(files, *key)
+        cost += float((change * (residual @ change @ inner)).sum()) / 2
+    assert cost == pytest.approx(nats)
+
+
+@pytest.mark.parametrize("paths", [None, 4])
+@pytest.mark.parametrize("family", SOME_FAMILIES)
+def test_adam_steps_as_torch_does_on_the_chosen_segments(
+    make_model, requests, assets, family, paths
+):
+    model = make_model(family)
+    values = PLAIN | {"matrices": "both", "step": "adam", "learning_rate": 0.01, "steps": 3}
+    values |= {"paths": paths, "tolerance": 0}
+    edit = build_editor("npac", values, assets(model))(model, requests[:1]).edit
+    found = changes(model, edit.weights)
+    total = {key: torch.zeros_like(change) for key, change in found.items()}
+    adam = torch.optim.Adam(total.values(), lr=0.01)
+    start = {name: model.parameter(name).detach().clone() for name in edit.weights}
+    for _ in range(3):
+        _, gradients = by_autograd(model, requests[0])
+        for key, change in total.items():
+            change.grad = gradients[key] * found[key].any(dim=0)
+        adam.step()
+        with torch.no_grad():
+            for key, change in total.items():
+                projection = (model.ffn[key[0]].key, model.ffn[key[0]].value)[key[1]]
+                weight = projection.weight
+                weight.copy_(start[projection.weight_name])
+                part = change if projection.axis == 1 else change.T
+                projection.segments(weight, projection.axis).add_(part)
+    for key, change in total.items():
+        assert paths is None or int(found[key].any(dim=0).sum()) == paths
+        torch.testing.assert_close(found[key], change, rtol=1e-6, atol=1e-9)
 
 
 def test_the_subjects_last_token_alone_writes(make_model, requests, assets):
@@ -266,6 +311,65 @@ def test_all_texts_of_an_edit_together_count_once_in_the_memory(make_model, requ
     torch.testing.assert_close(texts.T @ texts, 0.5 * rows.T @ rows / 4)
 
 
+@pytest.mark.parametrize("family", SOME_FAMILIES)
+def test_what_the_prompt_reads_of_other_subjects_counts_in_the_metric(
+    make_model, requests, assets, family
+):
+    model = make_model(family)
+    files = assets(model)
+    values = PLAIN | {"nats": 1e9, "neighbours": 2, "neighbour_weight": 0.7, "micro_batch": 1}
+    editor = build_editor("npac", values, files)
+    request = requests[1]  # the subject stands inside the prompt
+    found = changes(model, editor(model, [request]).edit.weights)
+    inputs = {layer: [] for layer in LAYERS}
+    handles = [
+        model.ffn[layer].value.module.register_forward_pre_hook(
+            lambda _, x, layer=layer: inputs[layer].append(x[0][0].detach())
+        )
+        for layer in LAYERS
+    ]
+    for subject in SUBJECTS[:2]:
+        text = request.prompt.replace("{}", subject)
+        ids = model.tokenizer(text, return_tensors="pt").input_ids
+        model.model(ids)
+        before = model.tokenizer(text[: text.index(subject) + len(subject)]).input_ids
+        for layer in LAYERS:
+            inputs[layer][-1] = inputs[layer][-1][len(before) - 1 :]
+    for handle in handles:
+        handle.remove()
+    loss, gradients = by_autograd(model, request)
+    directions, square = {}, 0.0
+    for layer in LAYERS:
+        residual, inner = sides(files, layer, VALUE)
+        rows = torch.cat(inputs[layer]).double()
+        inner = inner + 0.7 * rows.T @ rows
+        gradient = gradients[layer, VALUE]
+        directions[layer] = torch.linalg.solve(residual, gradient) @ torch.linalg.inv(inner)
+        square += float((gradient * directions[layer]).sum())
+    for layer, direction in directions.items():
+        wanted = -loss / square * direction
+        torch.testing.assert_close(found[layer, VALUE], wanted, rtol=1e-6, atol=1e-9)
+    again = editor(model, [request]).edit  # of this edit alone: nothing is kept
+    assert all(torch.equal(changes(model, again.weights)[key], part) for key, part in found.items())
+
+
+def test_a_subject_is_no_neighbour_of_itself(requests):
+    request = dataclasses.replace(requests[0], subject="paris")
+    texts = neighbours(request, len(SUBJECTS) - 1)
+    assert [text.subject for text in texts] == [s for s in SUBJECTS if s != "Paris"]
+    assert {(text.prompt, text.target) for text in texts} == {(request.prompt, request.target_new)}
+    with pytest.raises(ConfigError, match="neighbours"):
+        build_editor("npac", {"neighbours": len(SUBJECTS)}, {})
+
+
+def test_contexts_have_as_many_tokens_as_are_asked_for(make_model, requests, assets):
+    model = make_model("llama")
+    values = {"layers": LAYERS, "steps": 0, "contexts": 2, "context_tokens": 3}
+    editor = build_editor("npac", values, assets(model))
+    assert editor.lengths == ((3, 2),)
+    assert len(prefixes(editor.contexts(model))) == 3
+
+
 @pytest.mark.parametrize("positions", ["subject_last", "from_subject", "all"])
 def test_positions_begin_and_end_where_their_name_says(make_model, requests, assets, positions):
     model = make_model("llama")
@@ -300,14 +404,19 @@ def test_after_a_step_that_raised_the_loss_the_next_may_cost_a_quarter(
     files, seen = assets(trained), []
     values = {"layers": LAYERS, "contexts": 0, "positions": "all", "matrices": "both", "steps": 8}
     editor = build_editor("npac", values, files)
-    step = editor._step
+    stepper = editor._stepper
 
-    def noted(*arguments):
-        delta, cost = step(*arguments)
-        seen.append((float(arguments[2].losses.mean()), arguments[-1], cost))
-        return delta, cost
+    def noting(*arguments):
+        step = stepper(*arguments)
 
-    editor._step = noted
+        def noted(gradients, losses, each, nats):
+            delta, cost = step(gradients, losses, each, nats)
+            seen.append((float(losses.mean()), nats, cost))
+            return delta, cost
+
+        return noted
+
+    editor._stepper = noting
     editor(trained, capital_requests[:1])
     pairs = list(itertools.pairwise(seen))
     raised = [(cost, bound) for (loss, _, cost), (now, bound, _) in pairs if now > loss]
