@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kmebench.editors.base import check_layers
 from kmebench.editors.finetune.cards import FTHparams
-from kmebench.editors.finetune.training import FineTuning, Trained, in_order
+from kmebench.editors.finetune.training import FineTuning, Trained
 from kmebench.models.editable import EditableModel
 
 
@@ -25,13 +25,10 @@ class FTM(FineTuning):
         check_layers(self.name, (self.hparams.layer,), model)
         return Trained.by_name([model.ffn[self.hparams.layer].value])
 
-    def learnt(self, losses: Tensor) -> bool:
-        """Whether the mean is below the tolerance."""
-        return float(losses.mean()) < self.hparams.tolerance
-
     def groups(self, n_requests: int) -> Sequence[Sequence[int]]:
         """Return mini-batches in the order of the requests."""
-        return in_order(n_requests, self.hparams.mini_batch)
+        size = self.hparams.mini_batch
+        return [range(n_requests)[i : i + size] for i in range(0, n_requests, size)]
 
     def centers(self, model: EditableModel, start: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weight at the start of this edit, if it is bounded."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kmebench.editors.base import check_layers
 from kmebench.editors.finetune.cards import FullCHparams
-from kmebench.editors.finetune.training import FineTuning, Trained, shuffled
+from kmebench.editors.finetune.training import FineTuning, Trained
 from kmebench.models.editable import EditableModel
 
 
@@ -37,7 +37,7 @@ class FullC(FineTuning):
         """Return random mini-batches, or all requests as one group."""
         if self.hparams.mini_batch is None:
             return [range(n_requests)]
-        return shuffled(n_requests, self.hparams.mini_batch)
+        return super().groups(n_requests)
 
     def centers(self, model: EditableModel, start: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return W0, if it bounds the weights: what no edit has touched starts from it."""

@@ -9,12 +9,10 @@ scheme that the paper shows to fail.
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import check_layers
 from kmebench.editors.finetune.cards import LocFTBFHparams
-from kmebench.editors.finetune.training import FineTuning, Trained, shuffled
+from kmebench.editors.finetune.training import FineTuning, Trained
 from kmebench.errors import ConfigError
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded
@@ -52,11 +50,3 @@ class LocFTBF(FineTuning):
             return {name: Trained(parameter) for name, parameter in found.items()}
         ffn = model.ffn[layer]
         return Trained.by_name([ffn.value if what == "value" else ffn.key])
-
-    def learnt(self, losses: Tensor) -> bool:
-        """Whether the mean is below the tolerance."""
-        return float(losses.mean()) < self.hparams.tolerance
-
-    def groups(self, n_requests: int) -> Sequence[Sequence[int]]:
-        """Return random mini-batches."""
-        return shuffled(n_requests, self.hparams.mini_batch)

@@ -2,9 +2,9 @@
 
     minimise the mean loss of the targets over the trained parameters
 
-Editors say which parameters they train, what the loss of a request is, how the requests are
-grouped into steps, and when a group is learnt: then it is not stepped on. A pass whose requests
-together are learnt ends the edit.
+Editors say which parameters they train. They may have a loss of their own, other groups of
+requests for a step, and another rule for when a group is learnt: then it is not stepped on. A
+pass whose requests together are learnt is the last.
 """
 
 from abc import abstractmethod
@@ -49,13 +49,13 @@ class FineTuning(EpochEditor):
             ConfigError: the model has no such layer.
         """
 
-    @abstractmethod
     def learnt(self, losses: Tensor) -> bool:
-        """Whether requests with these losses, [n] in nats per token, need no step."""
+        """Whether requests with these losses, [n], need no step: by their mean."""
+        return float(losses.mean()) < self.hparams.tolerance
 
-    @abstractmethod
     def groups(self, n_requests: int) -> Sequence[Sequence[int]]:
-        """Split the requests of a pass into those of one step each."""
+        """Split the requests of a pass into those of one step each: at random."""
+        return [g.tolist() for g in torch.randperm(n_requests).split(self.hparams.mini_batch)]
 
     def encode(self, model: EditableModel, requests: Sequence[EditRequest]) -> list[Encoded]:
         """Return the tokens of every prompt with its target."""
@@ -174,13 +174,3 @@ class FineTuning(EpochEditor):
         for name, center in centers.items():
             bound, middle = self.hparams.norm_constraint, center.to(masters[name].dtype)
             masters[name].clamp_(min=middle - bound, max=middle + bound)
-
-
-def shuffled(n_requests: int, size: int) -> Sequence[Sequence[int]]:
-    """Split the requests at random into groups of ``size``; the last may be smaller."""
-    return [group.tolist() for group in torch.randperm(n_requests).split(size)]
-
-
-def in_order(n_requests: int, size: int) -> Sequence[Sequence[int]]:
-    """Split the requests into groups of ``size`` in their order; the last may be smaller."""
-    return [range(n_requests)[i : i + size] for i in range(0, n_requests, size)]
