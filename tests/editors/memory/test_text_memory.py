@@ -337,3 +337,11 @@ def test_a_context_that_leaves_no_room_is_a_sentence(make_model, ike, requests):
     with pytest.raises(EditError, match=r"context of the request 'a' has .* lower demonstrations"):
         ike()(model, requests[:1])
     assert not model.edits.overlays
+
+
+def test_a_memory_of_other_values_is_refused(make_model, ike, requests):
+    model = make_model("llama", **ROOMY)
+    memory_of(model, ike(), requests[:1])
+    with pytest.raises(EditError, match=r"carries a memory .*'retrieved', 0.65.*revert the model"):
+        ike(scope="oracle")(model, requests[1:2])
+    assert len(memory_of(model, ike(), requests[1:2]).facts) == 2

@@ -40,6 +40,11 @@ class TextMemory(Overlay):
 
     kind: ClassVar[str] = "text_memory"
 
+    @property
+    def settings(self) -> tuple[Scope, float, str]:
+        """How facts are found: scope, threshold and the encoder's hash."""
+        return self.scope, self.threshold, self.encoder.sha256
+
     def with_facts(self, facts: Sequence[Fact], keys: Tensor) -> Self:
         """Return a successor that holds further facts with their keys [m, D]."""
         held = [] if self.keys is None else [self.keys]

@@ -22,8 +22,7 @@ class TextEditor(Editor):
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> Edit:
         """Remember ``requests``; see :meth:`Editor.edit`. Weights never change."""
-        carried = model.edits.overlays.get(self.name)
-        memory = carried if isinstance(carried, TextMemory) else self.empty()
+        memory = self._memory(model)
         with self.stopwatch("retrieve"):
             contexts = self.contexts(requests)
             keys = self.encoder.embed([self.key(request) for request in requests])
@@ -50,6 +49,19 @@ class TextEditor(Editor):
     @abstractmethod
     def key(self, request: EditRequest) -> str:
         """Return the text with which questions are compared."""
+
+    def _memory(self, model: EditableModel) -> TextMemory:
+        """Return the memory that the model carries, or an empty one."""
+        carried, empty = model.edits.overlays.get(self.name), self.empty()
+        if not isinstance(carried, TextMemory):
+            return empty
+        if carried.settings != empty.settings:
+            raise EditError(
+                f"{self.name}: the model carries a memory with the scope, threshold and encoder "
+                f"{carried.settings}, and these values ask for {empty.settings}; edit with those "
+                "values, or revert the model."
+            )
+        return carried
 
     def _check_room(self, model: EditableModel, facts: Sequence[Fact]) -> None:
         """Refuse contexts behind which no question fits."""
