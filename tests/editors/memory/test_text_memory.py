@@ -106,7 +106,7 @@ def query(editor, request):
     return editor.encoder.embed([f"New Fact: {told}\nPrompt: {request.filled_prompt}"])[0]
 
 
-@pytest.mark.parametrize(("count", "kinds"), [(8, (1, 3, 4)), (32, (4, 12, 16)), (1, (0, 0, 1))])
+@pytest.mark.parametrize(("count", "kinds"), [(8, (1, 3, 4)), (32, (4, 12, 16)), (4, (1, 1, 2))])
 def test_kinds_stand_as_one_to_three_to_four(ike, requests, development, count, kinds):
     records = [replace(development[i % 10], case_id=f"d{i}") for i in range(count)]
     blocks = ike()._blocks(requests[0], records)

@@ -67,10 +67,9 @@ class IKE(TextEditor):
         What is random depends on the seed and on the request, not on the edits before it.
         """
         dice = random.Random(f"{torch.initial_seed()} {request.case_id}")
-        eighth = len(records) / 8
-        copies, updates = int(eighth), int(3 * eighth)
-        kinds = ["copy"] * copies + ["update"] * updates
-        kinds += ["retain"] * (len(records) - len(kinds))
+        k = len(records)
+        copies, changed = (k + 4) // 8, (k + 1) // 2  # an eighth and a half, rounded
+        kinds = ["copy"] * copies + ["update"] * (changed - copies) + ["retain"] * (k - changed)
         dice.shuffle(kinds)
         return [_block(*pair, dice) for pair in zip(records, kinds, strict=True)]
 
