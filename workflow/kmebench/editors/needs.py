@@ -18,10 +18,11 @@ TOKENS_PER_DIMENSION = 4
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How requests reach an editor: ``batch_size`` at a time in mode ``batch``."""
+    """How requests reach an editor: ``batch_size`` at a time in batches, else ``turn``."""
 
     mode: str
     batch_size: int
+    turn: int = 1
 
 
 class Need(ABC):
