@@ -75,8 +75,7 @@ def test_all_so_far_are_asked_behind_the_turn_that_reaches_a_milestone(make_mode
     assert measured(7) == ({}, [7], [7])
 
 
-#: Edits between two saved states -> what the checkpoint holds when the second, third and fourth turn
-#: of two requests begins.
+#: Edits between two saved states -> what is saved when the second, third and fourth turn begins.
 SAVED = {1: (2, 4, 6), 3: (0, 4, 6), 100: (0, 0, 0)}
 
 

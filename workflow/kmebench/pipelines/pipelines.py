@@ -9,8 +9,8 @@ after each turn for its requests ("write"), for all requests so far behind the t
 **breadth_first**: all requests at once, without rollback; the editor passes over them in
 mini-batches, several times, and the final model is evaluated.
 
-Runs save their state (after every batch; after the turn that ends every few edits; every epoch,
-which the name of a breadth-first checkpoint counts) and resume from it with the same bytes. Asked to
+Runs save their state (after every batch; every few edits, where a turn ends; every epoch, which
+the name of a breadth-first checkpoint counts) and resume from it with the same bytes. Asked to
 stop by SIGTERM or SIGUSR1, they finish the turn or epoch under way, save, and end.
 """
 

@@ -134,8 +134,8 @@ def _check_turns(config: dict[str, Any]) -> None:
     for where, spec in specs.items():
         if spec.get("turn", 1) > 1 and spec["mode"] != "consecutive":
             raise ConfigError(
-                f"{where}.turn groups consecutive edits, but its mode is {spec['mode']!r}; set mode: "
-                "consecutive, or take turn out."
+                f"{where}.turn groups consecutive edits, but its mode is {spec['mode']!r}; set "
+                "mode: consecutive, or take turn out."
             )
 
 

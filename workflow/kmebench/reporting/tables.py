@@ -129,9 +129,10 @@ def caption(table: pd.DataFrame, layout: Layout) -> str:
     """Say what the numbers are: protocol, pipeline, edits, intervals."""
     n = sorted({int(n) for n in table["n"] if n})
     edits = " to ".join(str(x) for x in ([n[0]] if len(n) == 1 else [n[0], n[-1]])) if n else "no"
+    pipeline = split_mode(layout.mode)[0] + in_turns(layout.mode)
     text = (
-        f"{layout.title}. Pipeline {split_mode(layout.mode)[0]}{in_turns(layout.mode)}, protocol "
-        f"{layout.protocol}, {edits} edits per cell; percent with 95% bootstrap intervals over edits"
+        f"{layout.title}. Pipeline {pipeline}, protocol {layout.protocol}, {edits} edits per "
+        "cell; percent with 95% bootstrap intervals over edits"
     )
     if layout.consecutive:
         each = "turn" if in_turns(layout.mode) else "edit"
