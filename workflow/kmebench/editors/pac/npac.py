@@ -26,8 +26,8 @@ from torch.utils.hooks import RemovableHandle
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Assets, check_layers
+from kmebench.editors.changes import low_rank
 from kmebench.editors.contexts import InContexts, prefixes
-from kmebench.editors.locate.base import low_rank
 from kmebench.editors.locate.updates import Factors
 from kmebench.editors.losses import check_finite, row_losses
 from kmebench.editors.pac.cards import NPACHparams
