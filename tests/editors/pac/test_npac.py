@@ -1,5 +1,6 @@
 """Natural PAC against autograd and dense algebra, and what it remembers."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -14,6 +15,7 @@ from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.locate.covariance.texts import TextSettings
 from kmebench.editors.needs import Covariance, Inverse, NeutralMetric
 from kmebench.editors.pac.gradients import KEY, VALUE
+from kmebench.editors.pac.neighbours import SUBJECTS, neighbours
 from kmebench.editors.pac.neutral import read_metric, write_metric
 from kmebench.errors import ConfigError, EditError
 from kmebench.models.encoding import SubjectText
@@ -264,6 +266,65 @@ def test_all_texts_of_an_edit_together_count_once_in_the_memory(make_model, requ
     handle.remove()
     rows = torch.stack([inputs[0][i, e.subject_last] for i, e in enumerate(encoded)])
     torch.testing.assert_close(texts.T @ texts, 0.5 * rows.T @ rows / 4)
+
+
+@pytest.mark.parametrize("family", SOME_FAMILIES)
+def test_what_the_prompt_reads_of_other_subjects_counts_in_the_metric(
+    make_model, requests, assets, family
+):
+    model = make_model(family)
+    files = assets(model)
+    values = PLAIN | {"nats": 1e9, "neighbours": 2, "neighbour_weight": 0.7, "micro_batch": 1}
+    editor = build_editor("npac", values, files)
+    request = requests[1]  # the subject stands inside the prompt
+    found = changes(model, editor(model, [request]).edit.weights)
+    inputs = {layer: [] for layer in LAYERS}
+    handles = [
+        model.ffn[layer].value.module.register_forward_pre_hook(
+            lambda _, x, layer=layer: inputs[layer].append(x[0][0].detach())
+        )
+        for layer in LAYERS
+    ]
+    for subject in SUBJECTS[:2]:
+        text = request.prompt.replace("{}", subject)
+        ids = model.tokenizer(text, return_tensors="pt").input_ids
+        model.model(ids)
+        before = model.tokenizer(text[: text.index(subject) + len(subject)]).input_ids
+        for layer in LAYERS:
+            inputs[layer][-1] = inputs[layer][-1][len(before) - 1 :]
+    for handle in handles:
+        handle.remove()
+    loss, gradients = by_autograd(model, request)
+    directions, square = {}, 0.0
+    for layer in LAYERS:
+        residual, inner = sides(files, layer, VALUE)
+        rows = torch.cat(inputs[layer]).double()
+        inner = inner + 0.7 * rows.T @ rows
+        gradient = gradients[layer, VALUE]
+        directions[layer] = torch.linalg.solve(residual, gradient) @ torch.linalg.inv(inner)
+        square += float((gradient * directions[layer]).sum())
+    for layer, direction in directions.items():
+        wanted = -loss / square * direction
+        torch.testing.assert_close(found[layer, VALUE], wanted, rtol=1e-6, atol=1e-9)
+    again = editor(model, [request]).edit  # of this edit alone: nothing is kept
+    assert all(torch.equal(changes(model, again.weights)[key], part) for key, part in found.items())
+
+
+def test_a_subject_is_no_neighbour_of_itself(requests):
+    request = dataclasses.replace(requests[0], subject="paris")
+    texts = neighbours(request, len(SUBJECTS) - 1)
+    assert [text.subject for text in texts] == [s for s in SUBJECTS if s != "Paris"]
+    assert {(text.prompt, text.target) for text in texts} == {(request.prompt, request.target_new)}
+    with pytest.raises(ConfigError, match="neighbours"):
+        build_editor("npac", {"neighbours": len(SUBJECTS)}, {})
+
+
+def test_contexts_have_as_many_tokens_as_are_asked_for(make_model, requests, assets):
+    model = make_model("llama")
+    values = {"layers": LAYERS, "steps": 0, "contexts": 2, "context_tokens": 3}
+    editor = build_editor("npac", values, assets(model))
+    assert editor.lengths == ((3, 2),)
+    assert len(prefixes(editor.contexts(model))) == 3
 
 
 @pytest.mark.parametrize("positions", ["subject_last", "from_subject", "all"])

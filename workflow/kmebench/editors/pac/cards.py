@@ -111,7 +111,12 @@ class NPACHparams:
     step_damping: Annotated[Real, about("ε between the texts of step: each.")] = 0.1
     nats: Annotated[Positive, about("Most that a step may cost.", "nats per neutral token")] = 2e-4
     contexts: Annotated[Whole, about("Sampled texts before the prompt, beside none.")] = 8
+    context_tokens: Annotated[Count, about("Tokens of each sampled text.")] = 10
     memory: Annotated[Real, about("Weight of what earlier edits used in the metric.")] = 0.1
+    neighbours: Annotated[
+        Whole, about("Prompts about other subjects that are to stay as they are.", le=12)
+    ] = 0
+    neighbour_weight: Annotated[Real, about("Weight of each of them in the metric, λ.")] = 0.1
     residual_damping: Annotated[Positive, about("ε of the side of the residual stream.")] = 0.1
     segment_damping: Annotated[Positive, about("ε of the side of the segments.")] = 0.003
     segment_side: Annotated[

@@ -8,7 +8,8 @@ what the model says of everything else:
 - a step goes along the natural gradient. It costs at most ``nats``, and is no longer than to where
   the linearised loss vanishes (Polyak 1987), so there is no learning rate;
 - only some positions of a prompt write: a fact stands where its subject ends;
-- what earlier edits used belongs to the metric of later ones.
+- what earlier edits used belongs to the metric of later ones, and what the same prompt reads of
+  other subjects to that of an edit.
 
 Sources: natural gradient (Amari 1998), K-FAC (Martens and Grosse 2015), online Laplace (Ritter et
 al. 2018), trust region (Schulman et al. 2015). The paper's future work names what follows of them:
@@ -43,6 +44,7 @@ from kmebench.editors.pac.metric import (
     text_gram,
     together,
 )
+from kmebench.editors.pac.neighbours import neighbours
 from kmebench.editors.pac.sides import MatrixMetric, read_matrix_metric
 from kmebench.edits.weights import Columns, Rows, WeightDelta
 from kmebench.errors import EditError
@@ -54,8 +56,6 @@ from kmebench.precision import exact_place, promoted
 
 #: Layer, and KEY or VALUE.
 Matrix = tuple[int, int]
-#: Tokens of a context before the prompt.
-CONTEXT_TOKENS = 10
 #: What the next step may cost: after one that raised the loss, so much of its cost; after another
 #: so many times the bound before, up to ``nats`` (trust region).
 SHRINK, GROW = 0.25, 2.0
@@ -88,7 +88,8 @@ class NPAC(InContexts):
 
     def __init__(self, hparams: NPACHparams, assets: Assets) -> None:
         super().__init__(hparams, assets)
-        self.lengths = ((CONTEXT_TOKENS, hparams.contexts),) if hparams.contexts else ()
+        lengths = ((hparams.context_tokens, hparams.contexts),)
+        self.lengths = lengths if hparams.contexts else ()
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`.
@@ -102,8 +103,9 @@ class NPAC(InContexts):
         encoded = model.encode_subjects(texts)
         with self.stopwatch("solve"):
             self._read_metrics(model)
+            metrics = self._beside_neighbours(model, requests)
         with self.stopwatch("optimise"), model.edits.savepoint():
-            delta, used = self._descend(model, requests, encoded)
+            delta, used = self._descend(model, requests, encoded, metrics)
         if self.hparams.memory:
             with self.stopwatch("solve"):
                 self._keep(used, len(before))
@@ -114,6 +116,7 @@ class NPAC(InContexts):
         model: EditableModel,
         requests: Sequence[EditRequest],
         encoded: Sequence[EncodedSubject],
+        metrics: Mapping[Matrix, MatrixMetric],
     ) -> tuple[WeightDelta, dict[Matrix, Tensor]]:
         """Step until every request is learnt; return the change, and the inputs it used."""
         total, chosen = WeightDelta({}), dict[Matrix, Chosen]()
@@ -123,7 +126,7 @@ class NPAC(InContexts):
             if not seen.gradients or step == self.hparams.steps:
                 break
             gradients = {key: Positions.joined(parts) for key, parts in seen.gradients.items()}
-            chosen = chosen or self._choose(gradients)
+            chosen = chosen or self._choose(gradients, metrics)
             # A step that raised the loss went further than its linear model holds.
             mean = float(seen.losses.mean())
             nats = cost * SHRINK if mean > loss else min(nats * GROW, self.hparams.nats)
@@ -178,7 +181,7 @@ class NPAC(InContexts):
             seen.gradients.setdefault((layer, matrix), []).append(part)
 
         layers = self.hparams.layers
-        with observed(model, receive, layers), self._inputs(model, writing, seen):
+        with observed(model, receive, layers), self._inputs(model, writing, seen.inputs):
             losses = row_losses(model.answer_logits(batch), batch.labels, batch)
             above = losses.detach().view(-1, seen.each).mean(dim=1) >= self.hparams.tolerance
             learning |= above.repeat_interleave(seen.each).to(learning.device)
@@ -197,19 +200,21 @@ class NPAC(InContexts):
         return (places >= first) & (places < end)
 
     @contextmanager
-    def _inputs(self, model: EditableModel, writing: Tensor, seen: Pass) -> Iterator[None]:
-        """Note the inputs of the matrices at the positions that write."""
+    def _inputs(
+        self, model: EditableModel, where: Tensor, noted: dict[Matrix, list[Tensor]]
+    ) -> Iterator[None]:
+        """Note the inputs of the matrices at some positions, ``where`` [R, T]."""
 
         def handles() -> Iterator[RemovableHandle]:
             for layer in self.hparams.layers:
                 for matrix in self.hparams.moved:
                     module = _projection(model, (layer, matrix)).module
-                    yield module.register_forward_pre_hook(noted((layer, matrix)))
+                    yield module.register_forward_pre_hook(noting((layer, matrix)))
 
-        def noted(key: Matrix) -> Any:
+        def noting(key: Matrix) -> Any:
             def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                here = args[0].detach()[writing.to(args[0].device)]
-                seen.inputs.setdefault(key, []).append(here)
+                here = args[0].detach()[where.to(args[0].device)]
+                noted.setdefault(key, []).append(here)
 
             return note
 
@@ -218,18 +223,20 @@ class NPAC(InContexts):
 
     # -- a step -------------------------------------------------------------------------------
 
-    def _choose(self, gradients: Mapping[Matrix, Positions]) -> dict[Matrix, Chosen]:
+    def _choose(
+        self, gradients: Mapping[Matrix, Positions], metrics: Mapping[Matrix, MatrixMetric]
+    ) -> dict[Matrix, Chosen]:
         """Choose the segments that are worth most, once for an edit."""
         chosen: Sequence[Tensor | None] = [None] * len(gradients)
         if not self.hparams.whole:
             scores = [
-                natural_scores(positions, self._metrics[key].diagonal, self._metrics[key].residual)
+                natural_scores(positions, metrics[key].diagonal, metrics[key].residual)
                 for key, positions in gradients.items()
             ]
             paths = self.hparams.paths
             chosen = best_of_each(scores, paths) if paths else fewest(scores, self.hparams.share)
         return {
-            key: Chosen(index, *self._metrics[key].solvers(index))
+            key: Chosen(index, *metrics[key].solvers(index))
             for key, index in zip(gradients, chosen, strict=True)
             if index is None or len(index)
         }
@@ -278,6 +285,29 @@ class NPAC(InContexts):
                 for rows in self._kept.get(key, ()):  # edit by edit, as they came: the same bits
                     metric = metric.with_inputs(rows)
                 self._metrics[key] = metric
+
+    @torch.no_grad()
+    def _beside_neighbours(
+        self, model: EditableModel, requests: Sequence[EditRequest]
+    ) -> Mapping[Matrix, MatrixMetric]:
+        """Return the metrics in which the same prompts about other subjects count as well."""
+        if not self.hparams.neighbours:
+            return self._metrics
+        inputs: dict[Matrix, list[Tensor]] = {}
+        texts = [text for r in requests for text in neighbours(r, self.hparams.neighbours)]
+        encoded = model.encode_subjects(texts)
+        for chunk in length_sorted_chunks([len(e.ids) for e in encoded], self.micro_batch):
+            batch = model.collate([encoded[i] for i in chunk])
+            places = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+            first = batch.labels.new_tensor([encoded[i].subject_last for i in chunk])[:, None]
+            prompt = (first <= places) & (places <= batch.prompt_last[:, None])
+            with self._inputs(model, prompt, inputs):
+                model.final_states(batch)
+        weight = self.hparams.neighbour_weight**0.5
+        return {
+            key: metric.with_inputs(torch.cat(inputs[key]) * weight)
+            for key, metric in self._metrics.items()
+        }
 
     def _keep(self, used: Mapping[Matrix, Tensor], n: int) -> None:
         """Keep the inputs of an edit, each of n texts in part."""
