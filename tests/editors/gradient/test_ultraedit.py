@@ -127,7 +127,7 @@ def literal(model, family, requests, loss, per_token=None):
         seen = {}
         handles = [
             projection.module.register_forward_hook(
-                lambda _m, args, out, i=i: seen.__setitem__(i, (args[0], out))
+                lambda _m, args, out, i=i, seen=seen: seen.__setitem__(i, (args[0], out))
             )
             for i, (projection, _) in enumerate(places(model, family))
         ]
@@ -158,7 +158,7 @@ def test_an_edit_is_the_equations_on_the_gradients_of_autograd(family, make_mode
     seen = literal(model, family, requests, "sum")
     moments = with_rows({}, seen)
     for (projection, is_value), rows in zip(places(model, family), seen, strict=True):
-        h, g = rows
+        h = rows.inputs
         normal = moments[rows.shape].normalised(rows.joined)
         step = -1e-3 * normal[:, : h.shape[1]].square().sum(1)[:, None] * normal[:, h.shape[1] :]
         gram = h.T @ h + torch.eye(h.shape[1], dtype=torch.float64)
@@ -332,7 +332,7 @@ def test_the_warm_up_gives_the_first_edit_its_moments(make_model, requests, tmp_
     editor.load_state_dict({})  # the next batch starts from the warm-up too
     assert editor.state_dict().keys() == once.state_dict().keys()
     assert all(torch.equal(t, once.state_dict()[name]) for name, t in editor.state_dict().items())
-    with pytest.raises(ConfigError, match="warm_up asks for 2 requests .* has 1; lower warm_up"):
+    with pytest.raises(ConfigError, match=r"warm_up asks for 2 requests .* has 1; lower warm_up"):
         warm_up(tmp_path / "few", model, requests[:1], need.settings)
     assert (
         card_of("ultraedit").needs_of(card_of("ultraedit").values({}), Pipeline("batch", 3)) == ()
