@@ -199,6 +199,7 @@ class Targets(Need):
     weight_decay: float
     clamp_factor: float
     kl_position: str
+    said_steps: int | None = None
 
     asset: ClassVar[str] = "targets"
     rule: ClassVar[str] = "optimise_targets"
@@ -206,7 +207,7 @@ class Targets(Need):
     @property
     def name(self) -> str:
         """Name of the file, e.g. ``site=layer+layer=8+steps=25+learning_rate=0.5+...``."""
-        return spell_all(asdict(self))
+        return spell_all({name: x for name, x in asdict(self).items() if x is not None})
 
     @classmethod
     def parse(cls, name: str) -> "Targets":

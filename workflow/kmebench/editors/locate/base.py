@@ -9,10 +9,16 @@ from torch import Tensor
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Assets
 from kmebench.editors.contexts import InContexts
-from kmebench.editors.locate.covariance.factors import inverse_of, read_inverse
+from kmebench.editors.locate.covariance.factors import (
+    Eigen,
+    inverse_of,
+    read_inverse,
+    read_spectrum,
+    spectrum_of,
+)
 from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.locate.updates import DependentKeysError
-from kmebench.editors.needs import Covariance, Inverse
+from kmebench.editors.needs import Covariance, Inverse, Spectrum
 from kmebench.errors import EditError
 from kmebench.models.editable import EditableModel
 from kmebench.precision import exact_place
@@ -32,6 +38,11 @@ class LocateAndEdit(InContexts):
             made = read_inverse(cached) if cached else inverse_of(self.covariance(model, layer))
             self._inverses[layer] = made.to(exact_place(model.ffn[layer].value.weight.device))
         return self._inverses[layer]
+
+    def spectrum(self, model: EditableModel, layer: int) -> Eigen:
+        """Return the eigenvalues and eigenvectors of C: of the cached stage, or computed."""
+        cached = self.assets.get(Spectrum(layer).key)
+        return read_spectrum(cached) if cached else spectrum_of(self.covariance(model, layer))
 
     def covariance(self, model: EditableModel, layer: int) -> Tensor:
         """Return C of a layer, [M, M] float32, on the device of the layer."""
