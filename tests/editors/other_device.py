@@ -143,6 +143,7 @@ HPARAMS = {
     "pac-released": {"epochs": 2, "paths": 3},
     "grace": {"layer": 0, "steps": 2},
     "kn": {"prompts": 2, "steps": 2},
+    "ultraedit": {"value_layers": (0,), "key_layers": (0,), "gate_layers": (0,)},
     "npac": {"layers": (0,), "matrices": "both", "paths": 5, "steps": 2},
 }
 METRIC = NeutralMetric((0,), 254)

@@ -58,6 +58,8 @@ EDITORS = {
     "rome": {"layer": 1, "steps": 2},
     "r-rome": {"layer": 1, "steps": 2},
     "memit": BOTH_LAYERS,
+    "memit-seq": BOTH_LAYERS,
+    "encore": BOTH_LAYERS,
     "pmet": BOTH_LAYERS,
     "emmet": {"layers": [1], "steps": 2},
     "alphaedit": BOTH_LAYERS | {"threshold": 1e-3},
@@ -66,6 +68,7 @@ EDITORS = {
     "kn": {"steps": 2, "prompts": 2},
     "lora": {"steps": 2},
     "grace": {"layer": 1, "steps": 2},
+    "ultraedit": {"value_layers": [1], "key_layers": [1], "gate_layers": [0]},
     "none": {},
 }
 
