@@ -52,6 +52,25 @@ def test_norms_of_one_layer_are_added_as_squares(tmp_path):
     assert table[["layer", "norm"]].to_numpy().tolist() == [[3, 5.0]]
 
 
+def test_layers_of_edits_share_the_square_of_its_norm(tmp_path):
+    norms = [
+        {"model.layers.1.up.weight": 3.0, "model.layers.1.down.weight": 4.0},
+        {"model.layers.0.down.weight": 1.0, "model.layers.2.down.weight": 2.0},
+        {"model.layers.0.down.weight": 0.0},
+        {},
+    ]
+    file = write(tmp_path / "run.json", {"delta_norms": norms, "requests": {"count": 4}})
+    table = figure_tables.edit_layers([file], [RUN], LABELS)
+    shares = table.pivot(index="record", columns="layer", values="share").to_numpy()
+    assert shares.tolist() == [[0, 100, 0], [20, 0, 80]]
+    figure = figures.by_layer(table, "‖ΔW‖²")
+    assert figure.axes[0].get_ylabel() == "2 records"
+    assert figure.axes[-1].get_ylabel() == "Share of ‖ΔW‖² (%)"
+    file = write(tmp_path / "run.json", {"delta_norms": [{}], "requests": {"count": 1}})
+    with pytest.raises(KMEBenchError, match="set the figure to null"):
+        figure_tables.edit_layers([file], [RUN], LABELS)
+
+
 def test_a_sweep_takes_the_final_values_of_its_own_runs():
     metrics = pd.DataFrame(
         [
@@ -206,7 +225,7 @@ def test_records_of_the_layer_map_are_sorted_and_their_mean_stands_above():
     shares = np.array([[10.0, 10.0, 80.0], [70.0, 20.0, 10.0]])
     record, layer = (index.ravel() for index in np.indices(shares.shape))
     table = pd.DataFrame({"record": record, "layer": layer, "share": shares.ravel()})
-    figure = figures.layer_impact(table.assign(model="M", dataset="D", n=2))
+    figure = figures.by_layer(table.assign(model="M", dataset="D", n=2), "the impact of T+")
     (image,) = figure.axes[0].images
     assert image.get_array().tolist() == shares[::-1].tolist()
     (above,) = figure.axes[0].child_axes

@@ -115,6 +115,49 @@ def test_a_step_is_the_natural_gradient_to_where_the_loss_vanishes(
         torch.testing.assert_close(found[key], -loss / square * direction, rtol=1e-6, atol=1e-9)
 
 
+def test_the_longest_step_costs_all_its_nats(make_model, requests, assets):
+    model = make_model("llama")
+    files = assets(model)
+    nats = 3.0  # more than the step to where the loss vanishes costs
+    values = PLAIN | {"nats": nats, "step": "longest"}
+    found = changes(model, build_editor("npac", values, files)(model, requests[:1]).edit.weights)
+    cost = 0.0
+    for key, change in found.items():
+        residual, inner = sides(files, *key)
+        cost += float((change * (residual @ change @ inner)).sum()) / 2
+    assert cost == pytest.approx(nats)
+
+
+@pytest.mark.parametrize("paths", [None, 4])
+@pytest.mark.parametrize("family", SOME_FAMILIES)
+def test_adam_steps_as_torch_does_on_the_chosen_segments(
+    make_model, requests, assets, family, paths
+):
+    model = make_model(family)
+    values = PLAIN | {"matrices": "both", "step": "adam", "learning_rate": 0.01, "steps": 3}
+    values |= {"paths": paths, "tolerance": 0}
+    edit = build_editor("npac", values, assets(model))(model, requests[:1]).edit
+    found = changes(model, edit.weights)
+    total = {key: torch.zeros_like(change) for key, change in found.items()}
+    adam = torch.optim.Adam(total.values(), lr=0.01)
+    start = {name: model.parameter(name).detach().clone() for name in edit.weights}
+    for _ in range(3):
+        _, gradients = by_autograd(model, requests[0])
+        for key, change in total.items():
+            change.grad = gradients[key] * found[key].any(dim=0)
+        adam.step()
+        with torch.no_grad():
+            for key, change in total.items():
+                projection = (model.ffn[key[0]].key, model.ffn[key[0]].value)[key[1]]
+                weight = projection.weight
+                weight.copy_(start[projection.weight_name])
+                part = change if projection.axis == 1 else change.T
+                projection.segments(weight, projection.axis).add_(part)
+    for key, change in total.items():
+        assert paths is None or int(found[key].any(dim=0).sum()) == paths
+        torch.testing.assert_close(found[key], change, rtol=1e-6, atol=1e-9)
+
+
 def test_the_subjects_last_token_alone_writes(make_model, requests, assets):
     model = make_model("llama")
     files = assets(model)
@@ -361,14 +404,19 @@ def test_after_a_step_that_raised_the_loss_the_next_may_cost_a_quarter(
     files, seen = assets(trained), []
     values = {"layers": LAYERS, "contexts": 0, "positions": "all", "matrices": "both", "steps": 8}
     editor = build_editor("npac", values, files)
-    step = editor._step
+    stepper = editor._stepper
 
-    def noted(*arguments):
-        delta, cost = step(*arguments)
-        seen.append((float(arguments[2].losses.mean()), arguments[-1], cost))
-        return delta, cost
+    def noting(*arguments):
+        step = stepper(*arguments)
 
-    editor._step = noted
+        def noted(gradients, losses, each, nats):
+            delta, cost = step(gradients, losses, each, nats)
+            seen.append((float(losses.mean()), nats, cost))
+            return delta, cost
+
+        return noted
+
+    editor._stepper = noting
     editor(trained, capital_requests[:1])
     pairs = list(itertools.pairwise(seen))
     raised = [(cost, bound) for (loss, _, cost), (now, bound, _) in pairs if now > loss]

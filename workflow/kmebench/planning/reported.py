@@ -188,7 +188,7 @@ class Reported:
         if spec["kind"] in ("nodes", "layers"):
             runs = [(run, x) for run, x in runs if grid.needed(self.config, run, Paths)]
         # No edit takes no time and has no norm.
-        if spec["kind"] in ("time", "norms"):
+        if spec["kind"] in ("time", "norms", "edit-layers"):
             controls = grid.controls(self.config)
             runs = [(run, x) for run, x in runs if run.method not in controls]
         return runs
@@ -209,7 +209,7 @@ class Reported:
                 f"<results>/{need.path(run.model, run.dataset)}" for run, need in paths if need
             ]
             return files if spec["kind"] == "layers" else [_nodes(path) for path in files]
-        name = {"time": "timing.json", "norms": "run.json"}[spec["kind"]]
+        name = "timing.json" if spec["kind"] == "time" else "run.json"
         return [f"<results>/{run.folder()}/{name}" for run in runs]
 
     def figure(self, wildcards: Any) -> dict[str, Any]:

@@ -16,6 +16,8 @@ _READ = {
     "sweep": f"Metrics on the final model; {_INTERVALS}",
     "edits": "A point after k edits is of those k edits; grey: too few to compare editors; "
     f"{_INTERVALS}",
+    "edit-layers": "One row per edit, sorted by the layer in which half of its squared norm has "
+    "come together. Above: the mean over edits",
     "norms": "Frobenius norm of an edit in each layer, median over calls of the editor",
     "sizes": "Grey: the editor of the best Score among the others, with its name; hollow: the "
     f"paper's numbers. Filled: ours; {_INTERVALS}",

@@ -33,7 +33,10 @@ def drawn(spec: Mapping[str, Any], files: Sequence[str]) -> tuple[pd.DataFrame, 
             return table, figures.node_importance(table)
         case "layers":
             table = figure_tables.layers(files, runs, labels)
-            return table, figures.layer_impact(table)
+            return table, figures.by_layer(table, "the impact of T+")
+        case "edit-layers":
+            table = figure_tables.edit_layers(files, runs, labels)
+            return table, figures.by_layer(table, "‖ΔW‖²")
         case "norms":
             table = figure_tables.norms(files, runs, labels)
             return table, figures.weight_norms(table)

@@ -42,14 +42,50 @@ def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
     for path, run in zip(files, runs, strict=True):
         made = read_json(path)
         for call in made["delta_norms"]:
-            squares: dict[int, float] = {}
-            for name, norm in call.items():
-                if found := LAYER.search(name):  # an embedding or a head is in no layer
-                    layer = int(found[1])
-                    squares[layer] = squares.get(layer, 0.0) + norm**2
+            squares = _squares(call)
             named = _named(run, labels) | {"n": made["requests"]["count"]}
             rows += [named | {"layer": k, "norm": v**0.5} for k, v in sorted(squares.items())]
     return pd.DataFrame(rows)
+
+
+def edit_layers(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
+    """Share of every layer in the squared norm of every edit, in percent, from run.json files.
+
+    Edits that changed no layer are left out.
+
+    Raises:
+        KMEBenchError: none changed any.
+    """
+    parts = []
+    for path, run in zip(files, runs, strict=True):
+        made = read_json(path)
+        calls = [
+            squares for call in made["delta_norms"] if any((squares := _squares(call)).values())
+        ]
+        depth = 1 + max((layer for squares in calls for layer in squares), default=0)
+        named = _named(run, labels) | {"n": made["requests"]["count"]}
+        rows = [
+            {"record": i, "layer": k, "share": 100 * squares.get(k, 0.0) / sum(squares.values())}
+            for i, squares in enumerate(calls)
+            for k in range(depth)
+        ]
+        parts.append(pd.DataFrame(rows).assign(**named))
+    if not any(map(len, parts)):
+        raise KMEBenchError(
+            "No edit of this figure changed a layer: give its experiment an editor of weights, or "
+            "set the figure to null in the config."
+        )
+    return with_cells(pd.concat(parts, ignore_index=True))
+
+
+def _squares(norms: Mapping[str, float]) -> dict[int, float]:
+    """Return the squared norm of each layer, from those of its parameters."""
+    squares: dict[int, float] = {}
+    for name, norm in norms.items():
+        if found := LAYER.search(name):  # an embedding or a head is in no layer
+            layer = int(found[1])
+            squares[layer] = squares.get(layer, 0.0) + norm**2
+    return squares
 
 
 def swept(metrics: pd.DataFrame, runs: Runs, labels: Labels, protocol: str) -> pd.DataFrame:

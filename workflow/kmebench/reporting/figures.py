@@ -123,11 +123,11 @@ def sweep(table: pd.DataFrame, parameter: str) -> Figure:
     return figure
 
 
-def layer_impact(table: pd.DataFrame) -> Figure:
-    """In which layers the critical paths lie: one row per record, above them the mean.
+def by_layer(table: pd.DataFrame, what: str) -> Figure:
+    """In which layers ``what`` lies: one row per record, above them the mean.
 
-    Columns: model, dataset, record, layer, share: percent of the impact of T+. Records are sorted
-    by the layer in which half of their impact has come together.
+    Columns: model, dataset, record, layer, share in percent. Records are sorted by the layer in
+    which half of their share has come together.
     """
     figure, drawn = panels(table, "model", "dataset", sharex=False, high=1.2)
     limit = table["share"].quantile(0.99)
@@ -146,7 +146,7 @@ def layer_impact(table: pd.DataFrame) -> Figure:
         above.set_title(axes.get_title(loc="left"))
         axes.set_title("", loc="left")
     bar = figure.colorbar(image, ax=[axes for axes, _ in drawn], extend="max", pad=0.02)
-    bar.set_label("Share of the impact of T+ (%)")
+    bar.set_label(f"Share of {what} (%)")
     return figure
 
 

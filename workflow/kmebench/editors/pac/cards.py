@@ -105,10 +105,14 @@ class NPACHparams:
         about("Tokens whose gradient counts: the subject's last, from it on, or all."),
     ] = "subject_last"
     step: Annotated[
-        Literal["mean", "each"],
-        about("Whether a step lowers the mean loss of all texts, or each text's own."),
+        Literal["mean", "each", "longest", "adam"],
+        about(
+            "Down the mean loss of all texts to where it vanishes; to where each text's own does; "
+            "as far as nats allow; or by Adam."
+        ),
     ] = "mean"
     step_damping: Annotated[Real, about("ε between the texts of step: each.")] = 0.1
+    learning_rate: Annotated[Real, about("Step size of step: adam.")] = 1e-3
     nats: Annotated[Positive, about("Most that a step may cost.", "nats per neutral token")] = 2e-4
     contexts: Annotated[Whole, about("Sampled texts before the prompt, beside none.")] = 8
     context_tokens: Annotated[Count, about("Tokens of each sampled text.")] = 10

@@ -19,7 +19,7 @@ layer-adaptive weights, a dynamic number of paths, Locality (Zhai et al. 2025).
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,35 +27,32 @@ from torch.utils.hooks import RemovableHandle
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Assets, check_layers
-from kmebench.editors.changes import low_rank
 from kmebench.editors.contexts import InContexts, prefixes
-from kmebench.editors.locate.updates import Factors
 from kmebench.editors.losses import check_finite, row_losses
 from kmebench.editors.pac.cards import NPACHparams
-from kmebench.editors.pac.gradients import KEY, observed
+from kmebench.editors.pac.gradients import observed
 from kmebench.editors.pac.metric import (
     Positions,
-    Solve,
     best_of_each,
     fewest,
-    natural,
     natural_scores,
-    polyak,
-    text_gram,
-    together,
 )
 from kmebench.editors.pac.neighbours import neighbours
 from kmebench.editors.pac.sides import MatrixMetric, read_matrix_metric
-from kmebench.edits.weights import Columns, Rows, WeightDelta
-from kmebench.errors import EditError
+from kmebench.editors.pac.steps import (
+    AdamSteps,
+    Chosen,
+    Matrix,
+    NaturalSteps,
+    Steps,
+    projection_of,
+)
+from kmebench.edits.weights import WeightDelta
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch, EncodedSubject, SubjectText, length_sorted_chunks
 from kmebench.models.hooks import hooked
-from kmebench.models.layouts import Projection
 from kmebench.precision import exact_place, promoted
 
-#: Layer, and KEY or VALUE.
-Matrix = tuple[int, int]
 #: What the next step may cost: after one that raised the loss, so much of its cost; after another
 #: so many times the bound before, up to ``nats`` (trust region).
 SHRINK, GROW = 0.25, 2.0
@@ -69,14 +66,6 @@ class Pass:
     each: int  # texts of each request
     gradients: dict[Matrix, list[Positions]] = field(default_factory=dict)  # of what is not learnt
     inputs: dict[Matrix, list[Tensor]] = field(default_factory=dict)  # of the matrices
-
-
-class Chosen(NamedTuple):
-    """The segments of a matrix that an edit moves (none: all), and how it divides by the metric."""
-
-    segments: Tensor | None
-    divide_residual: Solve
-    divide_inner: Solve
 
 
 class NPAC(InContexts):
@@ -119,19 +108,19 @@ class NPAC(InContexts):
         metrics: Mapping[Matrix, MatrixMetric],
     ) -> tuple[WeightDelta, dict[Matrix, Tensor]]:
         """Step until every request is learnt; return the change, and the inputs it used."""
-        total, chosen = WeightDelta({}), dict[Matrix, Chosen]()
+        total, stepper = WeightDelta({}), None
         nats, loss, cost = self.hparams.nats, torch.inf, 0.0
         for step in range(self.hparams.steps + 1):
             seen = self._pass(model, requests, encoded)
             if not seen.gradients or step == self.hparams.steps:
                 break
             gradients = {key: Positions.joined(parts) for key, parts in seen.gradients.items()}
-            chosen = chosen or self._choose(gradients, metrics)
+            stepper = stepper or self._stepper(model, gradients, metrics)
             # A step that raised the loss went further than its linear model holds.
             mean = float(seen.losses.mean())
             nats = cost * SHRINK if mean > loss else min(nats * GROW, self.hparams.nats)
             loss = mean
-            delta, cost = self._step(model, gradients, seen, chosen, nats)
+            delta, cost = stepper(gradients, seen.losses, seen.each, nats)
             model.apply(delta)
             total += delta
             self.steps += 1
@@ -208,7 +197,7 @@ class NPAC(InContexts):
         def handles() -> Iterator[RemovableHandle]:
             for layer in self.hparams.layers:
                 for matrix in self.hparams.moved:
-                    module = _projection(model, (layer, matrix)).module
+                    module = projection_of(model, (layer, matrix)).module
                     yield module.register_forward_pre_hook(noting((layer, matrix)))
 
         def noting(key: Matrix) -> Any:
@@ -222,6 +211,18 @@ class NPAC(InContexts):
             yield
 
     # -- a step -------------------------------------------------------------------------------
+
+    def _stepper(
+        self,
+        model: EditableModel,
+        gradients: Mapping[Matrix, Positions],
+        metrics: Mapping[Matrix, MatrixMetric],
+    ) -> Steps:
+        """Choose what an edit moves, by its first gradients, and how it steps."""
+        chosen = self._choose(gradients, metrics)
+        if self.hparams.step == "adam":
+            return AdamSteps(model, chosen, self.hparams.learning_rate)
+        return NaturalSteps(model, chosen, self.hparams)
 
     def _choose(
         self, gradients: Mapping[Matrix, Positions], metrics: Mapping[Matrix, MatrixMetric]
@@ -241,36 +242,6 @@ class NPAC(InContexts):
             if index is None or len(index)
         }
 
-    def _step(
-        self,
-        model: EditableModel,
-        gradients: Mapping[Matrix, Positions],
-        seen: Pass,
-        chosen: Mapping[Matrix, Chosen],
-        nats: float,
-    ) -> tuple[WeightDelta, float]:
-        """Return one step of at most ``nats`` for each request that learns, and its cost."""
-        directions = {key: natural(gradients[key], *chosen[key]) for key in chosen}
-        texts, owner = gradients[next(iter(chosen))].owner.cpu().unique(return_inverse=True)
-        gram = text_gram(list(directions.values()), owner, len(texts))
-        if not gram.any():
-            raise EditError(
-                f"{self.name}: the loss does not depend on layers {list(self.hparams.layers)} at "
-                "the positions that write; take earlier layers, or set positions: from_subject."
-            )
-        losses, learning = seen.losses[texts], len(texts) / seen.each
-        if self.hparams.step == "each":
-            weights = together(gram, losses, nats * learning, self.hparams.step_damping)
-        else:
-            weights = polyak(gram, losses, nats * learning)
-        total = WeightDelta({})
-        for key, direction in directions.items():
-            scale = -weights[owner].to(direction.residual)[:, None]
-            projection = _projection(model, key)
-            u, v = scale * direction.residual, direction.inner
-            total += _change(projection, chosen[key].segments, u, v)
-        return total, float(weights @ gram @ weights) / 2 / learning
-
     # -- what is kept -------------------------------------------------------------------------
 
     def _read_metrics(self, model: EditableModel) -> None:
@@ -280,7 +251,7 @@ class NPAC(InContexts):
                 key = layer, matrix
                 if key in self._metrics:
                     continue
-                place = exact_place(_projection(model, key).weight.device)
+                place = exact_place(projection_of(model, key).weight.device)
                 metric = read_matrix_metric(self.assets, self.hparams, *key).to(place)
                 for rows in self._kept.get(key, ()):  # edit by edit, as they came: the same bits
                     metric = metric.with_inputs(rows)
@@ -334,19 +305,3 @@ class NPAC(InContexts):
                 layer, matrix = map(int, numbers)
                 sizes = state[f"sizes.{layer}.{matrix}"].tolist()
                 self._kept[layer, matrix] = rows.split(sizes)
-
-
-def _projection(model: EditableModel, key: Matrix) -> Projection:
-    ffn = model.ffn[key[0]]
-    return ffn.key if key[1] == KEY else ffn.value
-
-
-def _change(projection: Projection, index: Tensor | None, u: Tensor, v: Tensor) -> WeightDelta:
-    """Return Σ_p u_p ⊗ v_p over segments, u [P, D] and v [P, S], as a change of the weight."""
-    if index is None and projection.offset == 0:
-        return low_rank(projection, Factors(u.T, v))
-    kind = Rows if projection.axis == 0 else Columns
-    index = torch.arange(v.shape[1]) if index is None else index
-    values = (v.T @ u).to(promoted(projection.weight.dtype))
-    part = kind((index + projection.offset).to(v.device), values)
-    return WeightDelta({projection.weight_name: part})
