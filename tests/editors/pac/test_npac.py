@@ -13,10 +13,12 @@ from kmebench.editors.locate.covariance.factors import cache_factor
 from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.locate.covariance.texts import TextSettings
+from kmebench.editors.losses import target_losses
 from kmebench.editors.needs import Covariance, Inverse, NeutralMetric
 from kmebench.editors.pac.gradients import KEY, VALUE
 from kmebench.editors.pac.neighbours import SUBJECTS, neighbours
 from kmebench.editors.pac.neutral import read_metric, write_metric
+from kmebench.editors.pac.texts import Texts
 from kmebench.errors import ConfigError, EditError
 from kmebench.models.encoding import SubjectText
 from tests.conftest import SOME_FAMILIES
@@ -259,6 +261,44 @@ def test_an_edit_lowers_the_loss_and_leaves_the_model_as_it_was(trained, capital
     with trained.edits.savepoint():
         trained.apply(result.edit)
         assert loss() < start / 2
+
+
+@pytest.mark.parametrize("positions", ["subject_last", "from_subject", "all"])
+@pytest.mark.parametrize("family", SOME_FAMILIES)
+def test_a_fresh_reading_is_that_of_the_whole_texts(
+    make_model, requests, assets, family, positions
+):
+    model = make_model(family)
+    before = ("", "Some words. ", "And many other words before. ")
+    encoded = model.encode_subjects(
+        [SubjectText.of(r, text, r.target_new) for r in requests for text in before]
+    )
+    editor = build_editor("npac", {"layers": LAYERS, "positions": positions}, assets(model))
+    texts = Texts(model, encoded, 3, editor.hparams, micro_batch=2)
+    model.apply(editor(model, requests[:1]).edit)
+    stale = texts.read().losses
+    texts.renew()
+    wanted = target_losses(model, encoded).detach()
+    torch.testing.assert_close(texts.read().losses, wanted)
+    first = [item.subject_last == 0 for item in encoded]
+    alone = torch.tensor([positions == "all" or x for x in first]) & (min(LAYERS) == 0)
+    assert torch.equal((stale - wanted).abs() < 1e-12, alone)
+
+
+def test_a_fresh_reading_ends_an_edit(trained, capital_requests, assets, monkeypatch):
+    made = []
+
+    class Noted(Texts):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr("kmebench.editors.pac.npac.Texts", Noted)
+    for steps in (1, 30):
+        values = {"layers": LAYERS, "contexts": 2, "steps": steps}
+        result = build_editor("npac", values, assets(trained))(trained, capital_requests[:1])
+        assert result.steps >= 1
+        assert made[-1].fresh
 
 
 def test_what_is_learnt_costs_no_step(make_model, requests, assets):

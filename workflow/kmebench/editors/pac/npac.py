@@ -16,21 +16,16 @@ al. 2018), trust region (Schulman et al. 2015). The paper's future work names wh
 layer-adaptive weights, a dynamic number of paths, Locality (Zhai et al. 2025).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Assets, check_layers
 from kmebench.editors.contexts import InContexts, prefixes
-from kmebench.editors.losses import check_finite, row_losses
+from kmebench.editors.losses import check_finite
 from kmebench.editors.pac.cards import NPACHparams
-from kmebench.editors.pac.gradients import observed
 from kmebench.editors.pac.metric import (
     Positions,
     best_of_each,
@@ -47,25 +42,15 @@ from kmebench.editors.pac.steps import (
     Steps,
     projection_of,
 )
+from kmebench.editors.pac.texts import Reading, Texts, inputs_noted
 from kmebench.edits.weights import WeightDelta
 from kmebench.models.editable import EditableModel
-from kmebench.models.encoding import Batch, EncodedSubject, SubjectText, length_sorted_chunks
-from kmebench.models.hooks import hooked
+from kmebench.models.encoding import EncodedSubject, SubjectText, length_sorted_chunks
 from kmebench.precision import exact_place, promoted
 
 #: What the next step may cost: after one that raised the loss, so much of its cost; after another
 #: so many times the bound before, up to ``nats`` (trust region).
 SHRINK, GROW = 0.25, 2.0
-
-
-@dataclass
-class Pass:
-    """What the texts of some requests gave, position by position."""
-
-    losses: Tensor  # [texts], in nats per target token
-    each: int  # texts of each request
-    gradients: dict[Matrix, list[Positions]] = field(default_factory=dict)  # of what is not learnt
-    inputs: dict[Matrix, list[Tensor]] = field(default_factory=dict)  # of the matrices
 
 
 class NPAC(InContexts):
@@ -108,11 +93,16 @@ class NPAC(InContexts):
         metrics: Mapping[Matrix, MatrixMetric],
     ) -> tuple[WeightDelta, dict[Matrix, Tensor]]:
         """Step until every request is learnt; return the change, and the inputs it used."""
+        each = len(encoded) // len(requests)
+        texts = Texts(model, encoded, each, self.hparams, self.micro_batch)
         total, stepper = WeightDelta({}), None
         nats, loss, cost = self.hparams.nats, torch.inf, 0.0
         for step in range(self.hparams.steps + 1):
-            seen = self._pass(model, requests, encoded)
-            if not seen.gradients or step == self.hparams.steps:
+            seen = self._read(texts, requests)
+            if not texts.fresh and (step == self.hparams.steps or not seen.gradients):
+                texts.renew()
+                seen = self._read(texts, requests)
+            if step == self.hparams.steps or not seen.gradients:
                 break
             gradients = {key: Positions.joined(parts) for key, parts in seen.gradients.items()}
             stepper = stepper or self._stepper(model, gradients, metrics)
@@ -120,95 +110,19 @@ class NPAC(InContexts):
             mean = float(seen.losses.mean())
             nats = cost * SHRINK if mean > loss else min(nats * GROW, self.hparams.nats)
             loss = mean
-            delta, cost = stepper(gradients, seen.losses, seen.each, nats)
+            delta, cost = stepper(gradients, seen.losses, each, nats)
             model.apply(delta)
+            texts.fresh = False
             total += delta
             self.steps += 1
         return total, {key: torch.cat(parts) for key, parts in seen.inputs.items()}
 
-    # -- a pass -------------------------------------------------------------------------------
-
-    def _pass(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        encoded: Sequence[EncodedSubject],
-    ) -> Pass:
-        """Read all texts; go back from those of requests that are not learnt."""
-        n = len(encoded) // len(requests)
-        groups = [encoded[i : i + n] for i in range(0, len(encoded), n)]
-        seen = Pass(torch.zeros(len(encoded), dtype=torch.float64), n)
-        lengths = [max(len(e.ids) for e in group) for group in groups]
-        for chunk in length_sorted_chunks(lengths, self.micro_batch):
-            rows = torch.tensor([i * n + place for i in chunk for place in range(n)])
-            items = [encoded[i] for i in rows.tolist()]
-            losses = self._read(model, items, rows, seen)
-            asked = [requests[i] for i in chunk]
-            per_request = losses.view(-1, n).sum(dim=1)
-            check_finite(self.name, per_request, asked, self.steps, nats=self.hparams.nats)
-            seen.losses[rows] = losses.cpu().double()
+    def _read(self, texts: Texts, requests: Sequence[EditRequest]) -> Reading:
+        """Read the texts of the requests; refuse an infinite loss."""
+        seen = texts.read()
+        per_request = seen.losses.view(len(requests), -1).sum(dim=1)
+        check_finite(self.name, per_request, requests, self.steps, nats=self.hparams.nats)
         return seen
-
-    def _read(
-        self,
-        model: EditableModel,
-        items: Sequence[EncodedSubject],
-        rows: Tensor,
-        seen: Pass,
-    ) -> Tensor:
-        """Read the texts ``rows`` of some requests; return their losses, [len(rows)]."""
-        batch = model.collate(items)
-        writing = self._writing(batch, items)
-        learning = torch.zeros(len(items), dtype=torch.bool, device=writing.device)
-
-        def receive(layer: int, matrix: int, residual: Tensor, inner: Tensor) -> None:
-            if matrix not in self.hparams.moved:
-                return
-            here = (writing & learning[:, None]).to(inner.device)
-            owner = rows.to(here.device)[here.nonzero()[:, 0]]
-            part = Positions(residual[here], inner[here], owner)
-            seen.gradients.setdefault((layer, matrix), []).append(part)
-
-        layers = self.hparams.layers
-        with observed(model, receive, layers), self._inputs(model, writing, seen.inputs):
-            losses = row_losses(model.answer_logits(batch), batch.labels, batch)
-            above = losses.detach().view(-1, seen.each).mean(dim=1) >= self.hparams.tolerance
-            learning |= above.repeat_interleave(seen.each).to(learning.device)
-            if learning.any():
-                losses[learning.to(losses.device)].sum().backward()
-        return losses.detach()
-
-    def _writing(self, batch: Batch, items: Sequence[EncodedSubject]) -> Tensor:
-        """Say which positions write, [R, T]."""
-        places = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-        last = batch.labels.new_tensor([item.subject_last for item in items])[:, None]
-        end = batch.labels.new_tensor([len(item.ids) - 1 for item in items])[:, None]
-        if self.hparams.positions == "subject_last":
-            return places == last
-        first = last if self.hparams.positions == "from_subject" else 0
-        return (places >= first) & (places < end)
-
-    @contextmanager
-    def _inputs(
-        self, model: EditableModel, where: Tensor, noted: dict[Matrix, list[Tensor]]
-    ) -> Iterator[None]:
-        """Note the inputs of the matrices at some positions, ``where`` [R, T]."""
-
-        def handles() -> Iterator[RemovableHandle]:
-            for layer in self.hparams.layers:
-                for matrix in self.hparams.moved:
-                    module = projection_of(model, (layer, matrix)).module
-                    yield module.register_forward_pre_hook(noting((layer, matrix)))
-
-        def noting(key: Matrix) -> Any:
-            def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                here = args[0].detach()[where.to(args[0].device)]
-                noted.setdefault(key, []).append(here)
-
-            return note
-
-        with hooked(handles()):
-            yield
 
     # -- a step -------------------------------------------------------------------------------
 
@@ -272,7 +186,7 @@ class NPAC(InContexts):
             places = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
             first = batch.labels.new_tensor([encoded[i].subject_last for i in chunk])[:, None]
             prompt = (first <= places) & (places <= batch.prompt_last[:, None])
-            with self._inputs(model, prompt, inputs):
+            with inputs_noted(model, self.hparams, prompt, inputs):
                 model.final_states(batch)
         weight = self.hparams.neighbour_weight**0.5
         return {
