@@ -349,3 +349,14 @@ def test_what_cannot_be_edited_is_one_sentence(make_model, requests):
     for family in ("gptj", "phi3"):
         with pytest.raises(ConfigError, match=r"no gate with a weight of its own; set gate_layers"):
             ultraedit(gate_layers=(1,)).edit(make_model(family), requests)
+
+
+def test_bfloat16_models_get_float32_changes_and_float64_moments(make_model, requests):
+    model = make_model("llama", torch.bfloat16)
+    editor = ultraedit(gate_layers=(1,))
+    delta = editor.edit(model, requests)
+    assert {part.u.dtype for part in delta.values()} == {torch.float32}
+    assert len(delta) == 4
+    assert delta.is_finite()
+    moments = {t.dtype for name, t in editor.state_dict().items() if not name.endswith("count")}
+    assert moments == {torch.float64}
