@@ -141,6 +141,9 @@ ASKED = {
 HPARAMS = {
     "pac": {"trace_on": "current", "selection": "kbest", "paths": 3, "steps": 2},
     "pac-released": {"epochs": 2, "paths": 3},
+    "ft-l": {"layer": 0, "steps": 2},
+    "ft-m": {"layer": 0, "steps": 2, "norm_constraint": 1e-4},
+    "locft-bf": {"layer": 0, "steps": 2, "parameters": "layer"},
     "grace": {"layer": 0, "steps": 2},
     "kn": {"prompts": 2, "steps": 2},
     "ultraedit": {"value_layers": (0,), "key_layers": (0,), "gate_layers": (0,)},

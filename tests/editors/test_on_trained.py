@@ -12,6 +12,9 @@ HPARAMS = {
     "pac": {"trace_on": "current", "learning_rate": 1e-3},
     "pac-released": {"learning_rate": 5e-3},
     "full-c": {"learning_rate": 1e-3, "norm_constraint": None},
+    "ft-l": {"layer": 1, "learning_rate": 1e-3},
+    "ft-m": {"layer": 1, "learning_rate": 1e-3},
+    "locft-bf": {"layer": 1, "learning_rate": 3e-3},
     "lora": {},
     "grace": {"layer": 1, "radius": 0.5},
 }

@@ -55,6 +55,9 @@ EDITORS = {
     "pac-released": {"epochs": 2, "paths": 3},
     "npac": {"layers": [0, 1], "share": 0.5, "steps": 2},
     "full-c": {"steps": 2, "learning_rate": 1e-3},
+    "ft-l": {"layer": 1, "steps": 2},
+    "ft-m": {"layer": 1, "steps": 2, "mini_batch": 2, "norm_constraint": 1e-4},
+    "locft-bf": {"layer": 1, "steps": 2, "parameters": "layer"},
     "rome": {"layer": 1, "steps": 2},
     "r-rome": {"layer": 1, "steps": 2},
     "memit": BOTH_LAYERS,
@@ -73,6 +76,10 @@ EDITORS = {
 }
 
 
+#: These run by every pipeline.
+EVERY_MODE = ("pac", "pac-released", "full-c", "ft-l", "ft-m", "locft-bf")
+
+
 def test_every_editor_is_among_them():
     assert set(EDITORS) == set(registered())
 
@@ -81,7 +88,8 @@ def test_every_editor_is_among_them():
 @pytest.mark.parametrize(
     ("architecture", "dtype", "editors"),
     [
-        ("gpt-j-6b", "bfloat16", ("pac", "pac-released", "lora", "memit")),  # it has biases
+        # GPT-J has biases.
+        ("gpt-j-6b", "bfloat16", ("pac", "pac-released", "lora", "memit", "locft-bf")),
         ("llama2-7b", "float32", ("pac", "rome", "memit")),
         ("llama3-8b", "bfloat16", tuple(EDITORS)),
     ],
@@ -112,7 +120,7 @@ def test_a_paper_architecture_passes_through_every_stage(
     runs, files = [], []
     for editor in editors:
         every = ("batch", "consecutive", "breadth_first")
-        for mode in every if editor in ("pac", "pac-released", "full-c") else ("consecutive",):
+        for mode in every if editor in EVERY_MODE else ("consecutive",):
             output = {
                 name: str(tmp_path / editor / mode / file)
                 for name, file in (

@@ -15,6 +15,9 @@ from tests.pipelines.runs import SETTINGS, Counting, comparable, consecutive, in
 
 EPOCHS = {
     "full-c": {"mini_batch": 2, "steps": 4, "tolerance": 0.0, "learning_rate": 1e-3},
+    "ft-l": {"layer": 1, "mini_batch": 2, "steps": 4, "tolerance": 0.0},
+    "ft-m": {"layer": 1, "mini_batch": 2, "steps": 4, "tolerance": 0.0},
+    "locft-bf": {"layer": 1, "parameters": "layer", "mini_batch": 2, "steps": 4, "tolerance": 0.0},
     "pac-released": {"epochs": 4, "paths": 2, "learning_rate": 1e-3},
 }
 

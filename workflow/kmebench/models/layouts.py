@@ -190,6 +190,12 @@ def adapted_modules(model: nn.Module, layout: Layout) -> list[str]:
     return [f"{layout.layers}.{i}.{name}" for i in range(n_layers) for name in layout.adapted]
 
 
+def layer_parameters(model: nn.Module, layout: Layout, layer: int) -> dict[str, nn.Parameter]:
+    """Return all parameters of a layer, attention and norms among them, by their names."""
+    path = f"{layout.layers}.{layer}"
+    return dict(model.get_submodule(path).named_parameters(prefix=path))
+
+
 @dataclass(frozen=True)
 class Projection:
     """One FFN projection of one layer.

@@ -7,6 +7,13 @@ from pydantic import Field
 from kmebench.editors.cards import Card, Count, Layers, Real, Whole, about, hyperparameters
 from kmebench.editors.sizes import Job
 
+Rate = Annotated[Real, about("Step size of Adam.")]
+Passes = Annotated[Whole, about("Most passes over the requests.")]
+MeanTolerance = Annotated[
+    Real, about("Mean loss below which nothing is stepped on.", "nats per target token")
+]
+MicroBatch = Annotated[Count, about("Requests in one forward pass.")]
+
 
 @hyperparameters
 class FullCHparams:
@@ -19,15 +26,47 @@ class FullCHparams:
     norm_constraint: Annotated[
         Real | None, about("δ, the largest change of a weight; none: unconstrained.")
     ] = 5e-4
-    learning_rate: Annotated[Real, about("Step size of Adam.")] = 5e-5
-    steps: Annotated[Whole, about("Most passes over the requests.")] = 25
+    learning_rate: Rate = 5e-5
+    steps: Passes = 25
     mini_batch: Annotated[
         Count | None, about("Requests in one step, in random order; none given: all.")
     ] = None
     tolerance: Annotated[
         Real, about("Loss below which nothing is stepped on.", "nats per target token")
     ] = 0.01
-    micro_batch: Annotated[Count, about("Requests in one forward pass.")] = 50
+    micro_batch: MicroBatch = 50
+
+
+@hyperparameters
+class FTHparams:
+    """Hyper-parameters of FT-L and FT-M, as EasyEdit has them for Llama, GPT-J and Mistral."""
+
+    layer: Annotated[Whole, about("Layer whose W2 is trained, from 0.")] = 21
+    norm_constraint: Annotated[
+        Real | None, about("δ, the largest change of a weight in an edit; none: unconstrained.")
+    ] = None
+    learning_rate: Rate = 5e-4
+    steps: Passes = 25
+    mini_batch: Annotated[Count, about("Requests in one step, in their order.")] = 1
+    tolerance: MeanTolerance = 0.01
+    micro_batch: MicroBatch = 50
+
+
+@hyperparameters
+class LocFTBFHparams:
+    """Hyper-parameters of LocFT-BF; the layer and its matrix are for Llama-3-8B."""
+
+    layer: Annotated[Whole, about("Layer trained, from 0.")] = 22
+    parameters: Annotated[
+        Literal["value", "key", "layer"],
+        about("W2 or W1 of the layer, or all its parameters (attention and norms too)."),
+    ] = "value"
+    append_eos: Annotated[bool, about("Whether targets end in the end-of-text token.")] = True
+    learning_rate: Rate = 5e-4
+    steps: Passes = 25
+    mini_batch: Annotated[Count, about("Requests in one step, in random order.")] = 100
+    tolerance: MeanTolerance = 0.01
+    micro_batch: MicroBatch = 50
 
 
 @hyperparameters
@@ -39,20 +78,38 @@ class LoRAHparams:
     dropout: Annotated[
         Real, about("Dropout of the adapters' inputs while training."), Field(lt=1)
     ] = 0.1
-    learning_rate: Annotated[Real, about("Step size of Adam.")] = 5e-3
+    learning_rate: Rate = 5e-3
     steps: Annotated[Whole, about("Most updates of an edit.")] = 70
     tolerance: Annotated[
         Real, about("Loss of the worst request, under dropout.", "nats per target token")
     ] = 0.05
-    micro_batch: Annotated[Count, about("Requests in one forward pass.")] = 50
+    micro_batch: MicroBatch = 50
+
+
+def _trained(matrices: float, job: Job) -> float:
+    """Where training starts, gradients and Adam's two moments; W0 too, once there were edits."""
+    return (5 if job.consecutive else 4) * matrices * job.matrix
 
 
 def _full_c(hparams: FullCHparams, job: Job) -> float:
-    """Where training starts, gradients and Adam's two moments; W0 too, once there were edits."""
+    """What is trained, and the graph of all layers."""
     layers = job.layers if hparams.layers is None else len(hparams.layers)
     matrices = layers * (2 if hparams.projections == "both" else 1)
-    copies = 5 if job.consecutive else 4
-    return copies * matrices * job.matrix + job.graph(min(job.requests, hparams.micro_batch))
+    return _trained(matrices, job) + job.graph(min(job.requests, hparams.micro_batch))
+
+
+def _ft(hparams: FTHparams, job: Job) -> float:
+    """One matrix, and the graph from its layer on."""
+    texts = min(job.requests, hparams.mini_batch, hparams.micro_batch)
+    return _trained(1, job) + job.graph(texts, max(job.layers - hparams.layer, 1))
+
+
+def _locft_bf(hparams: LocFTBFHparams, job: Job) -> float:
+    """One matrix, or those of a layer with its attention, and the graph from there on."""
+    ffn, attention = 2 + job.gated, 4 * job.width / job.ffn_width
+    matrices = ffn + attention if hparams.parameters == "layer" else 1
+    texts = min(job.requests, hparams.mini_batch, hparams.micro_batch)
+    return _trained(matrices, job) + job.graph(texts, max(job.layers - hparams.layer, 1))
 
 
 def _lora(hparams: LoRAHparams, job: Job) -> float:
@@ -79,5 +136,32 @@ CARDS = [
         "Hu et al. 2022, LoRA: low-rank adaptation of large language models",
         summary="Fine-tunes low-rank adapters and merges them into the weights.",
         holds=_lora,
+    ),
+    Card(
+        "ft-l",
+        "kmebench.editors.finetune.ft_l:FTL",
+        FTHparams,
+        "finetune",
+        "Meng et al. 2022, Locating and editing factual associations in GPT (its baseline FT)",
+        summary="Fine-tunes W2 of one layer on the target's tokens, all right after the prompt.",
+        holds=_ft,
+    ),
+    Card(
+        "ft-m",
+        "kmebench.editors.finetune.ft_m:FTM",
+        FTHparams,
+        "finetune",
+        "Zhang et al. 2024, A comprehensive study of knowledge editing for large language models",
+        summary="Fine-tunes W2 of one layer on the target.",
+        holds=_ft,
+    ),
+    Card(
+        "locft-bf",
+        "kmebench.editors.finetune.locft_bf:LocFTBF",
+        LocFTBFHparams,
+        "finetune",
+        "Yang et al. 2026, Fine-tuning done right in model editing",
+        summary="Fine-tunes one matrix in passes of mini-batches over all facts.",
+        holds=_locft_bf,
     ),
 ]
