@@ -14,6 +14,7 @@ from kmebench.planning.dependencies import code
 from kmebench.planning.inputs import (
     OPENFACTS,
     METRIC,
+    MODE,
     SELECTION,
     TARGET,
     Inputs,

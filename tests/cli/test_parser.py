@@ -44,7 +44,7 @@ printf "%s\\n" "${{COMPREPLY[@]}}"
     [
         ("ed", {"edit", "editors"}),
         ("edit --met", {"--method"}),
-        ("edit --method mem", {"memit"}),
+        ("edit --method mem", {"memit", "memit-seq"}),
         ("editors gr", {"grace"}),
         ("completion f", {"fish"}),
     ],

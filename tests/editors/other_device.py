@@ -149,6 +149,7 @@ HPARAMS = {
     "ike": {"demonstrations": 0},
     "serac": {},
     "kn": {"prompts": 2, "steps": 2},
+    "ultraedit": {"value_layers": (0,), "key_layers": (0,), "gate_layers": (0,)},
     "npac": {"layers": (0,), "matrices": "both", "paths": 5, "steps": 2},
 }
 METRIC = NeutralMetric((0,), 254)

@@ -62,6 +62,8 @@ EDITORS = {
     "rome": {"layer": 1, "steps": 2},
     "r-rome": {"layer": 1, "steps": 2},
     "memit": BOTH_LAYERS,
+    "memit-seq": BOTH_LAYERS,
+    "encore": BOTH_LAYERS,
     "pmet": BOTH_LAYERS,
     "emmet": {"layers": [1], "steps": 2},
     "alphaedit": BOTH_LAYERS | {"threshold": 1e-3},
@@ -72,6 +74,7 @@ EDITORS = {
     "grace": {"layer": 1, "steps": 2},
     "ike": {"demonstrations": 2},
     "serac": {},
+    "ultraedit": {"value_layers": [1], "key_layers": [1], "gate_layers": [0]},
     "none": {},
 }
 

@@ -1,5 +1,6 @@
 """What a grid costs, against numbers worked out by hand and shapes built by transformers."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
 from kmebench.planning import cost as plan
+from kmebench.planning import grid
 from kmebench.planning.config import read_checked_config
 
 MODELS = {
@@ -109,6 +111,13 @@ def test_disk(measured):
     assert big["deltas"] == matrix * 2 * (2 * 28 + memit_layers)
     assert big["predictions"] == 100 * (40 + 40 + 10)
     assert pd.isna(sizes.loc["small", "weights"])
+
+
+def test_matrices_are_counted_of_each_kind_whose_layers_are_named():
+    config = copy.deepcopy(CONFIG)
+    config["methods"]["ultraedit"] = {"hparams": {"value_layers": [1, 2], "gate_layers": [1]}}
+    run = grid.Run("big", "zsre", "consecutive+turn=50", "ultraedit", "default", 0)
+    assert plan._matrices(config, run, 28) == 3
 
 
 GPTJ = GPTJConfig()  # its defaults are those of EleutherAI/gpt-j-6B

@@ -370,3 +370,64 @@ def test_what_cannot_be_part_of_a_files_name_is_refused(value):
         grid.variant_name(
             {"methods": {"pac": {}}, "models": {"m": {}}}, "m", "pac", "batch", {"layers": value}
         )
+
+
+def test_turns_have_folders_of_their_own_and_the_values_of_consecutive_editing(config):
+    config["models"]["tiny-gptj"]["hparams"]["pac"] = {
+        "learning_rate": 2e-3,
+        "consecutive": {"steps": 7},
+        "batch": {"steps": 9},
+    }
+    one = grid.runs_of(config, "main")
+    config["experiments"]["main"]["turn"] = 1
+    assert grid.runs_of(config, "main") == one
+    config["experiments"]["turns"] = config["experiments"]["main"] | {"turn": 50}
+    check_config(config)
+    run = grid.runs_of(config, "turns")[1]
+    assert run.folder() == ("runs/tiny-gptj/openfacts-zsre/consecutive+turn=50/pac/default/seed0")
+    assert one[1].folder() == "runs/tiny-gptj/openfacts-zsre/consecutive/pac/default/seed0"
+    assert (run.pipeline, run.turn) == ("consecutive", 50)
+    assert grid.hparams_of(config, run)["steps"] == 7
+    assert "turns: 2 runs (consecutive in turns of 50; 1 models" in grid.describe(config)
+    assert {one[1], run} <= set(grid.all_runs(config))
+
+
+def test_sides_of_a_comparison_have_turns(config):
+    side = {"mode": "consecutive", "method": "pac"}
+    config["comparisons"] = {
+        "c": {
+            "title": "t",
+            "protocol": "token",
+            "models": ["tiny-gptj"],
+            "datasets": ["openfacts-zsre"],
+            "pairs": {"p": {"question": "q", "a": side, "b": side | {"turn": 2}}},
+        }
+    }
+    check_config(config)
+    ((_, a, b),) = grid.pairs_of(config, "c")
+    assert (a.mode, b.mode) == ("consecutive", "consecutive+turn=2")
+
+
+def test_a_batch_has_no_turns(config):
+    config["experiments"]["tuning"]["turn"] = 2
+    with pytest.raises(ConfigError, match=r"experiments\.tuning\.turn groups .*'batch'; set mode"):
+        check_config(config)
+
+
+@pytest.mark.parametrize("turn", [0, "ten", 2.5])
+def test_a_turn_that_is_no_number_of_requests_is_one_sentence(turn, config):
+    config["experiments"]["main"]["turn"] = turn
+    with pytest.raises(
+        ConfigError, match=r"wrong at experiments\.main\.turn: .*hands over"
+    ) as told:
+        check_config(config)
+    assert "\n" not in str(told.value)
+
+
+def test_paths_of_a_whole_turn_are_not_cached(config):
+    config["methods"]["pac"]["hparams"] = {"scope": "batch"}
+    config["experiments"]["main"]["turn"] = 2
+    with pytest.raises(ConfigError, match="not of turns; set scope: edit, or trace_on: current"):
+        check_config(config)
+    config["methods"]["pac"]["hparams"] = {"scope": "batch", "trace_on": "current"}
+    check_config(config)

@@ -11,7 +11,7 @@ import pytest
 from kmebench.editors import cards
 from kmebench.editors.locate.cards import MEMITHparams
 from kmebench.errors import ConfigError
-from kmebench.planning import inputs
+from kmebench.planning import grid, inputs
 from kmebench.planning.config import check_config, read_checked_config
 from kmebench.planning.inputs import Inputs
 from kmebench.planning.notebooks import NOTEBOOKS, Notebooks
@@ -185,3 +185,12 @@ def test_an_unknown_notebook_is_refused(config):
     config["notebooks"] = ["03_paper_tabels"]
     with pytest.raises(ConfigError, match="did you mean '03_paper_tables'"):
         check_config(config)
+
+
+def test_a_rule_takes_turns_for_a_mode(config):
+    told = asked(config).settings(run("full-c", "consecutive+turn=5"))
+    assert told["mode"] == "consecutive+turn=5"
+    assert told | {"mode": "consecutive"} == asked(config).settings(run("full-c", "consecutive"))
+    for mode in (*grid.MODES, "consecutive+turn=5"):
+        assert re.fullmatch(inputs.MODE, mode)
+    assert not re.fullmatch(inputs.MODE, "batch+turn=5")

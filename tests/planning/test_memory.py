@@ -57,6 +57,15 @@ def test_what_earlier_edits_by_pac_touched_is_held():
     assert all_ - one == pytest.approx(3 * ffn * (1 - (15 + 1) / 4864))
 
 
+def test_a_turn_holds_what_a_batch_does_and_the_edits_before_it():
+    one, turn, batch = (
+        _asked(QWEN_05B, "full-c", 20, mode, "float32")
+        for mode in ("consecutive", "consecutive+turn=20", "batch")
+    )
+    assert one < turn > batch
+    assert turn == _asked(QWEN_05B, "full-c", 20, "consecutive+turn=50", "float32")
+
+
 def test_factors_of_the_covariance_are_counted_by_layer():
     """C⁻¹ of five layers in float64 against that of one."""
     job = Job(**QWEN_15B, requests=1, edits=1, consecutive=True)

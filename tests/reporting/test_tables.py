@@ -1,5 +1,7 @@
 """Tables in the paper's layout."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
@@ -219,3 +221,15 @@ def test_latex_specials_are_printable():
 def test_a_protocol_without_metrics_is_refused():
     with pytest.raises(KMEBenchError, match="no metrics of protocol 'exact'"):
         wide_table(METRICS, PAPER, Layout(**(LAYOUT.__dict__ | {"protocol": "exact"})))
+
+
+def test_the_caption_names_the_size_of_turns():
+    metrics = METRICS.assign(mode="consecutive+turn=50")
+    layout = replace(LAYOUT, mode="consecutive+turn=50")
+    text = to_markdown(wide_table(metrics, None, layout), layout)
+    assert "Pipeline consecutive in turns of 50, protocol token" in text
+    assert "Write: efficacy right after each turn" in text
+    assert "| Write |" in text
+    single = to_markdown(wide_table(METRICS, None, LAYOUT), LAYOUT)
+    assert "Pipeline consecutive, protocol token" in single
+    assert "right after each edit" in single

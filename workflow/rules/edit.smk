@@ -2,7 +2,7 @@
 
 
 rule edit:
-    "Edit batch by batch from the original model, one by one, or breadth first; predict."
+    "Edit batch by batch from the original model, turn after turn, or breadth first; predict."
     input:
         unpack(inputs.edit),
     output:
@@ -16,7 +16,7 @@ rule edit:
     log:
         "<logs>/edit/{model}.{dataset}.{mode}.{method}.{variant}.seed{seed}.log",
     wildcard_constraints:
-        mode=one_of(grid.MODES),
+        mode=MODE,
     conda:
         "../../envs/edit.yaml"
     threads: config["threads"]

@@ -18,7 +18,10 @@ from tests.conftest import FAMILIES, SOME_FAMILIES
 
 LAYERS = (0, 1)
 SHORT = {"steps": 3, "learning_rate": 0.2, "clamp_factor": 1.0}
-NAMES = ("rome", "r-rome", "memit", "pmet", "emmet", "alphaedit", "prune", "rect")
+NAMES = (
+    *("rome", "r-rome", "memit", "memit-seq", "encore", "pmet", "emmet", "alphaedit"),
+    *("prune", "rect"),
+)
 
 
 @pytest.fixture
@@ -196,7 +199,17 @@ def solver(name, moments, earlier):
         earlier.setdefault(layer, []).append(keys)
         return torch.linalg.solve(left, projector @ keys @ residual.T).T
 
-    return {"emmet": emmet, "alphaedit": alphaedit}.get(name, memit)
+    def sequential(layer, residual, keys, weight):
+        """The released code of ENCORE: cov = λC + λ_n I + Σ K Kᵀ of earlier calls."""
+        covariance = 20.0 * moments[1][layer]
+        covariance = covariance + CHOICES[name].get("norm_weight", 0.0) * torch.eye(len(keys))
+        for before in earlier.get(layer, []):
+            covariance = covariance + before @ before.T
+        earlier.setdefault(layer, []).append(keys)
+        return residual @ torch.linalg.solve(covariance + keys @ keys.T, keys).T
+
+    others = {"memit-seq": sequential, "encore": sequential, "emmet": emmet, "alphaedit": alphaedit}
+    return others.get(name, memit)
 
 
 CHOICES = {
@@ -205,6 +218,8 @@ CHOICES = {
     "emmet": {"moment_weight": 20.0, "epsilon": 0.05},
     "rect": {"moment_weight": 20.0, "share": 0.4},
     "prune": {"moment_weight": 20.0},
+    "memit-seq": {"moment_weight": 20.0},
+    "encore": {"moment_weight": 20.0, "norm_weight": 3.0, "said_steps": None},
     "alphaedit": {"threshold": 0.8, "ridge": 0.5},
 }
 
@@ -296,11 +311,11 @@ def test_emmet_names_the_two_requests_whose_keys_are_the_same(make_model, reques
         editor.edit(make_model("llama"), [*requests, same])
 
 
-@pytest.mark.parametrize("name", ["memit", "alphaedit"])
+@pytest.mark.parametrize("name", ["memit", "memit-seq", "encore", "alphaedit"])
 def test_consecutive_edits_equal_the_literal_ones(
     name, make_model, requests, moments, few_contexts
 ):
-    """AlphaEdit protects the keys of earlier edits; a reset editor starts without any."""
+    """But for MEMIT they protect the keys of earlier edits; a reset editor starts without any."""
     model, dense = make_model("llama"), make_model("llama")
     solve = solver(name, moments, {})
     contexts = few_contexts(dense, MEMIT_LENGTHS, seed=0)  # of the original model, once
@@ -357,13 +372,14 @@ def test_prune_has_nothing_to_restrain_where_no_edit_could_be_made(make_model, m
     assert not editor_of("prune", moments, layers=LAYERS).final_edit(make_model("llama"))
 
 
-def test_alphaedits_memory_survives_a_round_trip(make_model, requests, moments):
+@pytest.mark.parametrize("name", ["memit-seq", "encore", "alphaedit"])
+def test_the_memory_of_keys_survives_a_round_trip(name, make_model, requests, moments):
     model = make_model("gptj")
-    editor = editor_of("alphaedit", moments, layers=LAYERS, **CHOICES["alphaedit"])
+    editor = editor_of(name, moments, layers=LAYERS, **CHOICES[name])
     model.apply(editor.edit(model, requests[:1]))
-    resumed = editor_of("alphaedit", moments, layers=LAYERS, **CHOICES["alphaedit"])
+    resumed = editor_of(name, moments, layers=LAYERS, **CHOICES[name])
     resumed.load_state_dict({k: v.clone() for k, v in editor.state_dict().items()})
-    forgetful = editor_of("alphaedit", moments, layers=LAYERS, **CHOICES["alphaedit"])
+    forgetful = editor_of(name, moments, layers=LAYERS, **CHOICES[name])
     ours, theirs, others = (
         [part.dense(torch.Size((16, 24))) for part in e.edit(model, requests[1:2]).values()]
         for e in (editor, resumed, forgetful)

@@ -30,6 +30,7 @@ _MODULES = tuple(
     for family in (
         "control",
         "finetune",
+        "gradient",
         "kn",
         "locate",
         "memory",

@@ -18,10 +18,11 @@ TOKENS_PER_DIMENSION = 4
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How requests reach an editor: ``batch_size`` at a time in mode ``batch``."""
+    """How requests reach an editor: ``batch_size`` at a time in batches, else ``turn``."""
 
     mode: str
     batch_size: int
+    turn: int = 1
 
 
 class Need(ABC):
@@ -198,6 +199,7 @@ class Targets(Need):
     weight_decay: float
     clamp_factor: float
     kl_position: str
+    said_steps: int | None = None
 
     asset: ClassVar[str] = "targets"
     rule: ClassVar[str] = "optimise_targets"
@@ -205,7 +207,7 @@ class Targets(Need):
     @property
     def name(self) -> str:
         """Name of the file, e.g. ``site=layer+layer=8+steps=25+learning_rate=0.5+...``."""
-        return spell_all(asdict(self))
+        return spell_all({name: x for name, x in asdict(self).items() if x is not None})
 
     @classmethod
     def parse(cls, name: str) -> "Targets":

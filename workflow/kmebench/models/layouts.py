@@ -27,6 +27,7 @@ class Layout:
     value_projection: str
     adapted: tuple[str, ...]  # the linear maps that get a LoRA adapter
     gate_first: bool = False  # W1's module holds the gate above the keys
+    gate_projection: str | None = None  # the gate, where it has a module of its own
     value_norm: str | None = None  # between W2 and the residual stream
     windowed: bool = False  # whether ``config.sliding_window`` bounds what attention sees
     prepare: Callable[[Sequence[nn.Module]], None] | None = None  # given the layers, once
@@ -49,6 +50,7 @@ def _llama(
         "mlp.down_proj",
         adapted,
         gate_first,
+        None if gate_first else "mlp.gate_proj",
         value_norm,
         windowed,
     )
@@ -226,7 +228,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class FFN:
-    """The two projections of one layer.
+    """The two projections of one layer, and the gate where it has a module of its own.
 
     ``output`` is the module whose output joins the residual stream: W2's, or the norm behind it.
     """
@@ -234,6 +236,7 @@ class FFN:
     key: Projection
     value: Projection
     output: nn.Module
+    gate: Projection | None
 
     @property
     def norm(self) -> nn.Module | None:
@@ -250,7 +253,10 @@ def ffn_layers(model: nn.Module, layout: Layout) -> list[FFN]:
         key_name, value_name = f"{prefix}.{layout.key_projection}", layout.value_projection
         key = _projection(model, key_name, is_key=True, gate_first=layout.gate_first)
         value = _projection(model, f"{prefix}.{value_name}", is_key=False)
-        found.append(FFN(key, value, layer.get_submodule(layout.value_norm or value_name)))
+        gate_name = layout.gate_projection
+        gate = _projection(model, f"{prefix}.{gate_name}", is_key=True) if gate_name else None
+        output = layer.get_submodule(layout.value_norm or value_name)
+        found.append(FFN(key, value, output, gate))
     return found
 
 

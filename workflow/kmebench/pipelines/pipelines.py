@@ -1,16 +1,17 @@
 """The pipelines: batch, consecutive and breadth first.
 
 **batch**: the requests are split into batches; each is edited at once from the original
-model, evaluated, and rolled back. **consecutive**: one request after another without
-rollback; predictions are made right after each edit ("write"), for all requests so far after
-1, 3, 10, 30, 100, ... edits ("checkpoint"), and for all requests on the final model
+model, evaluated, and rolled back. **consecutive**: one turn after another without
+rollback, a turn being one request or several that are edited at once; predictions are made right
+after each turn for its requests ("write"), for all requests so far behind the turns in which
+1, 3, 10, 30, 100, ... edits are reached ("checkpoint"), and for all requests on the final model
 ("final"). The health of the model is measured at "checkpoint" and "final".
 **breadth_first**: all requests at once, without rollback; the editor passes over them in
 mini-batches, several times, and the final model is evaluated.
 
-Runs save their state (after every batch; every few edits; every epoch, which the name of a
-breadth-first checkpoint counts) and resume from it with the same bytes. Asked to stop by SIGTERM
-or SIGUSR1, they finish the edit or epoch under way, save, and end.
+Runs save their state (after every batch; every few edits, where a turn ends; every epoch, which
+the name of a breadth-first checkpoint counts) and resume from it with the same bytes. Asked to
+stop by SIGTERM or SIGUSR1, they finish the turn or epoch under way, save, and end.
 """
 
 import logging
@@ -73,20 +74,24 @@ def run_batches(setup: Setup, requests: Sequence[EditRequest], batch_size: int) 
     return run.outcome_with_predictions()
 
 
-def run_consecutive(setup: Setup, requests: Sequence[EditRequest]) -> Outcome:
-    """Edit one request after another, resuming from the newest checkpoint."""
-    run = _Run.restored(setup)
-    remaining = requests[run.done :]
+def run_consecutive(setup: Setup, requests: Sequence[EditRequest], turn: int = 1) -> Outcome:
+    """Edit ``turn`` requests after another, resuming from the newest checkpoint.
+
+    The last turn holds what is left.
+    """
+    run, n, every = _Run.restored(setup), len(requests), setup.checkpoints.every
+    starts, asked_at = range(run.done, n, turn), milestones(n)
     with noted_signals() as stopped_by:
-        for request in track(remaining, "requests edited", len(remaining)):
-            run.edit([request])
-            run.done += 1
-            run.predict([request], run.done - 1, "write", run.done)
-            if run.done in milestones(len(requests)):
+        for start in track(starts, "turns edited" if turn > 1 else "requests edited", len(starts)):
+            group = requests[start : start + turn]
+            run.edit(group)
+            run.done += len(group)
+            run.predict(group, start, "write", run.done)
+            if run.done < n and any(start < edits <= run.done for edits in asked_at):
                 with run.finished():
                     run.predict(requests[: run.done], 0, "checkpoint", run.done)
                     run.measure(run.done)
-            if run.done % setup.checkpoints.every == 0 or stopped_by():
+            if run.done // every > start // every or stopped_by():
                 run.save(stopped_by())
     with run.finished(noted=True):
         run.predict(requests, 0, "final", len(requests))
@@ -166,7 +171,7 @@ class _Run:
 
         whole = self.outcome.micro_batch or editor.micro_batch
         try:
-            mend = "lower micro_batch or batch_size, or choose a smaller dtype"
+            mend = "lower micro_batch, batch_size or turn, or choose a smaller dtype"
             return halved_if_needed(edit, whole, f"editing {who}", mend)
         except NoMemoryError as error:
             raise EditError(str(error)) from error

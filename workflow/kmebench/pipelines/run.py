@@ -30,6 +30,7 @@ from kmebench.io import origins
 from kmebench.io.checked_files import read_parquet
 from kmebench.io.files import write_json
 from kmebench.models.editable import EditableModel, describe
+from kmebench.modes import split_mode
 from kmebench.pipelines.checkpoints import Checkpoints, Outcome
 from kmebench.pipelines.pipelines import (
     Measure,
@@ -100,11 +101,12 @@ def run_pipeline(
     setup: Setup, requests: Sequence[EditRequest], settings: Mapping[str, Any]
 ) -> Outcome:
     """Run the pipeline that the settings name."""
-    if settings["mode"] == "batch":
+    pipeline, turn = split_mode(settings["mode"])
+    if pipeline == "batch":
         return run_batches(setup, requests, settings["batch_size"])
-    if settings["mode"] == "breadth_first":
+    if pipeline == "breadth_first":
         return run_breadth_first(setup, requests)
-    return run_consecutive(setup, in_order(requests, settings["seed"]))
+    return run_consecutive(setup, in_order(requests, settings["seed"]), turn)
 
 
 def measured_on(neutral: str, batch_size: int) -> Measure:

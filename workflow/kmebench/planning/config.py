@@ -111,6 +111,7 @@ def check_config(config: dict[str, Any]) -> None:
     for section in ("experiments", "comparisons"):
         for name, spec in config[section].items():
             grid.check_names(config, spec, f"{section}.{name}")
+    _check_turns(config)
     for name in config["comparisons"]:
         grid.pairs_of(config, name)
     check_hparams(config)
@@ -122,6 +123,20 @@ def check_config(config: dict[str, Any]) -> None:
         _check_figure(config, f"figures.{name}", figure)
     for role, method in config["page"].items():
         grid.check_name(method, config["methods"], "methods", f"page.{role}")
+
+
+def _check_turns(config: dict[str, Any]) -> None:
+    """Refuse turns of a pipeline that has none."""
+    specs = {f"experiments.{name}": spec for name, spec in config["experiments"].items()}
+    for name, comparison in config["comparisons"].items():
+        for pair, sides in comparison["pairs"].items():
+            specs |= {f"comparisons.{name}.pairs.{pair}.{side}": sides[side] for side in "ab"}
+    for where, spec in specs.items():
+        if spec.get("turn", 1) > 1 and spec["mode"] != "consecutive":
+            raise ConfigError(
+                f"{where}.turn groups consecutive edits, but its mode is {spec['mode']!r}; set "
+                "mode: consecutive, or take turn out."
+            )
 
 
 def _check_needs(config: dict[str, Any]) -> None:

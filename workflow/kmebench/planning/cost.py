@@ -140,13 +140,16 @@ def disk(config: Mapping[str, Any], measured: pd.DataFrame) -> pd.DataFrame:
 def _matrices(config: Mapping[str, Any], run: grid.Run, layers: int) -> int:
     """FFN matrices that the saved delta of a run holds at most; a batch's is not saved.
 
-    W2 alone of the layers whose covariance it reads; else W1 and W2, or W2 where the
-    hyper-parameters say so, of the layers that they name, or of all.
+    W2 alone of the layers whose covariance it reads; else those of each kind of which the
+    hyper-parameters name layers; else W1 and W2, or W2 where they say so, of the layers that
+    they name, or of all.
     """
     if run.mode == "batch":
         return 0
     if covered := grid.covariance_layers(config, run):
         return len(covered)
     hparams = grid.hparams_of(config, run)
+    if kinds := [layers for name, layers in hparams.items() if name.endswith("_layers")]:
+        return sum(map(len, kinds))
     edited = 1 if "layer" in hparams else len(hparams.get("layers") or range(layers))
     return edited * (1 if hparams.get("projections", "both") == "value" else 2)

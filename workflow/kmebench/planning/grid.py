@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from kmebench.editors.cards import Card, card_of, plain
 from kmebench.editors.needs import Need, Pipeline
 from kmebench.errors import ConfigError
+from kmebench.modes import in_turns, spell_mode, split_mode
 from kmebench.names import nearest
 from kmebench.values import DEVELOPMENT, read_all, spell_all
 
@@ -30,7 +31,7 @@ class Run:
 
     model: str
     dataset: str
-    mode: str
+    mode: str  # with the size of a turn: kmebench.modes
     method: str
     variant: str
     seed: int
@@ -41,6 +42,16 @@ class Run:
             f"runs/{self.model}/{self.dataset}/{self.mode}/{self.method}/{self.variant}"
             f"/seed{self.seed}"
         )
+
+    @property
+    def pipeline(self) -> str:
+        """One of :data:`MODES`."""
+        return split_mode(self.mode)[0]
+
+    @property
+    def turn(self) -> int:
+        """How many requests consecutive editing hands over together."""
+        return split_mode(self.mode)[1]
 
 
 def runs_of(config: Mapping[str, Any], experiment: str) -> list[Run]:
@@ -58,7 +69,7 @@ def swept_runs(config: Mapping[str, Any], experiment: str) -> list[tuple[Run, di
     spec = config["experiments"][experiment]
     check_names(config, spec, f"experiments.{experiment}")
     return [
-        (Run(model, dataset, spec["mode"], method, variant, seed), values)
+        (Run(model, dataset, mode_of(spec), method, variant, seed), values)
         for model, dataset, method in itertools.product(
             spec["models"], spec["datasets"], spec["methods"]
         )
@@ -83,11 +94,16 @@ def pairs_of(config: Mapping[str, Any], comparison: str) -> list[tuple[str, Run,
             for side in (pair["a"], pair["b"]):
                 method = side["method"]
                 check_name(method, config["methods"], "methods", f"{where}.pairs.{name}")
-                mode, values = side["mode"], side.get("hparams", {})
-                variant = variant_name(config, model, method, mode, values)
-                runs.append(Run(model, dataset, mode, method, variant, config["seed"]))
+                values = side.get("hparams", {})
+                variant = variant_name(config, model, method, side["mode"], values)
+                runs.append(Run(model, dataset, mode_of(side), method, variant, config["seed"]))
             found.append((name, *runs))
     return found
+
+
+def mode_of(spec: Mapping[str, Any]) -> str:
+    """Return how runs of an experiment, or of a side of a comparison, spell their mode."""
+    return spell_mode(spec["mode"], spec.get("turn", 1))
 
 
 def all_runs(config: Mapping[str, Any]) -> list[Run]:
@@ -213,7 +229,7 @@ def values_of(config: Mapping[str, Any], run: Run) -> Any:
         ConfigError: the editor has no such hyper-parameter, or it cannot be that.
     """
     card = card_of_method(config, run.method)
-    base = base_hparams(config, run.model, run.method, run.mode)
+    base = base_hparams(config, run.model, run.method, run.pipeline)
     return card.values(base | card.configured(parse_variant(run.variant)))
 
 
@@ -262,7 +278,7 @@ def load_of(config: Mapping[str, Any], model: str) -> dict[str, str]:
 
 def needs_of(config: Mapping[str, Any], run: Run) -> tuple[Need, ...]:
     """Return the files of cached stages that a run reads."""
-    pipeline = Pipeline(run.mode, config["batch_size"])
+    pipeline = Pipeline(run.pipeline, config["batch_size"], run.turn)
     return card_of_method(config, run.method).needs_of(values_of(config, run), pipeline)
 
 
@@ -288,7 +304,8 @@ def describe(config: Mapping[str, Any]) -> str:
     for name, spec in config["experiments"].items():
         runs = runs_of(config, name)
         lines.append(
-            f"{name}: {len(runs)} runs ({spec['mode']}; {len(spec['models'])} models x "
+            f"{name}: {len(runs)} runs ({spec['mode']}{in_turns(mode_of(spec))}; "
+            f"{len(spec['models'])} models x "
             f"{len(spec['datasets'])} data sets x {len(spec['methods'])} methods)"
         )
     used = {run.dataset for run in all_runs(config)}

@@ -23,6 +23,8 @@ OPENFACTS = "resources/openfacts"
 SELECTION = r"\w+\+[\w=]+\+\w+\+paths=\d+\+negatives=\d+"
 METRIC = r"layers=[\d:]+\+tokens=\d+\+seed=\d+"
 TARGET = r"site=[\w-]+\+layer=\d+\+[^/]+"
+#: A mode, as :func:`kmebench.modes.spell_mode` spells it.
+MODE = r"batch|breadth_first|consecutive(?:\+turn=\d+)?"
 _HAS_GPU = shutil.which("nvidia-smi") is not None
 #: Keys of a data set that decide what is selected from it.
 _SELECTED = ("schema", "n", "seed", "segments", "development", "conflicts", "on_bad_record")

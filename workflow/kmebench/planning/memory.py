@@ -40,10 +40,10 @@ def job_of(config: Mapping[str, Any], model: str, requests: int = 1) -> Job:
 def asked_by_run(config: Mapping[str, Any], run: grid.Run) -> float:
     """Return the bytes that a run of the grid takes at most."""
     size = grid.datasets(config)[run.dataset]
-    together = {"consecutive": 1, "batch": min(size, config["batch_size"])}.get(run.mode, size)
+    most = {"consecutive": run.turn, "batch": config["batch_size"]}.get(run.pipeline, size)
     card, values = grid.card_of_method(config, run.method), grid.values_of(config, run)
-    job = job_of(config, run.model, together)
-    job = replace(job, edits=size, consecutive=run.mode != "batch")
+    job = job_of(config, run.model, min(size, most))
+    job = replace(job, edits=size, consecutive=run.pipeline != "batch")
     return asked_by_model(config, run.model) + card.holds(values, job)
 
 

@@ -138,7 +138,7 @@ class Reported:
         return {
             "title": shown["title"],
             "protocol": shown["protocol"],
-            "mode": spec["mode"],
+            "mode": grid.mode_of(spec),
             "controls": grid.controls(self.config),
         } | {
             section: {name: self.labels(section, name) for name in spec[section]}
@@ -265,7 +265,8 @@ class Reported:
         for table in spec.get("tables", []):
             runs += grid.runs_of(self.config, self.config["tables"][table]["experiment"])
         n = [sizes[run.dataset] for run in runs]
-        return caption(spec["title"], spec["kind"], spec.get("protocol", "token"), n)
+        turns = [run.turn for run in runs]
+        return caption(spec["title"], spec["kind"], spec.get("protocol", "token"), n, turns)
 
     # -- findings -------------------------------------------------------------------------------
 

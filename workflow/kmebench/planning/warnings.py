@@ -37,7 +37,7 @@ def _is_untuned(config: Mapping[str, Any], run: grid.Run) -> bool:
     """
     if run.dataset.endswith(DEVELOPMENT) or not grid.card_of_method(config, run.method).names:
         return False
-    sections = grid.hparams_sections(config, run.model, run.method, run.mode)
+    sections = grid.hparams_sections(config, run.model, run.method, run.pipeline)
     return not any(values for place, values in sections if place[0] == "models")
 
 

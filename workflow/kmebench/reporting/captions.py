@@ -27,12 +27,15 @@ _READ = {
 _SCORED = ("overview", "cost", "sweep", "edits")
 
 
-def caption(title: str, kind: str, protocol: str, n: Iterable[int]) -> str:
-    """Return the caption of a figure; ``n``: how many edits its cells hold."""
+def caption(
+    title: str, kind: str, protocol: str, n: Iterable[int], turns: Iterable[int] = ()
+) -> str:
+    """Return the caption of a figure; ``n``: how many edits its cells hold, ``turns``: together."""
     counts = sorted(set(n))
     said = [title, _READ[kind]]
     if counts:
         scored = f"Protocol {protocol}, " if kind in _SCORED else ""
         cells = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         said.append(f"{scored}{cells} edits per cell")
+    said += [f"Edits in turns of {turn}" for turn in sorted({*turns} - {1})]
     return ". ".join(said) + "."

@@ -18,6 +18,7 @@ from kmebench.evaluation.protocols import HEALTH, METRICS, metrics_of
 from kmebench.evaluation.score import RUN
 from kmebench.evaluation.statistics import bootstrap
 from kmebench.io.checked_files import read_json, read_parquet, trusted
+from kmebench.modes import in_turns, split_mode
 
 Runs = Sequence[Mapping[str, Any]]
 Labels = Mapping[str, Mapping[str, str]]
@@ -132,8 +133,9 @@ def with_cells(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def pipeline_label(mode: str) -> str:
-    """Return what readers see of a pipeline."""
-    return f"{mode.replace('_', '-').capitalize()} editing"
+    """Return what readers see of a mode."""
+    pipeline, _ = split_mode(mode)
+    return f"{pipeline.replace('_', '-').capitalize()} editing{in_turns(mode)}"
 
 
 def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFrame:

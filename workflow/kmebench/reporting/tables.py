@@ -10,6 +10,7 @@ import pandas as pd
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import HEALTH, Metric, table_columns
 from kmebench.evaluation.statistics import ENOUGH_EDITS
+from kmebench.modes import in_turns, split_mode
 from kmebench.reporting.paper import ORIGINAL
 
 MISSING = "–"
@@ -31,6 +32,11 @@ class Layout:
     datasets: Labels
     methods: Labels
     controls: Collection[str] = ()
+
+    @property
+    def consecutive(self) -> bool:
+        """Whether edits stay while others follow."""
+        return split_mode(self.mode)[0] == "consecutive"
 
     @property
     def editors(self) -> Labels:
@@ -123,12 +129,14 @@ def caption(table: pd.DataFrame, layout: Layout) -> str:
     """Say what the numbers are: protocol, pipeline, edits, intervals."""
     n = sorted({int(n) for n in table["n"] if n})
     edits = " to ".join(str(x) for x in ([n[0]] if len(n) == 1 else [n[0], n[-1]])) if n else "no"
+    pipeline = split_mode(layout.mode)[0] + in_turns(layout.mode)
     text = (
-        f"{layout.title}. Pipeline {layout.mode}, protocol {layout.protocol}, {edits} edits per "
+        f"{layout.title}. Pipeline {pipeline}, protocol {layout.protocol}, {edits} edits per "
         "cell; percent with 95% bootstrap intervals over edits"
     )
-    if layout.mode == "consecutive":
-        text += "; evaluated on the final model, Write: efficacy right after each edit"
+    if layout.consecutive:
+        each = "turn" if in_turns(layout.mode) else "edit"
+        text += f"; evaluated on the final model, Write: efficacy right after each {each}"
     if table[[f"{m.name}_tied" for m in table_columns("request")]].any(axis=None):
         text += "; bold: the best, ≈: not distinguishable from it (paired interval holds zero)"
     if table["n"].between(1, ENOUGH_EDITS - 1).any():
@@ -193,14 +201,14 @@ def to_markdown(table: pd.DataFrame, layout: Layout) -> str:
     """Render for people: one block per data set, aligned for a terminal too."""
     marks = {metric: _best(table, metric, layout) for metric in table_columns("request")}
     header = ["Model", "Editor", *(metric.label for metric in marks)]
-    header += ["Write"] * (layout.mode == "consecutive")
+    header += ["Write"] * layout.consecutive
     header += [*map(_state_label, _states(table)), "s/edit"]
     blocks = [f"**{caption(table, layout)}**"]
     for dataset, names in layout.datasets.items():
         lines = [header]
         for index, row in table[table["dataset"] == dataset].iterrows():
             cells = [_markdown_cell(row, m.name, bool(best[index])) for m, best in marks.items()]
-            if layout.mode == "consecutive":
+            if layout.consecutive:
                 cells.append(_number(row["write_efficacy"]))
             cells += [_number(row[metric.name], metric.digits) for metric in _states(table)]
             cells.append(_number(row["seconds_per_edit"], 2))

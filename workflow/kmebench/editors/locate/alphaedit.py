@@ -13,10 +13,8 @@ from torch import Tensor
 
 from kmebench.editors.base import Assets
 from kmebench.editors.locate.cards import AlphaEditHparams
-from kmebench.editors.locate.covariance.factors import read_spectrum, spectrum_of
 from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import Factors, alphaedit_update
-from kmebench.editors.needs import Spectrum
 from kmebench.errors import EditError
 from kmebench.io.logs import announce
 from kmebench.models.editable import EditableModel
@@ -48,10 +46,7 @@ class AlphaEdit(MEMIT):
 
     def _basis(self, model: EditableModel, layer: int) -> Tensor:
         if layer not in self._bases:
-            cached = self.assets.get(Spectrum(layer).key)
-            spectrum = (
-                read_spectrum(cached) if cached else spectrum_of(self.covariance(model, layer))
-            )
+            spectrum = self.spectrum(model, layer)
             where = f"{self.name}: layer {layer}"
             free = count_free(spectrum.values, self.hparams.threshold, where)
             place = exact_place(model.ffn[layer].value.weight.device)

@@ -1,4 +1,4 @@
-"""What the locate-and-edit editors share: contexts, what they read of C, changes of W2."""
+"""What the locate-and-edit editors share: contexts, what they read of C."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,15 +9,19 @@ from torch import Tensor
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Assets
 from kmebench.editors.contexts import InContexts
-from kmebench.editors.locate.covariance.factors import inverse_of, read_inverse
+from kmebench.editors.locate.covariance.factors import (
+    Eigen,
+    inverse_of,
+    read_inverse,
+    read_spectrum,
+    spectrum_of,
+)
 from kmebench.editors.locate.covariance.store import Covariances
-from kmebench.editors.locate.updates import DependentKeysError, Factors
-from kmebench.editors.needs import Covariance, Inverse
-from kmebench.edits.weights import LowRank, WeightDelta
+from kmebench.editors.locate.updates import DependentKeysError
+from kmebench.editors.needs import Covariance, Inverse, Spectrum
 from kmebench.errors import EditError
 from kmebench.models.editable import EditableModel
-from kmebench.models.layouts import Projection
-from kmebench.precision import exact_place, promoted
+from kmebench.precision import exact_place
 
 
 class LocateAndEdit(InContexts):
@@ -34,6 +38,11 @@ class LocateAndEdit(InContexts):
             made = read_inverse(cached) if cached else inverse_of(self.covariance(model, layer))
             self._inverses[layer] = made.to(exact_place(model.ffn[layer].value.weight.device))
         return self._inverses[layer]
+
+    def spectrum(self, model: EditableModel, layer: int) -> Eigen:
+        """Return the eigenvalues and eigenvectors of C: of the cached stage, or computed."""
+        cached = self.assets.get(Spectrum(layer).key)
+        return read_spectrum(cached) if cached else spectrum_of(self.covariance(model, layer))
 
     def covariance(self, model: EditableModel, layer: int) -> Tensor:
         """Return C of a layer, [M, M] float32, on the device of the layer."""
@@ -54,11 +63,3 @@ def naming(editor: str, layer: int, requests: Sequence[EditRequest]) -> Iterator
         last = f" to {requests[-1].case_id!r}" if len(requests) > 1 else ""
         where = f"{editor}: layer {layer}, request {requests[0].case_id!r}{last}"
         raise EditError(f"{where}: {error}") from error
-
-
-def low_rank(projection: Projection, factors: Factors) -> WeightDelta:
-    """Return factors of Δ [D, M] as a change of W2's weight, however it is stored."""
-    dtype, device = promoted(projection.weight.dtype), projection.weight.device
-    u, v = (factor.to(dtype).to(device) for factor in factors)  # a device may lack float64
-    part = LowRank(u, v) if projection.axis == 1 else LowRank(v.T, u.T)
-    return WeightDelta({projection.weight_name: part})

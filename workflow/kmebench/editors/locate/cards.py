@@ -45,9 +45,11 @@ class TargetHparams:
 
 
 def loss_of(hparams: TargetHparams) -> dict[str, Any]:
-    """Return the values of :class:`TargetHparams` alone."""
-    names = [each.name for each in fields(Targets) if each.name not in ("site", "layer")]
-    return {name: getattr(hparams, name) for name in names}
+    """Return the values that decide a target, as :class:`Targets` has them."""
+    known = {each.name for each in fields(type(hparams))} - {"site", "layer"}
+    return {
+        name: getattr(hparams, name) for each in fields(Targets) if (name := each.name) in known
+    }
 
 
 @hyperparameters
@@ -67,6 +69,21 @@ class MEMITHparams(TargetHparams):
     micro_batch: Annotated[Count, about("Requests in one forward pass, in all their contexts.")] = (
         20
     )
+
+
+@hyperparameters
+class ENCOREHparams(MEMITHparams):
+    """Hyper-parameters of ENCORE; those of Llama-2-7B."""
+
+    weight_decay: Decay = 0.5
+    clamp_factor: Clamp = 0.75
+    norm_weight: Annotated[Real, about("λ_n, weight of the squared norm of the total change.")] = (
+        10.0
+    )
+    said_steps: Annotated[
+        Count | None,
+        about("Passes in which every context says the target, until it ends; none: no such end."),
+    ] = 3
 
 
 @hyperparameters
@@ -132,6 +149,11 @@ def spread(site: Site, factor: type[Inverse | Spectrum] = Inverse) -> Any:
     return needs
 
 
+def _encore(hparams: ENCOREHparams, pipeline: Pipeline) -> tuple[Need, ...]:
+    """The spectrum of C, of which λC + λ_n I is inverted for any λ; without λ_n the inverse."""
+    return tuple(spread("layer", Spectrum if hparams.norm_weight else Inverse)(hparams, pipeline))
+
+
 #: Texts of which the loss of ROME's target is made: contexts, the bare prompt, that of the KL.
 ROME_TEXTS = 22
 #: Matrices that RECT's sorting of a change takes, and PRUNE's singular values in float64.
@@ -150,6 +172,11 @@ def _holds(hparams: MEMITHparams, job: Job) -> float:
     layers, together = hparams.layers, min(job.requests, hparams.micro_batch)
     targets = target_graph(job, together, layers[-1])
     return len(layers) * job.factor + job.ledger(len(layers)) + targets
+
+
+def _holds_keys(hparams: MEMITHparams, job: Job) -> float:
+    """MEMIT's, and for every layer the inverse with the keys of all edits, one of them twice."""
+    return _holds(hparams, job) + (len(hparams.layers) + 1) * job.factor
 
 
 def _holds_dense(hparams: RECTHparams, job: Job) -> float:
@@ -223,6 +250,24 @@ CARDS = [
         "Fang et al. 2025, AlphaEdit: null-space constrained knowledge editing",
         "MEMIT within the null space of what the model knows.",
         spread("layer", Spectrum),
+    ),
+    _card(
+        "memit-seq",
+        "memit_seq:MEMITSeq",
+        MEMITHparams,
+        "Meng et al. 2023; Wang et al. 2026, arXiv 2605.26670 (with the keys of earlier edits)",
+        "MEMIT that also keeps what earlier edits of the run have written.",
+        spread("layer"),
+        _holds_keys,
+    ),
+    _card(
+        "encore",
+        "encore:ENCORE",
+        ENCOREHparams,
+        "Gupta et al. 2025, Lifelong knowledge editing requires better regularization",
+        "MEMIT-seq with targets that stop early and a bound on the weights' change.",
+        _encore,
+        _holds_keys,
     ),
     _card(
         "prune",

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import check_layers
+from kmebench.editors.changes import low_rank
 from kmebench.editors.contexts import MEMIT_LENGTHS
-from kmebench.editors.locate.base import LocateAndEdit, low_rank, naming
+from kmebench.editors.locate.base import LocateAndEdit, naming
 from kmebench.editors.locate.cards import MEMITHparams, Site, loss_of
 from kmebench.editors.locate.keys import layer_outputs, module_outputs, subject_activations
 from kmebench.editors.locate.post_norm import value_change

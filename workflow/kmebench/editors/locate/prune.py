@@ -6,7 +6,7 @@ where they exceed the largest one of the original weight.
 
 import torch
 
-from kmebench.editors.locate.base import low_rank
+from kmebench.editors.changes import low_rank
 from kmebench.editors.locate.cards import PRUNEHparams
 from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import restraint

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from kmebench.data.records import SLOT, EditRequest
 from kmebench.editors.base import check_layers
+from kmebench.editors.changes import low_rank
 from kmebench.editors.contexts import ROME_LENGTHS
-from kmebench.editors.locate.base import LocateAndEdit, low_rank, naming
+from kmebench.editors.locate.base import LocateAndEdit, naming
 from kmebench.editors.locate.cards import ROMEHparams, loss_of
 from kmebench.editors.locate.keys import Activations, subject_activations
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets

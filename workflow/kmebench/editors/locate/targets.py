@@ -55,6 +55,7 @@ class TargetSettings:
     weight_decay: float  # ω
     clamp_factor: float  # c
     kl_position: KLPosition = "subject_last"
+    said_steps: int | None = None  # passes in which every context says the target, then it ends
     stop_loss: float = 0.05
     micro_batch: int = 20  # requests optimised together
 
@@ -151,6 +152,7 @@ class _Run:
         self.adam = torch.optim.Adam([self.deltas], lr=settings.learning_rate)
         self.share = torch.ones_like(self.norms[0])  # [b], of L(y*) in the loss
         self.steps = torch.zeros_like(self.norms[0], dtype=torch.long)  # [b]
+        self.said = torch.zeros_like(self.steps)  # [b], passes in which all contexts say y*
 
     def optimise(self, rows: TargetRows, passes: Iterable[int]) -> Tensor:
         """Move the deltas in all ``passes``; return the losses of each, [steps, b]."""
@@ -184,6 +186,9 @@ class _Run:
     def _goes_on(self, loss: Tensor, parts: Losses, learning: Tensor) -> Tensor:
         """Say which requests are not learnt yet."""
         learnt = loss < self.settings.stop_loss
+        if self.settings.said_steps is not None:
+            self.said[learning] += parts.said
+            learnt |= self.said[learning] >= self.settings.said_steps
         if self.settings.site == "attention-value":
             learnt |= parts.said & (self.settings.kl_factor * parts.kl.detach() <= PMET_KL)
             self.share[learning] = torch.where(parts.said, PMET_SHARE, 1.0).to(self.share)

@@ -66,6 +66,13 @@ def memit_update(residual: Tensor, keys: Tensor, inverse: Tensor, weight: float)
     return _weighted(residual, *_gram(keys, inverse, weight, 1.0))
 
 
+def with_keys(inverse: Tensor, keys: Tensor) -> Tensor:
+    """Return (A + K Kᵀ)⁻¹ of A⁻¹ [M, M] by Woodbury, M² B operations."""
+    solved, gram = _gram(keys, inverse, 1.0, 1.0)
+    half = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), solved.T, upper=False)
+    return inverse - half.T @ half
+
+
 def emmet_update(
     residual: Tensor, keys: Tensor, inverse: Tensor, weight: float, epsilon: float
 ) -> Factors:

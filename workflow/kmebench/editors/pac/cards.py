@@ -23,6 +23,7 @@ from kmebench.editors.needs import (
     Pipeline,
 )
 from kmebench.editors.sizes import Job
+from kmebench.errors import ConfigError
 
 _CITATION = (
     "Zhai et al. 2025, Parameter-aware contrastive knowledge editing: tracing and rectifying based "
@@ -151,9 +152,17 @@ def _paths(hparams: PACHparams, pipeline: Pipeline) -> tuple[Need, ...]:
     """Cached paths, where the original model is traced.
 
     Requests edited one at a time are their own batch, so there scope is always ``edit``.
+
+    Raises:
+        ConfigError: paths of a whole turn are asked for, whose requests a seed may shuffle.
     """
     if hparams.trace_on != "original":
         return ()
+    if hparams.scope == "batch" and pipeline.turn > 1:
+        raise ConfigError(
+            "pac: cached paths are those of single requests or of batches, not of turns; set "
+            "scope: edit, or trace_on: current."
+        )
     whole = hparams.scope == "batch" and pipeline.mode == "batch"
     group = pipeline.batch_size if whole else 1
     h = hparams

@@ -2,15 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
+from kmebench.editors.gradients import observed_modules
 from kmebench.models.editable import EditableModel
-from kmebench.models.hooks import hooked
-from kmebench.models.layouts import Projection
 
 KEY, VALUE = 0, 1  # of the two matrices of a layer
 #: Called with (layer, matrix, residual [R, T, D], inner [R, T, M]).
@@ -23,37 +19,19 @@ def observed(model: EditableModel, receive: Receiver, layers: Sequence[int]) -> 
 
     The gradient of segment j is Σ_t residual_t · inner_tj: for keys, residual is the input of W1
     and inner the loss gradient at its output; for values, residual is the loss gradient at the
-    output of W2 and inner its input. All weights stay frozen. The graph begins at the lowest of the
-    layers: nothing is gone back to below it.
+    output of W2 and inner its input. See :func:`observed_modules`.
     """
+    places = [(layer, matrix) for layer in layers for matrix in (KEY, VALUE)]
+    pairs = [(model.ffn[layer].key, model.ffn[layer].value) for layer in layers]
+    projections = [projection for pair in pairs for projection in pair]
 
-    def grow_graph(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        # Without a leaf that wants gradients there would be no graph.
-        if args:
-            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+    def told(index: int, x: Tensor, gradient: Tensor) -> None:
+        layer, matrix = places[index]
+        if matrix == KEY:
+            receive(layer, matrix, x, projections[index].segments(gradient, -1))
+        else:
+            receive(layer, matrix, gradient, x)
 
-    def observe(layer: int, matrix: int, projection: Projection) -> Callable[..., None]:
-        def on_forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach()
-
-            def on_backward(gradient: Tensor) -> None:
-                if matrix == KEY:
-                    receive(layer, matrix, x, projection.segments(gradient, -1))
-                else:
-                    receive(layer, matrix, gradient, x)
-
-            output.register_hook(on_backward)
-
-        return on_forward
-
-    def handles() -> Iterator[RemovableHandle]:
-        lowest = model.layers[min(layers, default=0)]
-        yield lowest.register_forward_pre_hook(grow_graph, with_kwargs=True)
-        for layer in layers:
-            for matrix, projection in enumerate((model.ffn[layer].key, model.ffn[layer].value)):
-                hook = observe(layer, matrix, projection)
-                yield projection.module.register_forward_hook(hook)
-
-    with hooked(handles()), torch.enable_grad():
+    modules = [projection.module for projection in projections]
+    with observed_modules(model, modules, told, min(layers, default=0)):
         yield

@@ -6,8 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kmebench.editors.locate.base import low_rank
-from kmebench.editors.locate.updates import Factors
+from kmebench.editors.changes import low_rank
 from kmebench.editors.pac.cards import NPACHparams
 from kmebench.editors.pac.gradients import KEY
 from kmebench.editors.pac.metric import Positions, Solve, natural, polyak, text_gram, together
@@ -136,7 +135,7 @@ def _outer_change(
 ) -> WeightDelta:
     """Return Σ_p u_p ⊗ v_p over segments, u [P, D] and v [P, S], as a change of the weight."""
     if index is None and projection.offset == 0:
-        return low_rank(projection, Factors(u.T, v))
+        return low_rank(projection, (u.T, v))
     return _segment_change(projection, index, (v.T @ u).to(promoted(projection.weight.dtype)))
 
 

@@ -28,6 +28,10 @@ class Eigen(NamedTuple):
     values: Tensor
     vectors: Tensor
 
+    def to(self, device: torch.device) -> "Eigen":
+        """Return the same on a device."""
+        return Eigen(self.values.to(device), self.vectors.to(device))
+
 
 def damped(moment: Tensor, damping: float) -> Tensor:
     """Return Σ + ε m I in float64 of Σ [X, X], or of its diagonal [X]; m is its mean eigenvalue."""
@@ -59,6 +63,12 @@ def spectrum_of(covariance: Tensor) -> Eigen:
     """Return eigenvalues and eigenvectors of C; a prefix of them needs no copy."""
     values, vectors = torch.linalg.eigh(exact(covariance))
     return Eigen(values, vectors.T.contiguous())
+
+
+def damped_inverse(spectrum: Eigen, weight: float, added: float) -> Tensor:
+    """Return (λC + α I)⁻¹, [M, M] float64, of the spectrum of C; ``weight`` λ, ``added`` α."""
+    scaled = spectrum.vectors / (weight * spectrum.values + added)[:, None]
+    return spectrum.vectors.T @ scaled
 
 
 def cache_factor(

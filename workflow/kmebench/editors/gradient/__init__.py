@@ -1,0 +1,1 @@
+"""Editors that make a change of weights out of one gradient."""

@@ -1,0 +1,72 @@
+"""Mean and variance of rows that come in parts, in float64 (Welford 1962; Chan et al. 1983)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kmebench.precision import exact
+
+#: Machine epsilon of float32, added to standard deviations as in the released code.
+EPSILON = 2.0**-23
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of all rows so far; never changed in place."""
+
+    count: Tensor  # [] int64, n
+    mean: Tensor  # [X]
+    squares: Tensor  # [X], sum of squared deviations from the mean
+
+    @classmethod
+    def zero(cls, rows: Tensor) -> "Moments":
+        """Return those of no row, for such as ``rows`` [N, X]."""
+        none = exact(rows).new_zeros(rows.shape[1])
+        return cls(torch.zeros((), dtype=torch.int64), none, none)
+
+    def with_rows(self, rows: Tensor) -> "Moments":
+        """Return those of the rows so far and of ``rows`` [N, X]."""
+        rows = exact(rows)
+        n, more = int(self.count), len(rows)
+        mean = rows.mean(dim=0)
+        apart = mean - self.mean
+        within = (rows - mean).square().sum(dim=0)
+        squares = self.squares + within + n * more / (n + more) * apart.square()
+        return Moments(self.count + more, self.mean + more / (n + more) * apart, squares)
+
+    def to(self, device: torch.device) -> "Moments":
+        """Return the same on a device."""
+        return Moments(self.count, self.mean.to(device), self.squares.to(device))
+
+    @property
+    def deviation(self) -> Tensor:
+        """The standard deviation, [X]; zero of fewer than two rows."""
+        return (self.squares / max(int(self.count) - 1, 1)).sqrt()
+
+    def normalised(self, rows: Tensor) -> Tensor:
+        """Return rows [N, X] without their mean, in units of their standard deviation."""
+        return (exact(rows) - self.mean) / (self.deviation + EPSILON)
+
+
+#: By the shape (in, out) of weights, whose rows [h; g] have in + out numbers.
+ByShape = Mapping[tuple[int, int], Moments]
+
+
+def packed(moments: ByShape) -> dict[str, Tensor]:
+    """Return the tensors of moments, as ``in.out.what``."""
+    return {
+        f"{fan_in}.{fan_out}.{name}": tensor
+        for (fan_in, fan_out), each in moments.items()
+        for name, tensor in vars(each).items()
+    }
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> dict[tuple[int, int], Moments]:
+    """Read :func:`packed` back."""
+    parts: dict[tuple[int, int], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        fan_in, fan_out, name = key.split(".")
+        parts.setdefault((int(fan_in), int(fan_out)), {})[name] = tensor
+    return {shape: Moments(**found) for shape, found in parts.items()}

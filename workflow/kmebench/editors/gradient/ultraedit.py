@@ -1,0 +1,212 @@
+"""UltraEdit (Gu et al. 2026, "UltraEdit: training-, subject- and memory-free lifelong editing").
+
+One forward and one backward pass give, at each answer token, the input h of every edited module and
+the loss gradient g at its output. Both are normalised by moments that run through all edits of a
+run. A step of fixed size against the normalised gradient is written by ridge regression on h.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kmebench.data.records import EditRequest
+from kmebench.editors.base import Editor, check_layers
+from kmebench.editors.changes import low_rank
+from kmebench.editors.gradient.cards import UltraEditHparams
+from kmebench.editors.gradient.moments import ByShape, Moments, packed, unpacked
+from kmebench.editors.gradients import observed_modules
+from kmebench.editors.losses import check_finite, row_losses
+from kmebench.edits.weights import WeightDelta
+from kmebench.errors import ConfigError
+from kmebench.io.tensors import TensorFile, write_tensors
+from kmebench.models.editable import EditableModel
+from kmebench.models.encoding import Encoded, length_sorted_chunks
+from kmebench.models.layouts import Projection
+from kmebench.precision import exact
+
+#: Requests whose answer tokens the released code takes the mean loss of.
+GROUP = 10
+FORMAT = "kmebench.warm-up.v1"
+
+
+class Site(NamedTuple):
+    """A projection that is edited; of W2 its segments are inputs, of W1 and the gate outputs."""
+
+    projection: Projection
+    is_value: bool
+
+
+class Rows(NamedTuple):
+    """What a module reads and the gradient of what it says, at the N answer positions."""
+
+    inputs: Tensor  # [N, in], h
+    gradients: Tensor  # [N, out], g
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out) of the module."""
+        return self.inputs.shape[1], self.gradients.shape[1]
+
+    @property
+    def joined(self) -> Tensor:
+        """[h; g], [N, in + out] float64."""
+        return exact(torch.cat(self, dim=1))
+
+
+class UltraEdit(Editor):
+    """All requests of a call from one gradient, taken where the call begins."""
+
+    hparams: UltraEditHparams
+    _moments: ByShape
+
+    def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
+        """Edit ``requests`` together; see :meth:`Editor.edit`."""
+        sites = self._sites(model)
+        with self.stopwatch("trace"):
+            seen = self._rows(model, requests, [site.projection for site in sites])
+            self._moments = with_rows(self._moments, seen)
+        self.steps += 1
+        total = WeightDelta({})
+        with self.stopwatch("solve"):
+            for (projection, is_value), rows in zip(sites, seen, strict=True):
+                moments = self._moments[rows.shape]
+                u, v = ridge_change(rows, moments, self.hparams.learning_rate, self.hparams.ridge)
+                total += low_rank(projection, (u, v) if is_value else (v.T, u.T))
+        return total
+
+    def _sites(self, model: EditableModel) -> list[Site]:
+        h = self.hparams
+        check_layers(self.name, h.layers, model)
+        gates = [gate for layer in h.gate_layers if (gate := model.ffn[layer].gate)]
+        if len(gates) < len(h.gate_layers):
+            raise ConfigError(
+                f"{self.name}: the FFN of this model has no gate with a weight of its own; set "
+                "gate_layers: [], and key_layers or value_layers instead."
+            )
+        values = [Site(model.ffn[layer].value, True) for layer in h.value_layers]
+        keys = [model.ffn[layer].key for layer in h.key_layers]
+        return values + [Site(projection, False) for projection in keys + gates]
+
+    def _rows(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        projections: Sequence[Projection],
+    ) -> list[Rows]:
+        """Return the rows of every projection, of one pass forward and back."""
+        encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
+        weights = loss_weights([e.n_target for e in encoded], [len(e.ids) for e in encoded])
+        if self.hparams.loss == "sum":
+            weights = torch.ones_like(weights)
+        found: list[list[Rows]] = [[] for _ in projections]
+        for chunk in length_sorted_chunks([len(e.ids) for e in encoded], self.micro_batch):
+            asked, texts = [requests[i] for i in chunk], [encoded[i] for i in chunk]
+            self._pass(model, asked, texts, weights[chunk], projections, found)
+        return [Rows(*map(torch.cat, zip(*parts, strict=True))) for parts in found]
+
+    def _pass(
+        self,
+        model: EditableModel,
+        requests: Sequence[EditRequest],
+        encoded: Sequence[Encoded],
+        weights: Tensor,
+        projections: Sequence[Projection],
+        found: Sequence[list[Rows]],
+    ) -> None:
+        """Add to ``found`` the rows of some requests, whose tokens have ``weights`` [R]."""
+        batch, h = model.collate(encoded), self.hparams
+
+        def receive(index: int, x: Tensor, gradient: Tensor) -> None:
+            places = batch.rows.to(x.device), batch.positions.to(x.device)
+            # What stands before the segments in a fused weight stays as it is.
+            found[index].append(Rows(x[places], gradient[places][:, projections[index].offset :]))
+
+        modules = [projection.module for projection in projections]
+        with observed_modules(model, modules, receive, min(h.layers)):
+            losses = row_losses(model.answer_logits(batch), batch.labels, batch)
+            rate = h.learning_rate
+            check_finite(self.name, losses.detach(), requests, self.steps, learning_rate=rate)
+            (losses * batch.counts * weights.to(losses)).sum().backward()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the moments of all edits so far."""
+        return packed(self._moments)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the moments; an empty state has those of the warm-up, or none."""
+        warm = self.assets.get("trained")
+        self._moments = unpacked(state) if state or not warm else read_warm_up(warm)
+
+
+def loss_weights(targets: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Return what an answer token of each request counts, [E], in the mean of its group.
+
+    As released, groups are tens of the requests in the order of falling length; the mean is over
+    all ``targets`` tokens of a group together. ``lengths`` are tokens of a text.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    weights = torch.empty(len(lengths), dtype=torch.float64)
+    for start in range(0, len(order), GROUP):
+        group = order[start : start + GROUP]
+        weights[group] = 1 / sum(targets[i] for i in group)
+    return weights
+
+
+def with_rows(moments: ByShape, seen: Sequence[Rows]) -> dict[tuple[int, int], Moments]:
+    """Return the moments of earlier rows and of what all modules have seen, by their shape."""
+    found = dict(moments)
+    for rows in seen:
+        joined = rows.joined
+        known = found.get(rows.shape) or Moments.zero(joined)
+        found[rows.shape] = known.to(joined.device).with_rows(joined)
+    return found
+
+
+def ridge_change(rows: Rows, moments: Moments, rate: float, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return factors u [out, N], v [N, in] of ΔW = Vᵀ (H Hᵀ + ρ I)⁻¹ H, in float64.
+
+    V = −η diag(‖ĥ‖²) Ĝ, [N, out], with ĥ and ĝ normalised by ``moments`` and H as it is. ΔW
+    minimises ‖H ΔWᵀ − V‖² + ρ ‖ΔW‖²; the released code solves the same with HᵀH, in × in.
+    """
+    inputs, normal = exact(rows.inputs), moments.normalised(rows.joined)
+    normal_inputs, normal_gradients = normal.split(list(rows.shape), dim=1)
+    step = -rate * normal_inputs.square().sum(dim=1, keepdim=True) * normal_gradients
+    gram = inputs @ inputs.T
+    gram.diagonal().add_(ridge)
+    return step.T, torch.cholesky_solve(inputs, torch.linalg.cholesky(gram))
+
+
+def warm_up(
+    path: str | Path,
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    settings: Mapping[str, Any],
+) -> None:
+    """Write the moments of the first ``warm_up`` of the development requests, none of them edited.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    hparams = UltraEditHparams(**settings)
+    if len(requests) < hparams.warm_up:
+        raise ConfigError(
+            f"ultraedit: warm_up asks for {hparams.warm_up} requests of the development split, "
+            f"which has {len(requests)}; lower warm_up, or raise the data set's development."
+        )
+    editor = UltraEdit(hparams, {})
+    editor.name = "ultraedit"
+    editor.edit(model, requests[: hparams.warm_up])
+    write_tensors(path, editor.state_dict(), FORMAT, {"requests": hparams.warm_up})
+
+
+def read_warm_up(path: str | Path) -> dict[tuple[int, int], Moments]:
+    """Read the moments of :func:`warm_up`.
+
+    Raises:
+        KMEBenchError: the file is of another kind, or damaged.
+    """
+    file = TensorFile.open(path, FORMAT)
+    return unpacked({name: file.tensor(name) for name in file.digests})
