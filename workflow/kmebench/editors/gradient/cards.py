@@ -1,6 +1,5 @@
 """Cards of editors that make a change of weights out of one gradient. Import no torch."""
 
-from dataclasses import asdict
 from typing import Annotated, Literal
 
 from kmebench.editors.cards import Card, Count, Positive, Real, Whole, about, hyperparameters
@@ -48,8 +47,7 @@ def _needs(hparams: UltraEditHparams, pipeline: Pipeline) -> tuple[Need, ...]:
     """The moments of the warm-up, if there is one."""
     if not hparams.warm_up:
         return ()
-    values = asdict(hparams)
-    settings = {name: values[name] for name in _WARM_UP}
+    settings = {name: getattr(hparams, name) for name in _WARM_UP}
     return (Trained("kmebench.editors.gradient.ultraedit:warm_up", settings),)
 
 

@@ -46,10 +46,8 @@ class TargetHparams:
 
 def loss_of(hparams: TargetHparams) -> dict[str, Any]:
     """Return the values that decide a target, as :class:`Targets` has them."""
-    known = {each.name for each in fields(type(hparams))} - {"site", "layer"}
-    return {
-        name: getattr(hparams, name) for each in fields(Targets) if (name := each.name) in known
-    }
+    names = {each.name for each in fields(Targets)} - {"site", "layer"}
+    return {name: getattr(hparams, name) for name in sorted(names) if hasattr(hparams, name)}
 
 
 @hyperparameters
