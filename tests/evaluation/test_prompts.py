@@ -9,6 +9,7 @@ from tokenizers import processors
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS, ROME_LENGTHS, prefixes, sample_contexts
 from kmebench.editors.locate.covariance.texts import TextSettings, text_batches
+from kmebench.edits.overlays import Text
 from kmebench.errors import ModelError
 from kmebench.evaluation.predict import Settings, _decode_free, _teacher_forced, predict
 from kmebench.evaluation.prompts import EDIT_ROOM, askable, prompts_of, too_long
@@ -131,8 +132,9 @@ def test_a_row_without_room_for_the_longest_target_is_decoded_by_itself(make_mod
     near = EditRequest("b", "Rome", "Paris " * (words - 1) + "{} is", "Rome")
     far = EditRequest("c", "Rome", "{} is", "Paris " * (words // 2))
     prompts = [p for r in (near, far) for p in prompts_of(r, 0)]
-    told = _teacher_forced(model, [(p.prompt, p.target) for p in prompts], 32)
-    told = [told[p.prompt, p.target] for p in prompts]
+    texts = [Text(p.prompt, p.target) for p in prompts]
+    told = _teacher_forced(model, texts, 32)
+    told = [told[text] for text in texts]
     longest = max(len(answer.ids) for answer in told)
     assert len(model.encode_prompts([near.filled_prompt])[0]) + longest > 64
     together = _decode_free(model, prompts, told, Settings())
