@@ -54,9 +54,6 @@ class IKEHparams:
 class SERACHparams:
     """Hyper-parameters of the untrained SERAC."""
 
-    counterfactual: Annotated[
-        Literal["self"], about("What answers in scope: the model itself, behind the edit.")
-    ] = "self"
     threshold: Annotated[
         Real, about("Similarity (1 + cosine) / 2 from which on a question is in scope.", le=1)
     ] = 0.8

@@ -24,14 +24,6 @@ from kmebench.editors.locate.covariance.factors import damped
 Solve = Callable[[Tensor], Tensor]
 
 
-def with_rows(inverse: Tensor, rows: Tensor) -> Tensor:
-    """Return (Σ + KᵀK)⁻¹ from Σ⁻¹ [X, X] for rows K [n, X] (Woodbury)."""
-    k = rows.to(inverse)
-    solved = k @ inverse
-    inner = torch.eye(len(k), dtype=k.dtype, device=k.device) + solved @ k.T
-    return inverse - solved.T @ torch.linalg.solve(inner, solved)
-
-
 def solver(inverse: Tensor) -> Solve:
     """Multiply rows by an inverse [X, X], or by the reciprocals of a diagonal [X]."""
     if inverse.dim() == 1:

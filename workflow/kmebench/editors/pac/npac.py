@@ -44,6 +44,7 @@ from kmebench.editors.pac.steps import (
 )
 from kmebench.editors.pac.texts import Reading, Texts, inputs_noted
 from kmebench.edits.weights import WeightDelta
+from kmebench.models.early_exit import input_of
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import EncodedSubject, SubjectText, length_sorted_chunks
 from kmebench.precision import exact_place, promoted
@@ -136,7 +137,7 @@ class NPAC(InContexts):
         chosen = self._choose(gradients, metrics)
         if self.hparams.step == "adam":
             return AdamSteps(model, chosen, self.hparams.learning_rate)
-        return NaturalSteps(model, chosen, self.hparams)
+        return NaturalSteps(self.name, model, chosen, self.hparams)
 
     def _choose(
         self, gradients: Mapping[Matrix, Positions], metrics: Mapping[Matrix, MatrixMetric]
@@ -181,13 +182,14 @@ class NPAC(InContexts):
         inputs: dict[Matrix, list[Tensor]] = {}
         texts = [text for r in requests for text in neighbours(r, self.hparams.neighbours)]
         encoded = model.encode_subjects(texts)
+        behind = [*model.layers, model.norm][max(self.hparams.layers) + 1]
         for chunk in length_sorted_chunks([len(e.ids) for e in encoded], self.micro_batch):
             batch = model.collate([encoded[i] for i in chunk])
             places = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
             first = batch.labels.new_tensor([encoded[i].subject_last for i in chunk])[:, None]
             prompt = (first <= places) & (places <= batch.prompt_last[:, None])
             with inputs_noted(model, self.hparams, prompt, inputs):
-                model.final_states(batch)
+                input_of(model, behind, input_ids=batch.input_ids)
         weight = self.hparams.neighbour_weight**0.5
         return {
             key: metric.with_inputs(torch.cat(inputs[key]) * weight)

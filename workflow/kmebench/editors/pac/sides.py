@@ -18,10 +18,11 @@ from torch import Tensor
 from kmebench.editors.base import Assets
 from kmebench.editors.locate.covariance.factors import damped, inverse_of, read_inverse
 from kmebench.editors.locate.covariance.store import Covariances
+from kmebench.editors.locate.updates import with_keys
 from kmebench.editors.needs import Covariance, Inverse, NeutralMetric
 from kmebench.editors.pac.cards import NPACHparams
 from kmebench.editors.pac.gradients import KEY
-from kmebench.editors.pac.metric import Solve, solver, with_rows
+from kmebench.editors.pac.metric import Solve, solver
 from kmebench.editors.pac.neutral import read_metric
 
 
@@ -59,12 +60,12 @@ class MatrixMetric:
 
     def with_inputs(self, rows: Tensor) -> "MatrixMetric":
         """Return the metric that keeps inputs [n, D] of W1, or [n, M] of W2, as well."""
+        keys = rows.to(self.residual).T
         if self.matrix == KEY:
-            return replace(self, residual=with_rows(self.residual, rows))
+            return replace(self, residual=with_keys(self.residual, keys))
         if self.inverted:
-            return replace(self, segments=with_rows(self.segments, rows))
-        rows = rows.to(self.segments)
-        added = rows.square().sum(dim=0) if self.segments.dim() == 1 else rows.T @ rows
+            return replace(self, segments=with_keys(self.segments, keys))
+        added = keys.square().sum(dim=1) if self.segments.dim() == 1 else keys @ keys.T
         return replace(self, segments=self.segments + added)
 
 

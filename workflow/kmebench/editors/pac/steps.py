@@ -52,9 +52,13 @@ class NaturalSteps:
     """Down the loss at the least cost by the metric."""
 
     def __init__(
-        self, model: EditableModel, chosen: Mapping[Matrix, Chosen], hparams: NPACHparams
+        self,
+        name: str,
+        model: EditableModel,
+        chosen: Mapping[Matrix, Chosen],
+        hparams: NPACHparams,
     ) -> None:
-        self._model, self._chosen, self._hparams = model, chosen, hparams
+        self._name, self._model, self._chosen, self._hparams = name, model, chosen, hparams
 
     def __call__(
         self, gradients: Mapping[Matrix, Positions], losses: Tensor, each: int, nats: float
@@ -70,8 +74,8 @@ class NaturalSteps:
         gram = text_gram(list(directions.values()), owner, len(texts))
         if not gram.any():
             raise EditError(
-                f"npac: the loss does not depend on layers {list(self._hparams.layers)} at the "
-                "positions that write; take earlier layers, or set positions: from_subject."
+                f"{self._name}: the loss does not depend on layers {list(self._hparams.layers)} at "
+                "the positions that write; take earlier layers, or set positions: from_subject."
             )
         learning = len(texts) / each
         weights = self._weights(gram, losses[texts], nats * learning)
@@ -97,8 +101,8 @@ class AdamSteps:
         self, model: EditableModel, chosen: Mapping[Matrix, Chosen], learning_rate: float
     ) -> None:
         self._model, self._chosen = model, chosen
-        self._moved = {key: torch.zeros(0) for key in chosen}
         self._learning_rate = learning_rate
+        self._moved: dict[Matrix, Tensor] = {}
         self._adam: torch.optim.Adam | None = None
 
     def __call__(
@@ -134,7 +138,7 @@ def _outer_change(
     projection: Projection, index: Tensor | None, u: Tensor, v: Tensor
 ) -> WeightDelta:
     """Return Σ_p u_p ⊗ v_p over segments, u [P, D] and v [P, S], as a change of the weight."""
-    if index is None and projection.offset == 0:
+    if index is None:
         return low_rank(projection, (u.T, v))
     return _segment_change(projection, index, (v.T @ u).to(promoted(projection.weight.dtype)))
 
