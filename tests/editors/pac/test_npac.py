@@ -286,19 +286,44 @@ def test_a_fresh_reading_is_that_of_the_whole_texts(
 
 
 def test_a_fresh_reading_ends_an_edit(trained, capital_requests, assets, monkeypatch):
-    made = []
+    happened = []
 
     class Noted(Texts):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            made.append(self)
+        def renew(self):
+            happened.append("renewed")
+            super().renew()
 
     monkeypatch.setattr("kmebench.editors.pac.npac.Texts", Noted)
+    apply = trained.apply
+    monkeypatch.setattr(trained, "apply", lambda edit: (happened.append("moved"), apply(edit)))
     for steps in (1, 30):
         values = {"layers": LAYERS, "contexts": 2, "steps": steps}
+        happened.clear()
         result = build_editor("npac", values, assets(trained))(trained, capital_requests[:1])
-        assert result.steps >= 1
-        assert made[-1].fresh
+        assert happened.count("moved") == result.steps >= 1
+        assert happened[0] == happened[-1] == "renewed"
+
+
+def test_an_edit_ends_below_the_tolerance_and_no_earlier(trained, capital_requests, assets):
+    files, request = assets(trained), capital_requests[0]
+    # Facts of a model this small stand nowhere by themselves.
+    values = {"layers": LAYERS, "contexts": 2, "positions": "all", "matrices": "both"}
+
+    def loss_after(steps, tolerance=0):
+        chosen = values | {"steps": steps, "tolerance": tolerance}
+        editor = build_editor("npac", chosen, files)
+        result = editor(trained, [request])
+        before = prefixes(editor.contexts(trained))
+        texts = [SubjectText.of(request, text, request.target_new) for text in before]
+        with trained.edits.savepoint():
+            trained.apply(result.edit)
+            losses = target_losses(trained, trained.encode_subjects(texts)).detach()
+        return float(losses.mean()), result.steps
+
+    tolerance = 0.7 * loss_after(0)[0]
+    loss, steps = loss_after(50, tolerance)
+    assert 1 <= steps < 50
+    assert loss < tolerance <= loss_after(steps - 1)[0]
 
 
 def test_what_is_learnt_costs_no_step(make_model, requests, assets):

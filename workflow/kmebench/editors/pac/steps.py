@@ -95,7 +95,10 @@ class NaturalSteps:
 
 
 class AdamSteps:
-    """Adam on the mean loss, as PAC steps: the metric chooses the segments and no more."""
+    """Adam on the losses of all texts, as PAC steps: the metric chooses segments and no more.
+
+    Losses are summed: the scale of a gradient does not matter to Adam.
+    """
 
     def __init__(
         self, model: EditableModel, chosen: Mapping[Matrix, Chosen], learning_rate: float
@@ -111,9 +114,9 @@ class AdamSteps:
         """Step; see :class:`Steps`. The metric has no say in its length: it costs nothing."""
         slopes = {}
         for key, chosen in self._chosen.items():
-            residual, inner, owner = gradients[key]
+            residual, inner, _ = gradients[key]
             inner = inner if chosen.segments is None else inner[:, chosen.segments]
-            slopes[key] = (inner.T @ residual).to(promoted(residual.dtype)) / len(owner.unique())
+            slopes[key] = (inner.T @ residual).to(promoted(residual.dtype))
         if self._adam is None:
             self._moved = {key: torch.zeros_like(slope) for key, slope in slopes.items()}
             self._adam = torch.optim.Adam(self._moved.values(), lr=self._learning_rate)
