@@ -187,6 +187,18 @@ def test_the_threshold_of_serac_is_that_of_half_of_one_plus_the_cosine(assets, e
     assert exact.rewrite([same])[0].prompt == f"c {same.prompt}"
 
 
+def test_a_cosine_at_the_threshold_opens(encoder_folder, monkeypatch):
+    encoder = SentenceEncoder.open(encoder_folder)
+    keys = {"near": [0.5, 0.75**0.5], "far": [0.25, 0.9375**0.5]}
+    monkeypatch.setattr(
+        SentenceEncoder, "embed", lambda _, texts: torch.tensor([keys[t] for t in texts])
+    )
+    facts = (Fact("1", "A fact", "Context. "),)
+    memory = TextMemory("retrieved", 0.5, encoder, facts, torch.tensor([[1.0, 0.0]]))
+    near, far = memory.rewrite([Text("near"), Text("far")])
+    assert (near.prompt, far.prompt) == ("Context. near", "far")
+
+
 def test_of_two_facts_with_one_prompt_the_later_is_found(make_model, ike, requests):
     model = make_model("llama", **ROOMY)
     first, second = requests[0], replace(requests[0], case_id="z", target_new="Fuji")
