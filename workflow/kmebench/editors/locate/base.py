@@ -1,7 +1,8 @@
-"""What the locate-and-edit editors share: contexts, what they read of C."""
+"""What the locate-and-edit editors share: contexts, what they read of C and of NAS."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Assets
 from kmebench.editors.contexts import InContexts
+from kmebench.editors.locate.anchor import Anchor
 from kmebench.editors.locate.covariance.factors import (
     Eigen,
     inverse_of,
@@ -18,7 +20,7 @@ from kmebench.editors.locate.covariance.factors import (
 )
 from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.editors.locate.updates import DependentKeysError
-from kmebench.editors.needs import Covariance, Inverse, Spectrum
+from kmebench.editors.needs import Covariance, Inverse, Spectrum, Trained
 from kmebench.errors import EditError
 from kmebench.models.editable import EditableModel
 from kmebench.precision import exact_place
@@ -30,6 +32,13 @@ class LocateAndEdit(InContexts):
     def __init__(self, hparams: Any, assets: Assets) -> None:
         super().__init__(hparams, assets)
         self._inverses: dict[int, Tensor] = {}
+
+    @cached_property
+    def anchor(self) -> Anchor | None:
+        """The length of every value, of the cached stage; None without NAS."""
+        if self.hparams.anchor is None:
+            return None
+        return Anchor.open(self.assets[Trained.asset], self.hparams.anchor_guard)
 
     def inverse(self, model: EditableModel, layer: int) -> Tensor:
         """Return C⁻¹ of a layer, [M, M] float64: of the cached stage, or made of C, once."""

@@ -13,7 +13,7 @@ from kmebench.editors.cards import (
     about,
     hyperparameters,
 )
-from kmebench.editors.needs import Inverse, Need, Pipeline, Spectrum, Targets
+from kmebench.editors.needs import Inverse, Need, Pipeline, Spectrum, Targets, Trained
 from kmebench.editors.sizes import SUFFIX, Job, target_graph
 
 #: Where the KL loss looks: at the subject, as released, or after "is a".
@@ -29,6 +29,9 @@ Decay = Annotated[Real, about("ω, weight of ‖δ‖ / ‖h‖².")]
 Clamp = Annotated[Real, about("c, bound of ‖δ‖ / ‖h‖.")]
 Position = Annotated[KLPosition, about("Token after which the KL divergence is taken.")]
 Weight = Annotated[Positive, about("λ, weight of the covariance C.")]
+Guard = Annotated[
+    Positive, about("g of NAS: an edit whose value is longer than g times the mean is given up.")
+]
 Edited = Annotated[Layers, about("Layers edited, from 0, in this order.")]
 
 
@@ -42,6 +45,11 @@ class TargetHparams:
     weight_decay: Decay = 1e-3
     clamp_factor: Clamp = 4.0
     kl_position: Position = "subject_last"
+    anchor: Annotated[
+        Count | None,
+        about("Development records whose values give NAS its length; none: NAS is off."),
+    ] = None
+    anchor_guard: Guard = 2.0
 
 
 def loss_of(hparams: TargetHparams) -> dict[str, Any]:
@@ -56,6 +64,7 @@ class ROMEHparams(TargetHparams):
 
     layer: Annotated[Whole, about("Layer edited, from 0.")] = 5
     second_moment: Annotated[bool, about("Whether the covariance C is used; off: C = I.")] = True
+    anchor_guard: Guard = 5.0
 
 
 @hyperparameters
@@ -127,22 +136,33 @@ class RECTHparams(MEMITHparams):
     share: Annotated[Real, about("Share of the entries of a weight that are kept.")] = 0.4
 
 
+def anchors(hparams: TargetHparams, layer: int) -> tuple[Need, ...]:
+    """Return the lengths that NAS reads, if it is on: MEMIT's loss, without ENCORE's early stop."""
+    if hparams.anchor is None:
+        return ()
+    loss = {name: value for name, value in loss_of(hparams).items() if name != "said_steps"}
+    settings = {"records": hparams.anchor, "layer": layer, **loss}
+    return (Trained("kmebench.editors.locate.anchor_stage:measure", settings),)
+
+
 def _rome(hparams: ROMEHparams, pipeline: Pipeline) -> tuple[Need, ...]:
-    return (Inverse(hparams.layer),) if hparams.second_moment else ()
+    factors = (Inverse(hparams.layer),) if hparams.second_moment else ()
+    return *factors, *anchors(hparams, hparams.layer)
 
 
 def spread(site: Site, factor: type[Inverse | Spectrum] = Inverse) -> Any:
     """Return the needs of an editor of MEMIT's family whose targets stand at ``site``.
 
     ``factor`` is what it reads of the covariance. Targets are shared in batches alone, which start
-    from the original model: on a model with earlier edits they are others.
+    from the original model: on a model with earlier edits they are others. NAS optimises its own.
     """
 
     def needs(hparams: MEMITHparams, pipeline: Pipeline) -> tuple[Need, ...]:
         factors = tuple(map(factor, hparams.layers))
-        if pipeline.mode != "batch":
-            return factors
-        return *factors, Targets(site, hparams.layers[-1], **loss_of(hparams))
+        last = hparams.layers[-1]
+        if pipeline.mode != "batch" or hparams.anchor:
+            return *factors, *anchors(hparams, last)
+        return *factors, Targets(site, last, **loss_of(hparams))
 
     return needs
 

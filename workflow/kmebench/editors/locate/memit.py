@@ -60,7 +60,7 @@ class MEMIT(LocateAndEdit):
             return stored.values.to(model.device)
         layer, size = self.hparams.layers[-1], self.micro_batch
         loss = loss_of(self.hparams)
-        settings = TargetSettings(layer, self.site, **loss, micro_batch=size)
+        settings = TargetSettings(layer, self.site, **loss, micro_batch=size, anchor=self.anchor)
         with self.stopwatch("optimise"):
             found = optimise_targets(model, requests, self.contexts(model), settings, self.name)
         self.steps += int(found.steps.max())

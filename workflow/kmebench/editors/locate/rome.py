@@ -44,9 +44,11 @@ class ROME(LocateAndEdit):
         groups = self.contexts(model)
         contexts = (tuple(template for group in groups for template in group),)  # one mean
         with self.stopwatch("optimise"):
-            settings = TargetSettings(layer, "value", **loss_of(self.hparams))
+            settings = TargetSettings(layer, "value", **loss_of(self.hparams), anchor=self.anchor)
             targets = optimise_targets(model, [request], contexts, settings, self.name)
         self.steps += int(targets.steps)
+        if targets.given_up:  # R-ROME's probe would differ from what W2 says now
+            return WeightDelta({})
         with self.stopwatch("solve"), naming(self.name, layer, [request]):
             averaged = subject_activations(model, [request], contexts, layer, 1)
             probe = self._probe(model, request, averaged)

@@ -14,10 +14,14 @@ W2 says, m, whose length is bounded. A δ on the layer's output could hardly be 
 added to m, h0 is m, and the target is what then stands at the site: z* = h + N(m + δ) − N(m) after
 the layer, N(m + δ) for PMET, m + δ for ROME.
 
+NAS scales what is found (:mod:`kmebench.editors.locate.anchor`): whatever the site, v = v0 + δ is
+what W2 says.
+
 Requests are independent: they share forward passes of their upper layers (see
 :mod:`kmebench.models.suffix_cache`) and nothing else, and leave the batch when they are learnt.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +30,7 @@ from torch import Tensor
 
 from kmebench.data.records import SLOT, EditRequest
 from kmebench.editors.contexts import Contexts, prefixes
+from kmebench.editors.locate.anchor import Anchor
 from kmebench.editors.locate.cards import KLPosition, Site
 from kmebench.editors.locate.keys import layer_outputs, module_outputs
 from kmebench.editors.locate.target_rows import Losses, TargetRows, moved_modules
@@ -33,6 +38,8 @@ from kmebench.errors import EditError
 from kmebench.io.logs import track
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import EncodedSubject, SubjectText, length_sorted_chunks
+
+logger = logging.getLogger("kmebench")
 
 #: In which the next token is to stay what it was.
 KL_PROMPT = f"{SLOT} is a"
@@ -58,6 +65,7 @@ class TargetSettings:
     said_steps: int | None = None  # passes in which every context says the target, then it ends
     stop_loss: float = 0.05
     micro_batch: int = 20  # requests optimised together
+    anchor: Anchor | None = None  # of NAS
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,10 @@ class Targets:
 
     values: Tensor  # [B, D], h0 + δ; PMET: what the FFN adds to the residual stream
     start: Tensor  # [B, D], h0
+    deltas: Tensor  # [B, D], δ; PMET: that of W2's output
     steps: Tensor  # [B], updates that each request took
     losses: Tensor  # [steps, B], of each forward pass; NaN after a request has stopped
+    given_up: Tensor  # [B], bool: NAS refuses the edit, and its δ is 0
 
 
 def optimise_targets(
@@ -105,8 +115,9 @@ def optimise_targets(
             passes = track(passes, "passes of the targets", settings.steps)
         losses[:, chunk] = run.optimise(rows, passes)
         deltas[:, chunk], steps[chunk] = run.deltas.detach(), run.steps.cpu()
-    values = _standing(model, requests, settings, start[0], start[0] + deltas[0])
-    return Targets(values, start[0], steps, losses)
+    written, given_up = _anchored(model, requests, settings, deltas[0], editor)
+    values = _standing(model, requests, settings, start[0], start[0] + written)
+    return Targets(values, start[0], written, steps, losses, given_up)
 
 
 def _texts(
@@ -121,6 +132,25 @@ def _texts(
 def _until_subject(encoded: EncodedSubject) -> EncodedSubject:
     """Cut a text after its subject: what follows is neither read nor predicted."""
     return replace(encoded, ids=encoded.ids[: encoded.subject_last + 1])
+
+
+@torch.no_grad()
+def _anchored(
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    settings: TargetSettings,
+    deltas: Tensor,
+    editor: str,
+) -> tuple[Tensor, Tensor]:
+    """Return what NAS makes of δ [B, D], and which edits it gives up; without it, δ itself."""
+    if settings.anchor is None:
+        return deltas, torch.zeros(len(requests), dtype=torch.bool, device=deltas.device)
+    value = model.ffn[settings.layer].value.module
+    said = module_outputs(model, requests, value, settings.micro_batch)
+    scaled, given_up = settings.anchor.scaled(deltas, said)
+    for place in given_up.nonzero().flatten().tolist():
+        logger.info("%s: NAS gives up the edit %r", editor, requests[place].case_id)
+    return scaled, given_up
 
 
 @torch.no_grad()
