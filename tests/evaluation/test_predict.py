@@ -144,10 +144,10 @@ def out_of_memory_beyond(model, rows, monkeypatch):
     """Let a model be asked about ``rows`` texts at once, and no more."""
     ask = model.answer_logits
 
-    def limited(batch, prefix=None):
+    def limited(batch, *behind):
         if len(batch.counts) > rows:
             raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-        return ask(batch, prefix)
+        return ask(batch, *behind)
 
     monkeypatch.setattr(model, "answer_logits", limited)
 

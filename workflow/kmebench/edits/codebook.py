@@ -35,6 +35,7 @@ class Codebook(Overlay):
     labels: tuple[tuple[int, ...], ...]  # n answers, as token ids
 
     kind: ClassVar[str] = "codebook"
+    gated: ClassVar[bool] = True
 
     @property
     def entries(self) -> int:
@@ -83,6 +84,7 @@ class Codebook(Overlay):
         distance, entry = self.nearest(queries)
         opened = distance <= self.radii.to(distance)[entry]
         passage.decisions[id(self)] = opened, entry
+        passage.note_opened(opened)
         return opened, entry
 
     def check(self, model: "EditableModel") -> None:

@@ -39,7 +39,8 @@ class Passage:
 
     ``prompt_last`` holds each row's last token of the prompt, as a column of the batch. In the
     phase ``scored`` targets stand behind prompts; ``prefill`` reads prompts to be gone on from;
-    ``decode`` writes one token per row. ``decisions`` keeps what a hook decided in the prefill.
+    ``decode`` writes one token per row. ``decisions`` keeps what a hook decided in the prefill,
+    ``opened`` the rows for which one found its gate open.
     """
 
     prompt_last: Tensor  # [R] int64
@@ -47,6 +48,11 @@ class Passage:
     phase: Literal["scored", "prefill", "decode"] = "scored"
     started: bool = False
     decisions: dict[int, Any] = field(default_factory=dict)  # by id() of the overlay
+    opened: Tensor | None = None  # [R] bool; None: no gate was asked
+
+    def note_opened(self, rows: Tensor) -> None:
+        """Note the rows, bool [R], whose gate an overlay has found open."""
+        self.opened = rows if self.opened is None else self.opened | rows
 
 
 #: Input [R, T, in] and output [R, T, out] of a module -> its output. Rows whose gate is closed
@@ -62,6 +68,8 @@ class Overlay(ABC):
 
     #: Registered name of the class in files; see :func:`overlay_class`.
     kind: ClassVar[str]
+    #: Whether it acts on some questions alone. It opens by rewriting, or notes rows in the passage.
+    gated: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Register the class by its kind."""

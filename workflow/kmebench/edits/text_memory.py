@@ -39,6 +39,7 @@ class TextMemory(Overlay):
     keys: Tensor | None = None  # [n, D], of norm 1; None: no fact
 
     kind: ClassVar[str] = "text_memory"
+    gated: ClassVar[bool] = True
 
     @property
     def settings(self) -> tuple[Scope, float, str]:

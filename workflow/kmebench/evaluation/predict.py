@@ -17,7 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from kmebench.edits.overlays import Text
+from kmebench.edits.overlays import Passage, Text
 from kmebench.evaluation.answers import has_stopped, natural_stop
 from kmebench.evaluation.behind import by_context, without_gaps
 from kmebench.evaluation.prompts import Prompt, wild_prompt
@@ -43,7 +43,8 @@ def predict(
 
     Returns columns over the prompts: ``target_ids``, ``ids`` (lists of token ids),
     ``target_new_logprob``, ``target_true_logprob`` (nats per token; NaN without such a
-    target), ``free_ids``, ``wild``. Out of memory, it tries once more with half the batch.
+    target), ``gate`` (whether an overlay acts on the question; None without a gate),
+    ``free_ids``, ``wild``. Out of memory, it tries once more with half the batch.
 
     Raises:
         NoMemoryError: half the batch did not fit either.
@@ -77,6 +78,7 @@ def _predict(
         "ids": [answer.ids for answer in told],
         "target_new_logprob": [logprob(p, p.target_new) for p in prompts],
         "target_true_logprob": [logprob(p, p.target_true) for p in prompts],
+        "gate": [answer.opened if model.gated else None for answer in told],
         "free_ids": [None] * len(prompts),
         "wild": [None] * len(prompts),
     }
@@ -93,6 +95,7 @@ class _Forced(NamedTuple):
     target_ids: tuple[int, ...]
     ids: list[int]  # the likeliest token at each place of the target
     logprob: float  # of the target, nats per token
+    opened: bool  # an overlay acts
 
     def is_greedy(self, prompt_ids: Sequence[int]) -> bool:
         """Whether ``ids`` is also what greedy decoding says after a prompt.
@@ -115,30 +118,38 @@ def _teacher_forced(
     found = {}
     for prefix, rows in by_context(model, asked, prompts):
         told = _told(model, [encoded[i] for i in rows], prefix, batch_size)
-        for index, (ids, logprob) in zip(rows, told, strict=True):
-            found[texts[index]] = _Forced(prompts[index], encoded[index].target_ids, ids, logprob)
+        for index, (ids, logprob, opened) in zip(rows, told, strict=True):
+            opened |= asked[index] is not texts[index]
+            target = encoded[index].target_ids
+            found[texts[index]] = _Forced(prompts[index], target, ids, logprob, opened)
     return found
 
 
 def _told(
     model: EditableModel, encoded: Sequence[Encoded], prefix: Prefix | None, batch_size: int
-) -> list[tuple[list[int], float]]:
-    """Return the likeliest tokens and the target's log-probability of texts behind a prefix."""
+) -> list[tuple[list[int], float, bool]]:
+    """Return of texts behind a prefix the likeliest tokens, the target's log-probability, the gate.
+
+    The gate is open if a hook or what changes logits says so.
+    """
     shared = len(prefix.ids) if prefix else 0
     alike: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for index, item in enumerate(encoded):  # the last token is only predicted, never fed
         alike.setdefault((item.ids[shared:-1], item.n_target), []).append(index)
     groups = list(alike.values())
-    found: dict[int, tuple[list[int], float]] = {}
+    found: dict[int, tuple[list[int], float, bool]] = {}
     for chunk in length_sorted_chunks([len(fed) for fed, _ in alike], batch_size):
         firsts = [encoded[groups[i][0]] for i in chunk]
         batch = model.collate([Encoded(item.ids[shared:], item.n_target) for item in firsts])
-        log_probs = model.answer_logits(batch, prefix).log_softmax(dim=-1)
-        for group, rows in zip(chunk, log_probs.split(batch.counts.tolist()), strict=True):
+        passage = Passage(batch.prompt_last, batch.rows)
+        log_probs = model.answer_logits(batch, prefix, passage).log_softmax(dim=-1)
+        gates = [False] * len(chunk) if passage.opened is None else passage.opened.tolist()
+        answers = log_probs.split(batch.counts.tolist())
+        for group, rows, opened in zip(chunk, answers, gates, strict=True):
             ids = rows.argmax(dim=-1).tolist()
             for index in groups[group]:
                 target = torch.tensor(encoded[index].target_ids, device=rows.device)
-                found[index] = ids, float(rows.gather(1, target[:, None]).mean())
+                found[index] = ids, float(rows.gather(1, target[:, None]).mean()), opened
     return [found[index] for index in range(len(encoded))]
 
 

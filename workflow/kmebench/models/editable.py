@@ -231,6 +231,11 @@ class EditableModel:
         return texts
 
     @property
+    def gated(self) -> bool:
+        """Whether an overlay acts on some questions alone."""
+        return any(overlay.gated for overlay in self.edits.overlays.values())
+
+    @property
     def shares_prefixes(self) -> bool:
         """Whether what texts begin with may be read apart: no overlay acts inside the model."""
         return all(type(each).hooks is Overlay.hooks for each in self.edits.overlays.values())
@@ -243,13 +248,16 @@ class EditableModel:
         self.model.base_model(input_ids=batch, past_key_values=cache, use_cache=True)
         return Prefix(tuple(ids), keys_and_values(cache))
 
-    def answer_logits(self, batch: Batch, prefix: Prefix | None = None) -> Tensor:
+    def answer_logits(
+        self, batch: Batch, prefix: Prefix | None = None, passage: Passage | None = None
+    ) -> Tensor:
         """Return the logits at the answer positions, [A, vocabulary], in float32 or float64.
 
         The texts of the batch stand behind ``prefix``, which they do not hold. The head is applied
-        at the answer positions only: on a small model it is a fifth of all work.
+        at the answer positions only: on a small model it is a fifth of all work. Overlays leave in
+        ``passage`` what they decide.
         """
-        passage = Passage(batch.prompt_last, batch.rows)
+        passage = passage or Passage(batch.prompt_last, batch.rows)
         with self.passage(passage):
             answers = self.final_states(batch, prefix)
         return self._overlaid(passage, self.head(answers))

@@ -32,6 +32,8 @@ class Outcome:
     norm of every touched parameter, for each call of the editor. ``failed``: case_ids and error of
     each call that was skipped; its requests are asked of the model without it.
     ``health``: edits_done and the measurements of every model that was measured.
+    ``bytes``: edits_done and what these have left; ``question_milliseconds``: what a question costs
+    before and after (kmebench.pipelines.footprint).
     ``evaluation_seconds``: what all predictions and measurements of the run took. ``micro_batch``:
     how many requests the editor passes through the model at once since memory did not suffice for
     its own number.
@@ -42,13 +44,18 @@ class Outcome:
     norms: list[dict[str, float]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     health: list[dict[str, float]] = field(default_factory=list)
+    bytes: list[dict[str, int]] = field(default_factory=list)
+    question_milliseconds: dict[str, float] = field(default_factory=dict)
     evaluation_seconds: float = 0.0
     micro_batch: int | None = None
     edit: Edit | None = None
 
 
 #: What a checkpoint keeps of an outcome besides its predictions.
-_KEPT = ("times", "norms", "failed", "health", "evaluation_seconds", "micro_batch")
+_KEPT = (
+    *("times", "norms", "failed", "health", "bytes", "question_milliseconds"),
+    *("evaluation_seconds", "micro_batch"),
+)
 
 
 class Checkpoints:

@@ -5,7 +5,8 @@ model, evaluated, and rolled back. **consecutive**: one turn after another witho
 rollback, a turn being one request or several that are edited at once; predictions are made right
 after each turn for its requests ("write"), for all requests so far behind the turns in which
 1, 3, 10, 30, 100, ... edits are reached ("checkpoint"), and for all requests on the final model
-("final"). The health of the model is measured at "checkpoint" and "final".
+("final"). The health of the model is measured at "checkpoint" and "final", and so is what the
+edits have left; what a question costs, once at the end of a run or of its first batch.
 **breadth_first**: all requests at once, without rollback; the editor passes over them in
 mini-batches, several times, and the final model is evaluated.
 
@@ -35,6 +36,7 @@ from kmebench.io.logs import track
 from kmebench.memory import NoMemoryError, halved_if_needed
 from kmebench.models.editable import EditableModel
 from kmebench.pipelines.checkpoints import Checkpoints, Outcome
+from kmebench.pipelines.footprint import bytes_left, question_milliseconds
 from kmebench.pipelines.preemption import noted_signals
 
 logger = logging.getLogger("kmebench")
@@ -65,6 +67,9 @@ def run_batches(setup: Setup, requests: Sequence[EditRequest], batch_size: int) 
             run.edit(batch)
             with run.finished(noted=True):
                 run.predict(batch, start, "final", len(batch), start // batch_size)
+                if not start:  # of later batches it would be the same
+                    run.weigh(len(batch))
+                    run.time_questions(batch)
             setup.model.revert()
             # An independent run starts without memory of the batch before.
             setup.editor.load_state_dict({})
@@ -91,12 +96,10 @@ def run_consecutive(setup: Setup, requests: Sequence[EditRequest], turn: int = 1
                 with run.finished():
                     run.predict(requests[: run.done], 0, "checkpoint", run.done)
                     run.measure(run.done)
+                    run.weigh(run.done)
             if run.done // every > start // every or stopped_by():
                 run.save(stopped_by())
-    with run.finished(noted=True):
-        run.predict(requests, 0, "final", len(requests))
-        run.measure(len(requests))
-        run.outcome.edit = setup.model.edits.total()
+    run.conclude(requests)
     return run.outcome_with_predictions()
 
 
@@ -109,10 +112,7 @@ def run_breadth_first(setup: Setup, requests: Sequence[EditRequest]) -> Outcome:
             run.edit(requests)
     else:
         run.edit(requests)
-    with run.finished(noted=True):
-        run.predict(requests, 0, "final", len(requests))
-        run.measure(len(requests))
-        run.outcome.edit = setup.model.edits.total()
+    run.conclude(requests)
     return run.outcome_with_predictions()
 
 
@@ -197,6 +197,16 @@ class _Run:
                 self.outcome.times[-1]["seconds"] |= stopwatch.seconds
             yield
 
+    def conclude(self, requests: Sequence[EditRequest]) -> None:
+        """Evaluate the final model of a run without rollback, and keep all of its edits."""
+        n = len(requests)
+        with self.finished(noted=True):
+            self.predict(requests, 0, "final", n)
+            self.measure(n)
+            self.weigh(n)
+            self.time_questions(requests)
+            self.outcome.edit = self.setup.model.edits.total()
+
     def predict(
         self,
         requests: Sequence[EditRequest],
@@ -223,6 +233,19 @@ class _Run:
             measured = self.setup.measure(self.setup.model)
             self.outcome.health.append({"edits_done": edits_done, **measured})
             self.outcome.evaluation_seconds += time.perf_counter() - started
+
+    def weigh(self, edits_done: int) -> None:
+        """Note the bytes that the edits have left."""
+        left = bytes_left(self.setup.model, self.setup.editor)
+        self.outcome.bytes.append({"edits_done": edits_done, **left})
+
+    def time_questions(self, requests: Sequence[EditRequest]) -> None:
+        """Note what a question about ``requests`` costs before and after the edits."""
+        started = time.perf_counter()
+        setup = self.setup
+        found = question_milliseconds(setup.model, requests, setup.settings)
+        self.outcome.question_milliseconds = found
+        self.outcome.evaluation_seconds += time.perf_counter() - started
 
     def save(self, stopped_by: str | None, done: int | None = None) -> None:
         """Write a checkpoint after ``done`` edits or epochs; see :meth:`Checkpoints.save`."""

@@ -32,6 +32,7 @@ from kmebench.io.files import write_json
 from kmebench.models.editable import EditableModel, describe
 from kmebench.modes import split_mode
 from kmebench.pipelines.checkpoints import Checkpoints, Outcome
+from kmebench.pipelines.footprint import gate_shares
 from kmebench.pipelines.pipelines import (
     Measure,
     Setup,
@@ -142,6 +143,9 @@ def timing(
         "failed_edits": sum(len(failure["case_ids"]) for failure in outcome.failed),
         "failures": outcome.failed,
         "evaluation_seconds": outcome.evaluation_seconds,
+        "question_milliseconds": outcome.question_milliseconds,
+        "gate": gate_shares(outcome.predictions),
+        "bytes": outcome.bytes,
         "model_load_seconds": load_seconds,
         "peak_memory_bytes": peak_memory(),
         "threads": torch.get_num_threads(),
