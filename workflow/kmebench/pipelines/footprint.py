@@ -12,8 +12,8 @@ from kmebench.evaluation.predict import Settings, predict
 from kmebench.evaluation.prompts import prompts_of
 from kmebench.models.editable import EditableModel
 
-#: Questions are timed on every 20th request, on 16 at most: few, so that it costs little.
-EVERY, AT_MOST = 20, 16
+#: Questions are timed on every 40th request, on 16 at most: few, so that it costs little.
+EVERY, AT_MOST = 40, 16
 
 
 def bytes_left(model: EditableModel, editor: Editor) -> dict[str, int]:
