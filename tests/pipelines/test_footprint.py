@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import build_editor
+from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.edits.sentences import SentenceEncoder
 from kmebench.evaluation.prompts import prompts_of
 from kmebench.pipelines import footprint
@@ -175,6 +176,32 @@ def test_what_an_editor_remembers_grows_apart_from_the_change(make_model, reques
     outcome = outcome_of(model, Counting(), requests, tmp_path, run_batches, 2)
     assert outcome.bytes == [{"edits_done": 2, "change": 4 * D * M, "state": 4}]
     assert bytes_left(model, Counting()) == {"change": 0, "state": 4}
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "kept"),
+    [
+        # A key [M] per edit, in the dtype of the model.
+        ("alphaedit", {"threshold": 10.0}, lambda edits: 4 * M * edits),
+        # An inverse [M, M] in float64, however many edits.
+        ("memit-seq", {}, lambda edits: 8 * M * M),
+        ("memit", {}, lambda edits: 0),
+    ],
+)
+def test_the_memory_of_editors_grows_as_their_pages_say(
+    method, values, kept, make_model, requests, tmp_path
+):
+    torch.manual_seed(1)
+    x = torch.randn(60, M)
+    write_covariance(tmp_path / "covariance", {1: x.T @ x / 60}, 60, {"source": "self"})
+    own = {"layers": [1], "steps": 2} | values
+    editor = build_editor(method, own, {"covariance": tmp_path / "covariance"})
+    model = make_model("gptj", torch.float32)
+    outcome = outcome_of(model, editor, requests, tmp_path / "run")
+    contexts = len(json.dumps(editor.contexts(model), ensure_ascii=False).encode())
+    assert outcome.bytes == [
+        {"edits_done": n, "change": 4 * D * M, "state": contexts + kept(n)} for n in (1, 3)
+    ]
 
 
 # -- milliseconds -----------------------------------------------------------------------

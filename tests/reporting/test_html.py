@@ -179,6 +179,31 @@ def test_costs_are_split_by_stage(tmp_path):
     assert "| PAC    | 30    | 2.00   | 1.50" in costs_markdown(costs([path], [run]))
 
 
+def test_costs_show_what_edits_leave_where_it_was_measured(tmp_path):
+    """Bytes are those at the end; a run of version 0.2 has none, and edits of weights no gate."""
+    kinds = {"edit": 1.0, "locality": 0.125}
+    left = [{"edits_done": n, "change": n * 2**20, "state": 0} for n in (1, 30)]
+    asked = {"question_milliseconds": {"before": 2.0, "after": 31.5}, "bytes": left}
+    files = []
+    for name, timing in {"old": {}, "new": asked | {"gate": kinds}, "weights": asked}.items():
+        (tmp_path / name).mkdir()
+        files += records(tmp_path / name, **timing)[1]
+    runs = [
+        {"model": "m", "dataset": "d", "mode": "batch", "editor": editor}
+        for editor in ("PAC", "GRACE", "MEMIT")
+    ]
+    table = costs(files, runs)
+    assert table["change_bytes"].tolist() == [pd.NA, 30 * 2**20, 30 * 2**20]
+    assert table["gate_locality"].dropna().tolist() == [0.125]
+    taken, left = costs_markdown(table).split("**What edits leave")
+    assert "PAC" in taken
+    assert "PAC" not in left
+    assert "| GRACE  | 30    | 2.00                | 31.50 | 30.00        | 0.00        " in left
+    assert "| 100.00         | –                    | 12.50              | – " in left
+    assert left.count("| –              | –                    | –") == 1
+    assert "What edits leave" not in costs_markdown(table[:1])
+
+
 def opened(path, address="", script=""):
     """The page as a browser has it after ``script``; fails on any message of its console."""
     html = path.read_text(encoding="utf-8").replace("</body>", f"<script>{script}</script></body>")
