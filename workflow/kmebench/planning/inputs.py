@@ -194,6 +194,7 @@ class Inputs:
             "seed": run.seed,
             "batch_size": config["batch_size"],
             "checkpoint_every": config["checkpoint_every"],
+            "milestone_sample": config["milestone_sample"],
             "on_failed_edit": config["on_failed_edit"],
             "on_bad_record": self.on_bad_record(wildcards),
             "load": self.load(wildcards),
