@@ -24,7 +24,9 @@ from transformers import (
 
 from kmebench.data.openfacts import fact_sentences, load_relations
 from kmebench.data.records import EditRequest, write_requests
+from kmebench.editors.locate.anchor import FORMAT
 from kmebench.editors.pac.neutral import Moments, save_metric
+from kmebench.io.tensors import write_tensors
 from kmebench.models.editable import EditableModel, pick_device
 from kmebench.models.tiny import END, train_tokenizer
 
@@ -106,6 +108,12 @@ def openfacts_requests(count: int) -> list[EditRequest]:
         prompt = relation.prompt
         found.append(EditRequest(str(number), subject, prompt, new, true))
     return found
+
+
+def made_up_anchor(path: Path) -> Path:
+    """Write what NAS reads: a length that every value gets."""
+    write_tensors(path, {"lengths": torch.ones(1)}, FORMAT, {})
+    return path
 
 
 def made_up_retrieval(folder: Path) -> dict[str, Path]:

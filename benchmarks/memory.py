@@ -26,6 +26,7 @@ from kmebench.editors.needs import (
     NeutralMetric,
     Pipeline,
     Spectrum,
+    Trained,
 )
 from kmebench.planning.config import read_checked_config, read_config
 from kmebench.planning.grid import Run, base_hparams, card_of_method
@@ -77,9 +78,9 @@ def measure(arguments: argparse.Namespace, method: str, size: int) -> int:
 
 
 def made_up(folder: Path, kind: str, model: Any) -> Path:
-    """Write a neutral metric, what IKE reads, or a factor of a diagonal C, seven tenths unused."""
+    """Write a neutral metric, a length, what IKE reads, or a factor of a C, seven tenths unused."""
     import torch
-    from common import made_up_metric, made_up_retrieval
+    from common import made_up_anchor, made_up_metric, made_up_retrieval
 
     from kmebench.editors.locate.covariance.factors import FORMAT
     from kmebench.io.tensors import write_tensors
@@ -87,6 +88,8 @@ def made_up(folder: Path, kind: str, model: Any) -> Path:
     path, width = folder / kind, model.ffn_width
     if kind in (Encoder.asset, Development.asset):
         return made_up_retrieval(folder)[kind]
+    if kind == Trained.asset:
+        return made_up_anchor(path)
     if kind == NeutralMetric.asset:
         made_up_metric(path, model)
         return path
