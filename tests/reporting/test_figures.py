@@ -126,15 +126,8 @@ def test_the_papers_ends_are_hollow_marks_at_its_number_of_edits():
     metrics = pd.DataFrame([metric(), metric(method="full-c"), metric("locality")])
     paper = pd.DataFrame(
         [
-            {
-                "model": m,
-                "editor": "Ours",
-                "dataset": "ZsRE",
-                "efficacy": e,
-                "locality": l,
-                "score": 1.0,
-            }
-            for m, e, l in (("A (6B)", 90.0, 80.0), ("B (7B)", 96.0, float("nan")))
+            {"model": m, "editor": "Ours", "dataset": "ZsRE", "efficacy": x, "locality": y}
+            for m, x, y in (("A (6B)", 90.0, 80.0), ("B (7B)", 96.0, float("nan")))
         ]
     ).reindex(columns=COLUMNS)
     words = {"datasets": {"d": "ZsRE"}, "methods": {"pac": "Ours", "full-c": None}}
