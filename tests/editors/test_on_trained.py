@@ -16,6 +16,7 @@ HPARAMS = {
     "ft-m": {"layer": 1, "learning_rate": 1e-3},
     "locft-bf": {"layer": 1, "learning_rate": 3e-3},
     "lora": {},
+    "lora-merge": {"learning_rate": 1e-2, "steps": 50, "merge_weight": 1.0},
     "grace": {"layer": 1, "radius": 0.5},
 }
 

@@ -71,6 +71,7 @@ EDITORS = {
     "rect": BOTH_LAYERS,
     "kn": {"steps": 2, "prompts": 2},
     "lora": {"steps": 2},
+    "lora-merge": {"steps": 2},
     "grace": {"layer": 1, "steps": 2},
     "ike": {"demonstrations": 2},
     "serac": {},
