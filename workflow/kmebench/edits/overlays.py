@@ -37,9 +37,10 @@ class Text(NamedTuple):
 class Passage:
     """R texts on their way through a model.
 
-    ``prompt_last`` holds each row's last token of the prompt, as a column of the batch. In the
-    phase ``scored`` targets stand behind prompts; ``prefill`` reads prompts to be gone on from;
-    ``decode`` writes one token per row. ``decisions`` keeps what a hook decided in the prefill.
+    ``prompt_first`` and ``prompt_last`` hold each row's first and last token of the prompt, as
+    columns of the batch. In the phase ``scored`` targets stand behind prompts; ``prefill`` reads
+    prompts to be gone on from; ``decode`` writes one token per row. ``decisions`` keeps what a hook
+    decided in the prefill.
     """
 
     prompt_last: Tensor  # [R] int64
@@ -47,6 +48,7 @@ class Passage:
     phase: Literal["scored", "prefill", "decode"] = "scored"
     started: bool = False
     decisions: dict[int, Any] = field(default_factory=dict)  # by id() of the overlay
+    prompt_first: Tensor | None = None  # [R] int64; None: the first column
 
 
 #: Input [R, T, in] and output [R, T, out] of a module -> its output. Rows whose gate is closed
@@ -107,6 +109,7 @@ class Overlay(ABC):
 #: Kinds of this library, with the module that defines each.
 _MODULES = {
     "codebook": "kmebench.edits.codebook",
+    "side_memory": "kmebench.edits.side_memory",
     "text_memory": "kmebench.edits.text_memory",
 }
 #: Installed packages name the kinds of their overlays under this entry point group.
