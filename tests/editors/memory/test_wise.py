@@ -286,15 +286,19 @@ def test_company_and_padding_change_no_route(make_model, requests, wise):
     torch.manual_seed(0)
     memory = memory_of(model, wise(), requests[:2])
     heard = activations(model, memory, pairs(requests))
-    # A threshold between what was edited and what was not, so that rows of a batch differ.
-    between = memory.thresholds.new_tensor([sorted(heard)[1]]) / memory.ratio
-    model.apply(Edit(overlays={"wise": replace(memory, thresholds=between)}))
+    model.apply(Edit(overlays={"wise": opens_for_two(memory, heard)}))
     alone = logits(model, pairs(requests))
     together = model.answer_logits(model.collate(model.encode(pairs(requests))))
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-9, atol=1e-11)
     model.revert()
     same = [torch.equal(a, b) for a, b in zip(alone, logits(model, pairs(requests)), strict=True)]
     assert sorted(same) == [False, False, True]
+
+
+def opens_for_two(memory, heard):
+    """The memory, with a threshold between the lowest and the middle of three activations."""
+    between = sum(sorted(heard)[:2]) / 2
+    return replace(memory, thresholds=memory.thresholds.new_tensor([between]) / memory.ratio)
 
 
 def activations(model, memory, asked):
@@ -317,8 +321,7 @@ def test_generation_decides_once_on_the_prompt(family, make_model, requests, wis
     side = w2_of(model) + memory.changes[0]
     with torch.no_grad():
         heard = [float(through(model, row, side)[1].mean()) for row in ids]
-    between = memory.thresholds.new_tensor([sorted(heard)[1]]) / memory.ratio
-    model.apply(Edit(overlays={"wise": replace(memory, thresholds=between)}))
+    model.apply(Edit(overlays={"wise": opens_for_two(memory, heard)}))
     said = model.generate(ids, 4)
     model.revert()
     for row, loud, new in zip(ids, heard, said, strict=True):
