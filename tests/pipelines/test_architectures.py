@@ -73,6 +73,7 @@ EDITORS = {
     "lora": {"steps": 2},
     "lora-merge": {"steps": 2},
     "grace": {"layer": 1, "steps": 2},
+    "wise": {"layer": 1, "steps": 2, "shard_edits": 1},
     "ike": {"demonstrations": 2},
     "serac": {},
     "ultraedit": {"value_layers": [1], "key_layers": [1], "gate_layers": [0]},
