@@ -74,10 +74,11 @@ class WISEHparams:
         Real, about("Loss below which training ends once it stands still.", "nats per target token")
     ] = 0.02
     margins: Annotated[
-        tuple[Real, Real, Real],
+        tuple[Real, ...],
+        Field(min_length=3, max_length=3),
         about(
-            "α, β, γ: activations of unrelated prompts stay below α, those of edits above β, and "
-            "γ lies between.",
+            "α, β, γ: activations of unrelated prompts stay below α, those of edits above β, "
+            "with γ between them.",
             "units of W2's output",
         ),
     ] = (5.0, 20.0, 10.0)
