@@ -137,7 +137,7 @@ def _wise(hparams: WISEHparams, job: Job) -> float:
     """The memories before and after an edit; gradient, mask and step; what W2 is given of texts."""
     full = job.edits // hparams.shard_edits
     memories = 1 + full // hparams.merged_shards + min(full, hparams.merged_shards)
-    inputs = 4 * WISE_TEXTS * job.requests * PROMPT * (job.width + job.ffn_width)
+    inputs = 4 * job.requests * PROMPT * (WISE_TEXTS * job.width + 2 * job.ffn_width)
     texts = WISE_TEXTS * min(job.requests, hparams.micro_batch)
     graph = job.graph(texts, max(job.layers - hparams.layer, 1))
     return (2 * memories + 3) * job.matrix + inputs + graph
