@@ -184,7 +184,7 @@ def edit_twice(model: EditableModel, name: str, files: dict[str, Path]) -> None:
     hparams = HPARAMS.get(name, {"steps": 2})
     if registered()[name].family == "locate":
         hparams |= {"layer": 0} if "rome" in name else {"layers": (0,)}
-    if name == "alphaedit":
+    if name in ("alphaedit", "betaedit"):
         hparams |= {"threshold": 1.0}
     editor = build_editor(name, hparams, files)
     for batch in (REQUESTS, REQUESTS[:1]):

@@ -67,6 +67,7 @@ EDITORS = {
     "pmet": BOTH_LAYERS,
     "emmet": {"layers": [1], "steps": 2},
     "alphaedit": BOTH_LAYERS | {"threshold": 1e-3},
+    "betaedit": BOTH_LAYERS | {"threshold": 1e-3},
     "prune": BOTH_LAYERS,
     "rect": BOTH_LAYERS,
     "kn": {"steps": 2, "prompts": 2},
