@@ -295,6 +295,22 @@ def test_company_and_padding_change_no_route(make_model, requests, wise):
     assert sorted(same) == [False, False, True]
 
 
+def test_an_open_gate_of_some_rows_leaves_the_others_their_bits(make_model, requests, wise):
+    model = make_model("gptj")
+    torch.manual_seed(0)
+    memory = memory_of(model, wise(), requests[:2])
+    model.revert()
+    batch = model.collate(model.encode(pairs(requests)))
+    before = model.answer_logits(batch)
+    heard = activations(model, memory, pairs(requests))
+    model.apply(Edit(overlays={"wise": opens_for_two(memory, heard)}))
+    after = model.answer_logits(batch)
+    closed = batch.rows == heard.index(min(heard))
+    assert torch.equal(before[closed], after[closed])
+    for row in set(range(3)) - {heard.index(min(heard))}:
+        assert not torch.equal(before[batch.rows == row], after[batch.rows == row])
+
+
 def opens_for_two(memory, heard):
     """The memory, with a threshold between the lowest and the middle of three activations."""
     between = sum(sorted(heard)[:2]) / 2
