@@ -1,4 +1,4 @@
-"""The three public forms, their bad records, and data files as people save them."""
+"""The public forms, their bad records, and data files as people save them."""
 
 import copy
 import json
@@ -46,7 +46,19 @@ ROME = {
     "paraphrase_prompts": ["Ada speaks", " Born in London, Ada speaks "],
     "neighborhood_prompts": ["Bob speaks", "Eve speaks"],
 }
-RECORDS = {"easyedit": EASYEDIT, "mend": MEND, "rome": ROME}
+WIKIBIGEDIT = {
+    "tag": "update",
+    "subject": "Ada",
+    "update": "Which language does Ada speak?",
+    "ans": "French",
+    "rephrase": "What is the tongue of Ada?",
+    "personas": "Say, what would Ada be talking in?",
+    "loc": "Which language does Bob speak?",
+    "loc_ans": "Dutch",
+    "mhop": None,
+    "mhop_ans": None,
+}
+RECORDS = {"easyedit": EASYEDIT, "mend": MEND, "rome": ROME, "wikibigedit": WIKIBIGEDIT}
 
 
 def write(folder, records):
@@ -61,7 +73,7 @@ def test_every_schema_gives_the_same_request(schema, tmp_path):
     assert (index, bad) == (0, [])
     assert request.subject == "Ada"
     assert request.target_new == "French"
-    assert request.target_true == "English"
+    assert request.target_true == (None if schema == "wikibigedit" else "English")
     assert request.prompt.count(SLOT) == 1
     assert request.filled_prompt.count("Ada") == 1
     assert "Ada" in request.paraphrases[0]
@@ -78,6 +90,28 @@ def test_what_only_some_schemas_carry(tmp_path):
     own = ROME | {"neighborhood_targets": ["Dutch", "German"]}
     ((_, rome),), _ = read_records(write(tmp_path, [own]), "rome")
     assert rome.locality == (("Bob speaks", "Dutch"), ("Eve speaks", "German"))
+
+
+def test_the_questions_of_wikibigedit_reach_the_kinds_they_count_for():
+    """A file written by hand in the release's form: keys it adds, nulls, and more personas."""
+    path = Path(__file__).parent / "wikibigedit.json"
+    records, bad = read_records(path, "wikibigedit")
+    assert not bad
+    (_, hops), (_, plain), (_, voices) = records
+    assert hops.filled_prompt == "Who is the mayor of Lower Exampleton?"
+    assert hops.prompt == "Who is the mayor of {}?"
+    assert (hops.target_new, hops.target_true) == ("Ida Muster", None)
+    assert hops.relation == "head of government"
+    assert hops.paraphrases == (
+        "What is the name of Lower Exampleton's mayor?",
+        "Hey, who runs Lower Exampleton these days?",
+    )
+    assert hops.locality == (("Who is the mayor of Upper Exampleton?", "Tom Sample"),)
+    assert hops.portability == (("Where was the mayor of Lower Exampleton born?", "Samplestadt"),)
+    assert (plain.portability, plain.relation) == ((), None)
+    assert plain.paraphrases == ("Which club does Jon Probe play for?",)
+    assert voices.paraphrases[1:] == ("Formally asked?", "Asked by a pirate, mate?")
+    assert voices.portability == ()
 
 
 def read_one(folder, record, schema="easyedit"):
@@ -230,6 +264,22 @@ BAD = {
         {"edit": {"prompt": "The mother of Rolf is Ida."}},
         "it looks like RippleEdits, but schema: mend wants the keys subject, src, alt, ",
     ),
+    "half a hop": (
+        "wikibigedit",
+        WIKIBIGEDIT | {"mhop": "Where is what Ada speaks spoken?"},
+        "the key 'mhop_ans' is no text but a NoneType",
+    ),
+    "no other words": (
+        "wikibigedit",
+        WIKIBIGEDIT | {"rephrase": None},
+        "the key 'rephrase' is no text but a NoneType",
+    ),
+    "subject in short": (
+        "wikibigedit",
+        WIKIBIGEDIT | {"subject": "Ada of Sampleton"},
+        "'Ada of Sampleton' does not stand in the prompt 'Which language does Ada speak?'",
+    ),
+    "as wikibigedit": ("mend", WIKIBIGEDIT, "set schema: wikibigedit"),
     "another schema": ("mend", EASYEDIT, "set schema: easyedit"),
     "bad paraphrases": ("rome", ROME | {"paraphrase_prompts": [""]}, "'paraphrase_prompts'"),
     "unequal lists": ("rome", ROME | {"neighborhood_targets": ["x"]}, "differ in length"),

@@ -17,7 +17,7 @@ from transformers import Gemma3TextConfig, GPTJConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from kmebench import precision
-from kmebench.data.records import EditRequest
+from kmebench.data.records import EditRequest, write_requests
 from kmebench.editors import contexts
 from kmebench.editors.base import build_editor
 from kmebench.editors.cards import registered
@@ -133,6 +133,7 @@ REQUESTS = [
     EditRequest("a", "France", "The capital of {} is", "Rome", "Paris"),
     EditRequest("b", "Italy", "What is the capital of {}?", "Paris", "Rome"),
 ]
+UNRELATED = EditRequest("d", "Rome", "Where is {}?", "x", "y", (), (("Paris", "z"),))
 #: Editors by family; GPT-J has biases, which some of them move, Gemma a norm behind its FFN.
 ASKED = {
     "llama": tuple(n for n, card in registered().items() if not card.control),
@@ -146,6 +147,7 @@ HPARAMS = {
     "ft-m": {"layer": 0, "steps": 2, "norm_constraint": 1e-4},
     "locft-bf": {"layer": 0, "steps": 2, "parameters": "layer"},
     "grace": {"layer": 0, "steps": 2},
+    "wise": {"layer": 0, "steps": 2, "shard_edits": 1, "merged_shards": 1},
     "ike": {"demonstrations": 0},
     "serac": {},
     "kn": {"prompts": 2, "steps": 2},
@@ -182,7 +184,7 @@ def edit_twice(model: EditableModel, name: str, files: dict[str, Path]) -> None:
     hparams = HPARAMS.get(name, {"steps": 2})
     if registered()[name].family == "locate":
         hparams |= {"layer": 0} if "rome" in name else {"layers": (0,)}
-    if name == "alphaedit":
+    if name in ("alphaedit", "betaedit"):
         hparams |= {"threshold": 1.0}
     editor = build_editor(name, hparams, files)
     for batch in (REQUESTS, REQUESTS[:1]):
@@ -212,6 +214,8 @@ def edit_all(kind: str) -> None:
             write_metric(metric, model, METRIC)
             encoder = write_encoder(Path(folder, "encoder"), model.tokenizer)
             files = {"covariance": path, NeutralMetric.asset: metric, "encoder": encoder}
+            files["development"] = Path(folder, "development.jsonl")
+            write_requests(files["development"], [UNRELATED])
             for name in names:
                 edit_twice(model, name, files)
                 print(kind, family, name, flush=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kmebench.data.records import EditRequest, write_requests
 from kmebench.editors.base import build_editor
 from kmebench.editors.cards import registered
 from kmebench.evaluation.predict import Settings, predict
@@ -16,7 +17,9 @@ HPARAMS = {
     "ft-m": {"layer": 1, "learning_rate": 1e-3},
     "locft-bf": {"layer": 1, "learning_rate": 3e-3},
     "lora": {},
+    "lora-merge": {"learning_rate": 1e-2, "steps": 50, "merge_weight": 1.0},
     "grace": {"layer": 1, "radius": 0.5},
+    "wise": {"layer": 1, "learning_rate": 5.0, "margins": [0.1, 1.0, 0.5]},
 }
 
 
@@ -40,12 +43,16 @@ def test_every_other_editor_is_of_a_family_that_this_model_does_not_suit():
 @pytest.mark.parametrize("name", HPARAMS)
 @pytest.mark.parametrize("together", [1, 3])
 def test_the_edited_model_says_the_new_answer_and_the_reverted_one_the_old(
-    name, together, trained, capital_requests
+    name, together, trained, capital_requests, tmp_path
 ):
     requests = capital_requests[:together]
     assert [answer(trained, r) for r in requests] == [r.target_true for r in requests]
     torch.manual_seed(0)  # LoRA's factors are drawn
-    editor = build_editor(name, HPARAMS[name], {})
+    unrelated = EditRequest(
+        "d", "Atlantis", "Where is {}?", "x", locality=(("Mount Fuji stands in", "y"),)
+    )
+    write_requests(tmp_path / "d.jsonl", [unrelated])
+    editor = build_editor(name, HPARAMS[name], {"development": tmp_path / "d.jsonl"})
     trained.apply(editor.edit(trained, requests))
     after = [answer(trained, r) for r in requests]
     trained.revert()

@@ -20,7 +20,7 @@ LAYERS = (0, 1)
 SHORT = {"steps": 3, "learning_rate": 0.2, "clamp_factor": 1.0}
 NAMES = (
     *("rome", "r-rome", "memit", "memit-seq", "encore", "pmet", "emmet", "alphaedit"),
-    *("prune", "rect"),
+    *("betaedit", "prune", "rect"),
 )
 
 
@@ -195,7 +195,8 @@ def solver(name, moments, earlier):
         values, vectors = torch.linalg.eigh(moments[1][layer])
         projector = vectors[:, values < 0.8] @ vectors[:, values < 0.8].T
         every = torch.cat([keys, *earlier.get(layer, [])], dim=1)
-        left = projector @ every @ every.T + 0.5 * torch.eye(len(keys), dtype=keys.dtype)
+        held = every @ every.T + CHOICES[name].get("moment_weight", 0.0) * moments[1][layer]
+        left = projector @ held + 0.5 * torch.eye(len(keys), dtype=keys.dtype)
         earlier.setdefault(layer, []).append(keys)
         return torch.linalg.solve(left, projector @ keys @ residual.T).T
 
@@ -208,7 +209,8 @@ def solver(name, moments, earlier):
         earlier.setdefault(layer, []).append(keys)
         return residual @ torch.linalg.solve(covariance + keys @ keys.T, keys).T
 
-    others = {"memit-seq": sequential, "encore": sequential, "emmet": emmet, "alphaedit": alphaedit}
+    others = {"memit-seq": sequential, "encore": sequential, "emmet": emmet}
+    others |= {"alphaedit": alphaedit, "betaedit": alphaedit}
     return others.get(name, memit)
 
 
@@ -221,6 +223,7 @@ CHOICES = {
     "memit-seq": {"moment_weight": 20.0},
     "encore": {"moment_weight": 20.0, "norm_weight": 3.0, "said_steps": None},
     "alphaedit": {"threshold": 0.8, "ridge": 0.5},
+    "betaedit": {"threshold": 0.8, "ridge": 0.5, "moment_weight": 3.0},
 }
 
 
@@ -311,7 +314,7 @@ def test_emmet_names_the_two_requests_whose_keys_are_the_same(make_model, reques
         editor.edit(make_model("llama"), [*requests, same])
 
 
-@pytest.mark.parametrize("name", ["memit", "memit-seq", "encore", "alphaedit"])
+@pytest.mark.parametrize("name", ["memit", "memit-seq", "encore", "alphaedit", "betaedit"])
 def test_consecutive_edits_equal_the_literal_ones(
     name, make_model, requests, moments, few_contexts
 ):
@@ -372,7 +375,7 @@ def test_prune_has_nothing_to_restrain_where_no_edit_could_be_made(make_model, m
     assert not editor_of("prune", moments, layers=LAYERS).final_edit(make_model("llama"))
 
 
-@pytest.mark.parametrize("name", ["memit-seq", "encore", "alphaedit"])
+@pytest.mark.parametrize("name", ["memit-seq", "encore", "alphaedit", "betaedit"])
 def test_the_memory_of_keys_survives_a_round_trip(name, make_model, requests, moments):
     model = make_model("gptj")
     editor = editor_of(name, moments, layers=LAYERS, **CHOICES[name])

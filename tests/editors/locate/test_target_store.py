@@ -26,7 +26,7 @@ def targets(make_model, requests, tmp_path):
     return tmp_path / "targets"
 
 
-@pytest.mark.parametrize("name", ["memit", "emmet", "alphaedit", "rect", "prune"])
+@pytest.mark.parametrize("name", ["memit", "emmet", "alphaedit", "betaedit", "rect", "prune"])
 def test_editors_write_the_same_with_cached_targets(
     name, targets, make_model, requests, tmp_path, monkeypatch
 ):
@@ -34,7 +34,7 @@ def test_editors_write_the_same_with_cached_targets(
     keys = torch.randn(60, 24)
     write_covariance(tmp_path / "covariance", {1: keys.T @ keys / 60}, 60, {"source": "self"})
     hparams = {"layers": (1,), "steps": 3, "learning_rate": 0.2, "clamp_factor": 1.0}
-    hparams |= {"threshold": 0.8} if name == "alphaedit" else {}
+    hparams |= {"threshold": 0.8} if name in ("alphaedit", "betaedit") else {}
     model = make_model("llama")
     assets = {"covariance": tmp_path / "covariance"}
     fresh = build_editor(name, hparams, assets)

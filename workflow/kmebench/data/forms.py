@@ -1,5 +1,6 @@
 """The public forms of edit records: which keys each has, and how it becomes an edit request."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -190,7 +191,30 @@ def _from_rome(raw: Mapping[str, Any], case_id: str) -> EditRequest:
     )
 
 
-#: Public record forms: EasyEdit's flat one, MEND's (ZsRE), ROME's (CounterFact).
+def _from_wikibigedit(raw: Mapping[str, Any], case_id: str) -> EditRequest:
+    subject = _text_at(raw, "subject")
+    # The release has one question in the words of a persona; its pipeline can write more.
+    personas = sorted(key for key in raw if key.startswith("personas") and _given(raw, key))
+    hops = ((_text_at(raw, "mhop"), _text_at(raw, "mhop_ans")),) if _given(raw, "mhop") else ()
+    return EditRequest(
+        case_id=case_id,
+        subject=subject,
+        **_template(_text_at(raw, "update"), subject),
+        target_new=_text_at(raw, "ans"),
+        paraphrases=tuple(_text_at(raw, key) for key in ("rephrase", *personas)),
+        locality=((_text_at(raw, "loc"), _text_at(raw, "loc_ans")),),
+        portability=hops,
+        relation=_text_at(raw, "relation") if _given(raw, "relation") else None,
+    )
+
+
+def _given(raw: Mapping[str, Any], key: str) -> bool:
+    """Whether anything stands at an optional key; null and NaN, as pandas writes them, do not."""
+    value = raw.get(key)
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+#: Public record forms: EasyEdit's flat one, MEND's (ZsRE), ROME's (CounterFact), WikiBigEdit's.
 SCHEMAS = {
     "easyedit": Form(
         _from_easyedit,
@@ -218,6 +242,9 @@ SCHEMAS = {
         ),
         "CounterFact",
     ),
+    "wikibigedit": Form(
+        _from_wikibigedit, ("subject", "update", "ans", "rephrase", "loc", "loc_ans")
+    ),
 }
 
 
@@ -238,4 +265,5 @@ _LOOKS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "easyedit": lambda raw: {"subject", "prompt", "target_new"} <= raw.keys(),
     "mend": lambda raw: {"subject", "src", "alt"} <= raw.keys(),
     "rome": lambda raw: isinstance(raw.get("requested_rewrite"), dict),
+    "wikibigedit": lambda raw: {"subject", "update", "ans"} <= raw.keys(),
 }

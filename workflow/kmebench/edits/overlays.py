@@ -37,10 +37,10 @@ class Text(NamedTuple):
 class Passage:
     """R texts on their way through a model.
 
-    ``prompt_last`` holds each row's last token of the prompt, as a column of the batch. In the
-    phase ``scored`` targets stand behind prompts; ``prefill`` reads prompts to be gone on from;
-    ``decode`` writes one token per row. ``decisions`` keeps what a hook decided in the prefill,
-    ``opened`` the rows for which one found its gate open.
+    ``prompt_first`` and ``prompt_last`` hold each row's first and last token of the prompt, as
+    columns of the batch. In the phase ``scored`` targets stand behind prompts; ``prefill`` reads
+    prompts to be gone on from; ``decode`` writes one token per row. ``decisions`` keeps what a hook
+    decided in the prefill, ``opened`` the rows for which one found its gate open.
     """
 
     prompt_last: Tensor  # [R] int64
@@ -49,6 +49,7 @@ class Passage:
     started: bool = False
     decisions: dict[int, Any] = field(default_factory=dict)  # by id() of the overlay
     opened: Tensor | None = None  # [R] bool; None: no gate was asked
+    prompt_first: Tensor | None = None  # [R] int64; None: the first column
 
     def note_opened(self, rows: Tensor) -> None:
         """Note the rows, bool [R], whose gate an overlay has found open."""
@@ -115,6 +116,7 @@ class Overlay(ABC):
 #: Kinds of this library, with the module that defines each.
 _MODULES = {
     "codebook": "kmebench.edits.codebook",
+    "side_memory": "kmebench.edits.side_memory",
     "text_memory": "kmebench.edits.text_memory",
 }
 #: Installed packages name the kinds of their overlays under this entry point group.

@@ -331,8 +331,10 @@ class EditableModel:
             pad_token_id=self.pad_id,
         )
         last = torch.full((len(prompts),), longest - 1, device=self.device)
+        first = torch.tensor([longest - len(ids) for ids in prompts], device=self.device)
+        passage = Passage(last, phase="prefill", prompt_first=first)
         head = self.model.get_output_embeddings().register_forward_pre_hook(_together)
-        with head, self._decoding(Passage(last, phase="prefill")) as processors:
+        with head, self._decoding(passage) as processors:
             output = self.model.generate(
                 input_ids.to(self.device),
                 attention_mask=mask.to(self.device),

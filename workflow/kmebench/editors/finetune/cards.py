@@ -86,6 +86,24 @@ class LoRAHparams:
     micro_batch: MicroBatch = 50
 
 
+@hyperparameters
+class LoRAMergeHparams:
+    """Hyper-parameters of LoRA-Merge, as published for models of 7 and 8 billion parameters."""
+
+    rank: Annotated[Count, about("Rank r of the adapters.")] = 4
+    alpha: Annotated[Real, about("Scale of the adapters, times r.")] = 8.0
+    dropout: Annotated[
+        Real, about("Dropout of the adapters' inputs while training."), Field(lt=1)
+    ] = 0.1
+    learning_rate: Annotated[Real, about("Step size of Adam in the first pass.")] = 6.25e-4
+    steps: Annotated[Whole, about("Passes over the requests.")] = 9
+    mini_batch: Annotated[Count, about("Requests in one step, in their order.")] = 32
+    merge_weight: Annotated[
+        Real, about("Weight m of the trained weights in the mean with those before."), Field(le=1)
+    ] = 0.25
+    micro_batch: MicroBatch = 50
+
+
 def _trained(matrices: float, job: Job) -> float:
     """Where training starts, gradients and Adam's two moments; W0 too, once there were edits."""
     return (5 if job.consecutive else 4) * matrices * job.matrix
@@ -112,10 +130,18 @@ def _locft_bf(hparams: LocFTBFHparams, job: Job) -> float:
     return _trained(matrices, job) + job.graph(texts, max(job.layers - hparams.layer, 1))
 
 
-def _lora(hparams: LoRAHparams, job: Job) -> float:
+def _adapted(job: Job, texts: int) -> float:
     """The ledger of what adapters were merged into: q and v, or the FFN where it has no gate."""
     matrices = 2 * job.layers * (job.width / job.ffn_width if job.gated else 1)
-    return job.ledger(matrices) + job.graph(min(job.requests, hparams.micro_batch))
+    return job.ledger(matrices) + job.graph(texts)
+
+
+def _lora(hparams: LoRAHparams, job: Job) -> float:
+    return _adapted(job, min(job.requests, hparams.micro_batch))
+
+
+def _lora_merge(hparams: LoRAMergeHparams, job: Job) -> float:
+    return _adapted(job, min(job.requests, hparams.mini_batch, hparams.micro_batch))
 
 
 CARDS = [
@@ -136,6 +162,16 @@ CARDS = [
         "Hu et al. 2022, LoRA: low-rank adaptation of large language models",
         summary="Fine-tunes low-rank adapters and merges them into the weights.",
         holds=_lora,
+    ),
+    Card(
+        "lora-merge",
+        "kmebench.editors.finetune.lora_merge:LoRAMerge",
+        LoRAMergeHparams,
+        "finetune",
+        "Thede et al. 2025, WikiBigEdit: understanding the limits of lifelong knowledge editing in "
+        "LLMs",
+        summary="Trains a fresh adapter on each group and folds it in by a weighted mean.",
+        holds=_lora_merge,
     ),
     Card(
         "ft-l",

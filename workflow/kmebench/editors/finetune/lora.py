@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor
-from kmebench.editors.finetune.adapters import Factors, adapters, change
+from kmebench.editors.finetune.adapters import Factors, change
+from kmebench.editors.finetune.adapting import AdapterEditor
 from kmebench.editors.finetune.cards import LoRAHparams
-from kmebench.editors.losses import check_finite, target_losses
 from kmebench.edits.weights import WeightDelta
 from kmebench.errors import EditError
 from kmebench.models.editable import EditableModel
-from kmebench.models.encoding import Encoded, length_sorted_chunks
+from kmebench.models.encoding import Encoded
 
 
-class LoRA(Editor):
-    """Adapters of attention, or of the FFN (GPT-J, GPT-2), merged."""
+class LoRA(AdapterEditor):
+    """One adapter that every edit trains on, merged."""
 
     hparams: LoRAHparams
     _factors: Factors
@@ -42,17 +41,8 @@ class LoRA(Editor):
                 f"{self.name}: the adapter has made edits that the model does not carry; apply "
                 "every delta before the next call, or forget the adapter by load_state_dict({})."
             )
-        encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
         earlier, h = self._factors, self.hparams
-        # Drawn on the CPU, whose generator is in checkpoints: a GPU's, used by dropout, is not.
-        seed = int(torch.randint(2**62, ()))
-        with self.stopwatch("optimise"), torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            with adapters(model, h.rank, h.alpha, h.dropout, merged=earlier) as live:
-                self._train(model, requests, encoded, [p for pair in live.values() for p in pair])
-                self._factors = {
-                    name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in live.items()
-                }
+        self._factors = self.trained(model, requests, earlier)
         return change(model, earlier, self._factors, h.alpha / h.rank)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -82,21 +72,3 @@ class LoRA(Editor):
                 break
             optimiser.step()
             self.steps += 1
-
-    def _backward(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        encoded: Sequence[Encoded],
-    ) -> float:
-        """Accumulate the gradient of the mean loss; return the loss of the worst request."""
-        worst = 0.0
-        lengths = [len(item.ids) for item in encoded]
-        for chunk in length_sorted_chunks(lengths, self.micro_batch):
-            losses = target_losses(model, [encoded[i] for i in chunk])
-            asked = [requests[i] for i in chunk]
-            rate = self.hparams.learning_rate
-            check_finite(self.name, losses.detach(), asked, self.steps, learning_rate=rate)
-            worst = max(worst, float(losses.detach().max()))
-            (losses.sum() / len(encoded)).backward()
-        return worst

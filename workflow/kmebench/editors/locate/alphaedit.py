@@ -39,10 +39,16 @@ class AlphaEdit(MEMIT):
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
         earlier = self._earlier.get(layer, keys[:, :0]).to(keys)
-        basis = self._basis(model, layer)
-        update = alphaedit_update(residual, keys, earlier, basis, self.hparams.ridge)
+        update = self._update(model, layer, residual, keys, earlier)
         self._earlier[layer] = torch.cat([earlier, keys], dim=1)
         return update
+
+    def _update(
+        self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor, earlier: Tensor
+    ) -> Factors:
+        """Return Δ for residuals [D, B], keys [M, B] and the keys of earlier edits [M, E]."""
+        basis = self._basis(model, layer)
+        return alphaedit_update(residual, keys, earlier, basis, self.hparams.ridge)
 
     def _basis(self, model: EditableModel, layer: int) -> Tensor:
         if layer not in self._bases:

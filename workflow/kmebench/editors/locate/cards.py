@@ -123,6 +123,17 @@ class AlphaEditHparams(MEMITHparams):
 
 
 @hyperparameters
+class BetaEditHparams(AlphaEditHparams):
+    """Hyper-parameters of BetaEdit."""
+
+    moment_weight: Annotated[Real, about("λ, weight of the covariance C.")] = 3_000.0
+    ridge: Annotated[Positive, about("α, the ridge of the solution.")] = 10.0
+    refresh_edits: Annotated[
+        Count, about("Edits after which the projection is made anew, of their keys as well.")
+    ] = 1_000
+
+
+@hyperparameters
 class PRUNEHparams(MEMITHparams):
     """Hyper-parameters of PRUNE."""
 
@@ -176,6 +187,8 @@ def _encore(hparams: ENCOREHparams, pipeline: Pipeline) -> tuple[Need, ...]:
 ROME_TEXTS = 22
 #: Matrices that RECT's sorting of a change takes, and PRUNE's singular values in float64.
 _SORTED, _DECOMPOSED = 10, 10
+#: Copies of [M, M] in float64 while BetaEdit makes its projection anew.
+_REFRESHED = 6
 
 
 def _holds_one(hparams: ROMEHparams, job: Job) -> float:
@@ -195,6 +208,12 @@ def _holds(hparams: MEMITHparams, job: Job) -> float:
 def _holds_keys(hparams: MEMITHparams, job: Job) -> float:
     """MEMIT's, and for every layer the inverse with the keys of all edits, one of them twice."""
     return _holds(hparams, job) + (len(hparams.layers) + 1) * job.factor
+
+
+def _holds_refreshed(hparams: BetaEditHparams, job: Job) -> float:
+    """MEMIT's; where the projection is made anew, C, what is added, and its spectrum."""
+    anew = _REFRESHED * job.factor if job.edits > hparams.refresh_edits else 0.0
+    return _holds(hparams, job) + anew
 
 
 def _holds_dense(hparams: RECTHparams, job: Job) -> float:
@@ -268,6 +287,15 @@ CARDS = [
         "Fang et al. 2025, AlphaEdit: null-space constrained knowledge editing",
         "MEMIT within the null space of what the model knows.",
         spread("layer", Spectrum),
+    ),
+    _card(
+        "betaedit",
+        "betaedit:BetaEdit",
+        BetaEditHparams,
+        "Liu et al. 2026, BetaEdit: null-space constrained sequential model editing",
+        "AlphaEdit with what is preserved weighed in, and a projection that is refreshed.",
+        spread("layer", Spectrum),
+        _holds_refreshed,
     ),
     _card(
         "memit-seq",

@@ -114,16 +114,25 @@ def _check_independent(gram: Tensor) -> None:
 
 
 def alphaedit_update(
-    residual: Tensor, keys: Tensor, earlier: Tensor, basis: Tensor, ridge: float
+    residual: Tensor,
+    keys: Tensor,
+    earlier: Tensor,
+    basis: Tensor,
+    ridge: float,
+    held: Tensor | None = None,
 ) -> Factors:
     """Return Δ = Xᵀ with [P (K Kᵀ + K_p K_pᵀ) + α I] X = P K Rᵀ (Fang et al. 2025, eq. 14).
 
     P = ``basis`` ``basis``ᵀ projects on what no preserved key uses; ``earlier`` K_p [M, n] are the
     keys of earlier edits; α = ``ridge``. With K̂ = [K, K_p] this is R Eᵀ (α I + K̂ᵀ P K̂)⁻¹ K̂ᵀ P,
-    E the first B columns of I: no solve of size M.
+    E the first B columns of I: no solve of size M. ``held`` [n] adds U diag(held) Uᵀ to the inner
+    sum, U the ``basis``: how much each of its directions is held besides (BetaEdit).
     """
     every = exact(torch.cat([keys, earlier], dim=1))  # K̂
-    projected = basis @ (basis.T @ every)  # P K̂
+    along = basis.T @ every
+    if held is not None:
+        along = along / (1 + held / ridge)[:, None]
+    projected = basis @ along  # P K̂, or P (I + U diag(held) Uᵀ / α)⁻¹ K̂
     gram = every.T @ projected
     gram.diagonal().add_(ridge)
     first = torch.eye(len(gram), keys.shape[1], dtype=gram.dtype, device=gram.device)

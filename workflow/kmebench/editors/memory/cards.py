@@ -2,14 +2,18 @@
 
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from kmebench.editors.cards import Card, Count, Real, Whole, about, hyperparameters
 from kmebench.editors.needs import Development, Encoder, Need, Pipeline
-from kmebench.editors.sizes import Job
+from kmebench.editors.sizes import PROMPT, Job
 
 #: Bytes of the sentence encoder and of its states, and tokens of a block of IKE's context.
 _ENCODER, _BLOCK = 0.3e9, 40
 #: Questions that are asked together behind a context (evaluation.batch_size).
 _QUESTIONS = 32
+#: Texts of a request that WISE trains on: the bare prompt and ten contexts.
+WISE_TEXTS = 11
 
 
 @hyperparameters
@@ -59,12 +63,52 @@ class SERACHparams:
     ] = 0.8
 
 
+@hyperparameters
+class WISEHparams:
+    """Hyper-parameters of WISE; layer and margins are for Llama-2-7B and Mistral-7B."""
+
+    layer: Annotated[Whole, about("Layer whose W2 gets the side memories, from 0.")] = 27
+    learning_rate: Annotated[Real, about("Size of a gradient step.")] = 1.0
+    steps: Annotated[Whole, about("Most gradient steps of an edit.")] = 70
+    tolerance: Annotated[
+        Real, about("Loss below which training ends once it stands still.", "nats per target token")
+    ] = 0.02
+    margins: Annotated[
+        tuple[Real, ...],
+        Field(min_length=3, max_length=3),
+        about(
+            "α, β, γ: activations of unrelated prompts stay below α, those of edits above β, "
+            "with γ between them.",
+            "units of W2's output",
+        ),
+    ] = (5.0, 20.0, 10.0)
+    activation_ratio: Annotated[
+        Real, about("Share of the smallest activation of its edits at which a memory opens.")
+    ] = 0.88
+    norm_constraint: Annotated[
+        Real | None, about("Largest change of a weight; none: unconstrained.")
+    ] = 1.0
+    mask_density: Annotated[
+        Real, about("Share of W2's entries that a memory may use, at random."), Field(le=1)
+    ] = 0.2
+    shard_edits: Annotated[Count, about("Edits after which a memory is full.")] = 500
+    merged_shards: Annotated[Count, about("Full memories that are merged into one.")] = 2
+    merge_density: Annotated[
+        Real, about("Share of a memory's entries, the largest, that a merger keeps."), Field(le=1)
+    ] = 0.53
+    micro_batch: Annotated[Count, about("Requests in one forward pass, in 11 contexts each.")] = 4
+
+
 def _ike_needs(hparams: IKEHparams, pipeline: Pipeline) -> tuple[Need, ...]:
     return (Encoder(), Development()) if hparams.demonstrations else (Encoder(),)
 
 
 def _serac_needs(hparams: SERACHparams, pipeline: Pipeline) -> tuple[Need, ...]:
     return (Encoder(),)
+
+
+def _wise_needs(hparams: WISEHparams, pipeline: Pipeline) -> tuple[Need, ...]:
+    return (Development(),)
 
 
 def _asked_behind(job: Job, blocks: int) -> float:
@@ -87,6 +131,16 @@ def _serac(hparams: SERACHparams, job: Job) -> float:
 def _grace(hparams: GRACEHparams, job: Job) -> float:
     """The graph of the layers above the codebook."""
     return job.graph(min(job.requests, hparams.micro_batch), job.layers - hparams.layer)
+
+
+def _wise(hparams: WISEHparams, job: Job) -> float:
+    """The memories before and after an edit; gradient, mask and step; what W2 is given of texts."""
+    full = job.edits // hparams.shard_edits
+    memories = 1 + full // hparams.merged_shards + min(full, hparams.merged_shards)
+    inputs = 4 * job.requests * PROMPT * (WISE_TEXTS * job.width + 2 * job.ffn_width)
+    texts = WISE_TEXTS * min(job.requests, hparams.micro_batch)
+    graph = job.graph(texts, max(job.layers - hparams.layer, 1))
+    return (2 * memories + 3) * job.matrix + inputs + graph
 
 
 CARDS = [
@@ -119,5 +173,16 @@ CARDS = [
         needs=_serac_needs,
         summary="Asks questions in the scope of an edit behind it (untrained form).",
         holds=_serac,
+    ),
+    Card(
+        "wise",
+        "kmebench.editors.memory.wise:WISE",
+        WISEHparams,
+        "memory",
+        "Wang et al. 2024, WISE: rethinking the knowledge memory for lifelong model editing of "
+        "large language models",
+        needs=_wise_needs,
+        summary="Writes edits into a copy of one matrix, and sends texts there that differ in it.",
+        holds=_wise,
     ),
 ]

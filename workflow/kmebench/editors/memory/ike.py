@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kmebench.data.records import EditRequest, read_requests
 from kmebench.editors.memory.cards import IKEHparams
+from kmebench.editors.memory.development import alike
 from kmebench.editors.memory.text_editor import TextEditor
 from kmebench.edits.text_memory import TextMemory
 from kmebench.errors import EditError
@@ -52,7 +53,7 @@ class IKE(TextEditor):
         """
         (records, keys), k = self._records, self.hparams.demonstrations
         ranked = (keys @ query).argsort(descending=True, stable=True).tolist()
-        usable = [records[i] for i in ranked if not _alike(records[i], request)]
+        usable = [records[i] for i in ranked if not alike(records[i], request)]
         if len(usable) < k:
             raise EditError(
                 f"{self.name}: {len(usable)} development records with a paraphrase and a locality "
@@ -80,15 +81,6 @@ class IKE(TextEditor):
         records = [record for record in records if record.paraphrases and record.locality]
         blocks = [f"{_fact(r)}\nPrompt: {r.filled_prompt} {r.target_new}" for r in records]
         return records, self.encoder.embed(blocks)
-
-
-def _alike(one: EditRequest, other: EditRequest) -> bool:
-    """Whether two requests share case, subject or prompt."""
-    return (
-        one.case_id == other.case_id
-        or one.subject == other.subject
-        or one.filled_prompt == other.filled_prompt
-    )
 
 
 def _context(request: EditRequest, blocks: Sequence[str]) -> str:
