@@ -1,4 +1,7 @@
-"""From all records of a data set to those that are edited, and those held out for tuning."""
+"""From all records of a data set to those that are edited, and those held out.
+
+Two splits are held out: one to tune on (development), one to train hyper-networks on (training).
+"""
 
 import random
 import re
@@ -34,20 +37,22 @@ class Selection:
     seed: int | None = None
     segments: tuple[tuple[int, int], ...] | None = None
     development: int = 0
+    training: int = 0
     conflicts: str = "keep"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The reported split, the development split, and what happened on the way."""
+    """The reported split, those held out, and what happened on the way."""
 
     requests: list[EditRequest]
     development: list[EditRequest]
+    training: list[EditRequest]
     report: dict[str, Any]
 
 
 def prepare(records: Sequence[Indexed], bad: Sequence[BadRecord], selection: Selection) -> Prepared:
-    """Select the records to edit and hold out a development split.
+    """Select the records to edit and hold out a development and a training split.
 
     With ``conflicts="drop"`` every record that contradicts an earlier one of the source is
     left out before anything is selected.
@@ -61,7 +66,8 @@ def prepare(records: Sequence[Indexed], bad: Sequence[BadRecord], selection: Sel
         dropped = {case_id for group in found for case_id in group["case_ids"][1:]}
         records = [(i, r) for i, r in records if r.case_id not in dropped]
     chosen = _select(records, selection)
-    development = _hold_out(records, chosen, selection)
+    development = _hold_out(records, chosen, "development", selection)
+    training = _hold_out(records, chosen + development, "training", selection)
     mine = {request.case_id for request in chosen}
     report = {
         "usable": len(records) + len(dropped),
@@ -69,11 +75,12 @@ def prepare(records: Sequence[Indexed], bad: Sequence[BadRecord], selection: Sel
         "dropped_for_conflicts": sorted(dropped),
         "selected": len(chosen),
         "development": len(development),
+        "training": len(training),
         "conflicts_among_selected": [
             group for group in found if len(mine & set(group["case_ids"])) > 1
         ],
     }
-    return Prepared(chosen, development, report)
+    return Prepared(chosen, development, training, report)
 
 
 def _select(records: Sequence[Indexed], selection: Selection) -> list[EditRequest]:
@@ -96,23 +103,24 @@ def _select(records: Sequence[Indexed], selection: Selection) -> list[EditReques
 
 
 def _hold_out(
-    records: Sequence[Indexed], chosen: Sequence[EditRequest], selection: Selection
+    records: Sequence[Indexed], taken: Sequence[EditRequest], split: str, selection: Selection
 ) -> list[EditRequest]:
-    """Sample records that share neither subject nor prompt with a reported one."""
-    subjects = {r.subject.casefold() for r in chosen}
-    prompts = {r.filled_prompt.casefold() for r in chosen}
+    """Sample the records of a split, which share neither subject nor prompt with those taken."""
+    subjects = {r.subject.casefold() for r in taken}
+    prompts = {r.filled_prompt.casefold() for r in taken}
     free = [
         request
         for _, request in records
         if request.subject.casefold() not in subjects
         and request.filled_prompt.casefold() not in prompts
     ]
-    if selection.development > len(free):
+    asked: int = getattr(selection, split)
+    if asked > len(free):
         raise DataError(
-            f"development is {selection.development}, but only {len(free)} records share no "
-            "subject with the reported ones."
+            f"{split} is {asked}, but only {len(free)} records share no subject with the reported "
+            "ones and those held out before; lower it."
         )
-    picks = random.Random(selection.seed or 0).sample(range(len(free)), selection.development)
+    picks = random.Random(selection.seed or 0).sample(range(len(free)), asked)
     return [free[pick] for pick in sorted(picks)]
 
 

@@ -27,7 +27,10 @@ TARGET = r"site=[\w-]+\+layer=\d+\+[^/]+"
 MODE = r"batch|breadth_first|consecutive(?:\+turn=\d+)?"
 _HAS_GPU = shutil.which("nvidia-smi") is not None
 #: Keys of a data set that decide what is selected from it.
-_SELECTED = ("schema", "n", "seed", "segments", "development", "conflicts", "on_bad_record")
+_SELECTED = (
+    *("schema", "n", "seed", "segments", "development", "training"),
+    *("conflicts", "on_bad_record"),
+)
 
 
 def one_of(names: Iterable[str]) -> str:
