@@ -54,6 +54,22 @@ class Rows(NamedTuple):
         """[h; g], [N, in + out] float64."""
         return exact(torch.cat(self, dim=1))
 
+    def split(self, joined: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two parts, [N, in] and [N, out], of rows like :attr:`joined`."""
+        inputs, gradients = joined.split(self.shape, dim=1)
+        return inputs, gradients
+
+    def ridge_solution(self, ridge: float | Tensor) -> Tensor:
+        """Return (H Hᵀ + ρ I)⁻¹ H, [N, in] float64."""
+        inputs = exact(self.inputs)
+        gram = inputs @ inputs.T + ridge * torch.eye(len(inputs)).to(inputs)
+        return torch.cholesky_solve(inputs, torch.linalg.cholesky(gram))
+
+    @classmethod
+    def joint(cls, parts: Sequence["Rows"]) -> "Rows":
+        """Return the rows of several parts as one."""
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
+
 
 def sites_of(editor: str, hparams: Matrices, model: EditableModel) -> list[Site]:
     """Return the matrices that an editor changes: W2s, then W1s, then gates.

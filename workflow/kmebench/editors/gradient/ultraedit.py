@@ -15,7 +15,7 @@ from torch import Tensor
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
 from kmebench.editors.gradient.cards import UltraEditHparams
-from kmebench.editors.gradient.moments import ByShape, Moments, packed, unpacked
+from kmebench.editors.gradient.moments import ByShape, Moments, packed, unpacked, with_rows
 from kmebench.editors.losses import check_finite, row_losses
 from kmebench.editors.rows import Rows, Site, rows_of, sites_of
 from kmebench.edits.weights import WeightDelta
@@ -23,7 +23,6 @@ from kmebench.errors import ConfigError
 from kmebench.io.tensors import TensorFile, write_tensors
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, length_sorted_chunks
-from kmebench.precision import exact
 
 #: Requests whose answer tokens the released code takes the mean loss of.
 GROUP = 10
@@ -63,9 +62,7 @@ class UltraEdit(Editor):
         for chunk in length_sorted_chunks([len(e.ids) for e in encoded], self.micro_batch):
             asked, texts = [requests[i] for i in chunk], [encoded[i] for i in chunk]
             found.append(self._pass(model, asked, texts, weights[chunk], sites))
-        return [
-            Rows(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*found, strict=True)
-        ]
+        return [Rows.joint(parts) for parts in zip(*found, strict=True)]
 
     def _pass(
         self,
@@ -110,28 +107,15 @@ def loss_weights(targets: Sequence[int], lengths: Sequence[int]) -> Tensor:
     return weights
 
 
-def with_rows(moments: ByShape, seen: Sequence[Rows]) -> dict[tuple[int, int], Moments]:
-    """Return the moments of earlier rows and of what all modules have seen, by their shape."""
-    found = dict(moments)
-    for rows in seen:
-        joined = rows.joined
-        known = found.get(rows.shape) or Moments.zero(joined)
-        found[rows.shape] = known.to(joined.device).with_rows(joined)
-    return found
-
-
 def ridge_change(rows: Rows, moments: Moments, rate: float, ridge: float) -> tuple[Tensor, Tensor]:
     """Return factors u [out, N], v [N, in] of ΔW = Vᵀ (H Hᵀ + ρ I)⁻¹ H, in float64.
 
     V = −η diag(‖ĥ‖²) Ĝ, [N, out], with ĥ and ĝ normalised by ``moments`` and H as it is. ΔW
     minimises ‖H ΔWᵀ − V‖² + ρ ‖ΔW‖²; the released code solves the same with HᵀH, in × in.
     """
-    inputs, normal = exact(rows.inputs), moments.normalised(rows.joined)
-    normal_inputs, normal_gradients = normal.split(list(rows.shape), dim=1)
+    normal_inputs, normal_gradients = rows.split(moments.normalised(rows.joined))
     step = -rate * normal_inputs.square().sum(dim=1, keepdim=True) * normal_gradients
-    gram = inputs @ inputs.T
-    gram.diagonal().add_(ridge)
-    return step.T, torch.cholesky_solve(inputs, torch.linalg.cholesky(gram))
+    return step.T, rows.ridge_solution(ridge)
 
 
 def warm_up(
