@@ -129,7 +129,7 @@ class Training:
         for start in range(0, len(drawn), h.edits):
             own = slice(start, start + h.edits)
             losses = self.learn(drawn[own], seen[own], states[own])
-            means += losses.mean(dim=1).double().cpu() / h.groups
+            means += losses.mean(dim=1).cpu().double() / h.groups
         norm = clip_grad_norm_(self.network.parameters(), h.clip)
         if not (norm.isfinite() and means.isfinite().all()):
             raise EditError(
