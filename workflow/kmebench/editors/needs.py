@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from kmebench.errors import ConfigError
 from kmebench.values import DEVELOPMENT, JOIN, read_all, spell_all
 
 #: Tokens for each of the M dimensions of C. Where all its eigenvalues are equal, those of an
 #: estimate spread over (1 ± √(M / tokens))² times that: from 0.25 to 2.25 with four.
 TOKENS_PER_DIMENSION = 4
+
+#: Letters of a file's name, of the 255 that file systems take; endings and marks come to it.
+LONGEST = 215
 
 
 @dataclass(frozen=True)
@@ -259,6 +263,13 @@ class Hypernetwork(Need):
 
     asset: ClassVar[str] = "hypernetwork"
     rule: ClassVar[str] = "hypernetwork"
+
+    def __post_init__(self) -> None:
+        if len(self.name) > LONGEST:
+            raise ConfigError(
+                f"{self.editor}: the values of its network make a file name of {len(self.name)} "
+                f"letters, more than {LONGEST}; edit matrices of fewer layers."
+            )
 
     @property
     def name(self) -> str:

@@ -219,15 +219,20 @@ def workflow_path(source: Source, need: MadeByWorkflow) -> Path:
     """Return what the workflow makes: of the first data set with the split that it is made of.
 
     Raises:
-        ConfigError: no data set has records to train a network on.
+        ConfigError: no data set has enough records to train a network on.
     """
-    network = isinstance(need, Hypernetwork)
-    split, least = ("training", need.records) if network else ("development", 1)
-    sizes = {name: spec.get(split, 0) for name, spec in source.config["datasets"].items()}
-    enough = [name for name, size in sizes.items() if size >= least]
-    if network and not enough:
-        raise ConfigError(
-            f"The network of {need.editor!r} is trained on {least} records a step, and no data set "
-            f"has so many for training; set datasets.{next(iter(sizes))}.training."
-        )
-    return source.results / need.path(source.name, (enough or list(sizes))[0])
+    datasets = source.config["datasets"]
+    if isinstance(need, Hypernetwork):
+        return source.results / need.path(source.name, _trained_on(datasets, need))
+    developed = [name for name, spec in datasets.items() if spec.get("development")]
+    return source.results / need.path(source.name, (developed or list(datasets))[0])
+
+
+def _trained_on(datasets: Mapping[str, Any], need: Hypernetwork) -> str:
+    for name, spec in datasets.items():
+        if spec["training"] >= need.records:
+            return name
+    raise ConfigError(
+        f"The network of {need.editor!r} is trained on {need.records} records a step, and no data "
+        f"set has so many for training; set datasets.{next(iter(datasets))}.training."
+    )
