@@ -30,8 +30,10 @@ run: $(READY)
 
 PYTEST = PATH="$(abspath $(BIN)):$$PATH" python -m pytest -n auto --dist loadgroup
 
+MARKED ?= not slow
+
 test: $(READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "$(MARKED)"
 
 quick: $(READY)
 	$(PYTEST) -m "not slow and not integration"

@@ -41,7 +41,7 @@ def server(monkeypatch):
     _until(lambda: not Path(json.loads(address)[0]).parent.exists())  # it cleans up
 
 
-def _until(true, seconds=10):
+def _until(true, seconds=60):
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline

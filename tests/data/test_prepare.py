@@ -81,6 +81,21 @@ def test_the_training_split_shares_nothing_with_the_others_and_leaves_them_as_th
         assert not others & trained_on
 
 
+def test_what_shares_subject_or_prompt_with_what_is_left_out_is_never_selected():
+    requests = [request(i, f"Subject {i // 2}") for i in range(20)] + [request(20, "Rome Hall")]
+    requests += [request(21, "Rome", "{} hall is in"), request(22, "Rome", "{} lies on")]
+    left_out = [request(90, "SUBJECT 0"), request(91, "subject 3"), request(92, "Rome Hall")]
+    left = [2, 3, 4, 5, *range(8, 20), 22]
+    every = prepare(indexed(requests), [], Selection(), left_out)
+    assert ids(every.requests) == left
+    assert every.report["usable"] == len(left)
+    split = prepare(indexed(requests), [], Selection(n=6, development=11), left_out)
+    assert ids(split.requests) == left[:6]
+    assert set(ids(split.development)) == set(left[6:])
+    segments = prepare(indexed(requests), [], Selection(segments=((0, 4),)), left_out)
+    assert ids(segments.requests) == [2, 3]
+
+
 def test_too_few_records_are_counted():
     with pytest.raises(DataError, match="n is 31, but there are 30 usable records"):
         prepare(MANY, [], Selection(n=31))

@@ -46,6 +46,25 @@ def test_norm_is_the_frobenius_norm_of_the_dense_matrix(kind, seed):
     assert part.norm() == pytest.approx(float(torch.linalg.norm(part.dense(SHAPE))), rel=1e-9)
 
 
+@settings(max_examples=40, deadline=None)
+@given(kinds, st.integers(0, 99))
+def test_spectral_norm_is_the_largest_singular_value(kind, seed):
+    part = draw_part(kind, seed)
+    largest = float(torch.linalg.svdvals(part.dense(SHAPE))[0])
+    assert WeightDelta({"w": part}).spectral_norms()["w"] == pytest.approx(largest, rel=1e-9)
+
+
+def test_spectral_norms_of_vectors_of_nothing_and_of_what_overflows():
+    delta = WeightDelta(
+        {
+            "bias": Dense(torch.tensor([3.0, 4.0])),
+            "none": Rows(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 7)),
+            "huge": Dense(torch.full((2, 2), 1e200, dtype=torch.float64)),
+        }
+    )
+    assert delta.spectral_norms() == {"bias": 5.0, "none": 0.0, "huge": torch.inf}
+
+
 def test_repeated_segments_add_up():
     part = Rows.summed(torch.tensor([3, 1, 3]), torch.tensor([[1.0], [2.0], [4.0]]))
     assert part.index.tolist() == [1, 3]

@@ -89,6 +89,25 @@ def test_checkpoints_are_scored_each_by_itself(files):
     assert value(table, moment="final", edits_done=4, **at) == 1.0
 
 
+def test_what_was_written_last_stands_apart_in_long_runs(files, monkeypatch):
+    answers = [[1, 2], [8, 9], [1, 9], [1, 2]]  # right, wrong, half, right
+    frame = pd.concat(
+        [
+            *(predictions("write", done, [ids]) for done, ids in enumerate(answers, start=1)),
+            predictions("checkpoint", 3, [[8, 9]] * 3),
+            predictions("final", 4, [[8, 9]] * 4),
+        ]
+    )
+    write_frame(frame, PREDICTIONS, files / "run.parquet")
+    at = {"method": "pac", "protocol": "token", "metric": "efficacy"}
+    assert "newest" not in set(score(files)["moment"])  # all are
+    monkeypatch.setattr("kmebench.evaluation.score.NEWEST", 2)
+    table = score(files)
+    assert value(table, moment="newest", edits_done=3, **at) == 0.25
+    assert value(table, moment="newest", edits_done=4, **at) == 0.75
+    assert value(table, moment="write", **at) == 0.625
+
+
 def test_every_run_is_compared_with_the_best_on_the_same_requests(files):
     good = predictions("final", 3, [[1, 2], [1, 2], [1, 9]])
     poor = predictions("final", 3, [[8, 2], [1, 2], [8, 9]])

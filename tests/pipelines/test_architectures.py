@@ -155,6 +155,7 @@ def test_a_paper_architecture_passes_through_every_stage(
                     "seed": 0,
                     "batch_size": 2,
                     "checkpoint_every": 2,
+                    "milestone_sample": None,
                     "on_failed_edit": "error",
                     "on_bad_record": "error",
                     "evaluation": {"batch_size": 8, "wild_max_tokens": 4},

@@ -10,6 +10,7 @@ from kmebench.errors import EditError, ModelError
 from kmebench.pipelines.pipelines import (
     Setup,
     milestones,
+    positions_asked,
     run_breadth_first,
     run_consecutive,
 )
@@ -62,6 +63,10 @@ def test_health_is_measured_at_milestones_and_the_end_on_finished_models(
     outcome = run_consecutive(setup, four)
     assert [state["edits_done"] for state in outcome.health] == [1, 3, 4]
     assert all(torch.equal(weight, original + Finishing.change) for weight in seen)
+    for state in outcome.health:  # what the finish adds counts as changed
+        name, largest = model.ffn[1].value.weight_name, torch.linalg.svdvals(Finishing.change)[0]
+        assert state["change"]["spectral"][name] == pytest.approx(float(largest), rel=1e-6)
+        assert state["change"]["frobenius"][name] == pytest.approx(float(Finishing.change.norm()))
     assert outcome.health[-1]["sum"] != outcome.health[0]["sum"]
     plain = consecutive(make_model("gptj", torch.float32), Finishing(), four, tmp_path / "b")
     assert plain.health == []
@@ -285,3 +290,29 @@ def test_milestones_are_ones_and_threes():
     assert sorted(milestones(300)) == [1, 3, 10, 30, 100]
     assert sorted(milestones(3000)) == [1, 3, 10, 30, 100, 300, 1000]
     assert milestones(1) == set()
+
+
+def test_a_sample_of_the_edits_so_far_is_uniform_fixed_and_behind_them():
+    assert positions_asked(1000, 30) == list(range(30))
+    assert positions_asked(1000, 30, 300) == list(range(30))
+    early, late = positions_asked(1000, 500, 100), positions_asked(1000, 1000, 100)
+    assert len(set(early)) == len(set(late)) == 100
+    assert late == positions_asked(1000, 1000, 100) != early
+    assert max(early) < 500 <= max(late)
+    # Each tenth of the edits holds about ten of the hundred.
+    assert all(2 <= sum(i // 100 == tenth for i in late) <= 20 for tenth in range(10))
+
+
+def test_a_milestone_asks_about_a_sample_and_the_end_about_all(make_model, requests, tmp_path):
+    four = [*requests, requests[0]]
+    model = make_model("gptj", torch.float32)
+    setup = Setup(model, Counting(), SETTINGS, checkpoints(tmp_path))
+    frame = run_consecutive(setup, four, milestone_sample=2).predictions
+    asked = {
+        (moment, done): sorted(rows["position"].unique())
+        for (moment, done), rows in frame.groupby(["moment", "edits_done"])
+    }
+    assert asked["checkpoint", 1] == [0]
+    assert asked["checkpoint", 3] == positions_asked(4, 3, 2)
+    assert asked["final", 4] == [0, 1, 2, 3]
+    assert [asked["write", i] for i in (1, 2, 3, 4)] == [[0], [1], [2], [3]]

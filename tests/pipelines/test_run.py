@@ -29,7 +29,9 @@ def asked(mode, seed, make_model, requests, folder):
     editor = Listing()
     checkpoints = Checkpoints(folder, 100, {})
     setup = Setup(make_model("gptj", torch.float32), editor, EVALUATION, checkpoints)
-    run_pipeline(setup, requests, {"mode": mode, "seed": seed, "batch_size": 10})
+    run_pipeline(
+        setup, requests, {"mode": mode, "seed": seed, "batch_size": 10, "milestone_sample": None}
+    )
     return editor.asked
 
 

@@ -159,5 +159,7 @@ def test_a_mode_is_spelled_and_read_back():
 @pytest.mark.parametrize(("mode", "sizes"), [("consecutive+turn=3", [3, 3, 1]), ("batch", [5, 2])])
 def test_the_mode_of_a_run_says_its_turn(mode, sizes, make_model, seven, tmp_path):
     setup = Setup(make_model("gptj", torch.float32), Counting(), SETTINGS, checkpoints(tmp_path))
-    found = run_pipeline(setup, seven, {"mode": mode, "seed": 0, "batch_size": 5})
+    found = run_pipeline(
+        setup, seven, {"mode": mode, "seed": 0, "batch_size": 5, "milestone_sample": None}
+    )
     assert [call["requests"] for call in found.times] == sizes

@@ -182,6 +182,14 @@ WRONG = {
         {"datasets": {"openfacts-zsre": {"segments": [[0, 2], [5, 3]]}}},
         r"openfacts-zsre\.segments: \[5, 3\] ends before it starts",
     ),
+    "a data set to leave out": (
+        {"datasets": {"openfacts-zsre": {"leave_out": ["openfacts-zsr.development"]}}},
+        r"datasets\.openfacts-zsre\.leave_out names 'openfacts-zsr'.*did you mean",
+    ),
+    "a data set that leaves itself out": (
+        {"datasets": {"openfacts-zsre": {"leave_out": ["openfacts-zsre.development"]}}},
+        r"openfacts-zsre\.leave_out: 'openfacts-zsre' itself leaves records out",
+    ),
 }
 
 

@@ -104,6 +104,23 @@ def test_survival_joins_checkpoints_and_the_end_in_the_order_of_the_methods():
     assert table["edits_done"].tolist() == [10, 1, 10]
 
 
+def test_survival_shows_what_was_written_last_behind_all_so_far():
+    metrics = pd.DataFrame(
+        [
+            metric(edits_done=300),
+            metric("locality", edits_done=300),
+            metric(value=0.9, edits_done=300, moment="newest"),
+            metric("locality", edits_done=300, moment="newest"),
+            metric("kl", 0.25, edits_done=300, protocol="health"),
+        ]
+    )
+    table = figure_tables.survival(metrics, LABELS, "token")
+    assert table["metric"].tolist() == ["Efficacy", "Locality", "Efficacy, newest 100", "KL"]
+    assert table["mean"].tolist() == [50, 50, 90, 0.25]
+    newest = figures.along_edits(table, STYLES).axes[2]
+    assert newest.get_ylim() == (-4, 104)
+
+
 def test_survival_ends_with_the_health_of_the_model_in_its_own_units():
     def state(name, value, **other):
         nan = float("nan")

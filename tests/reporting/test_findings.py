@@ -104,6 +104,36 @@ def test_time_is_compared_edit_by_edit(runs):
     assert verdict(runs, sides, kind="slowest", method="pac") == "does not hold"
 
 
+def test_long_runs_are_judged_at_every_milestone(tmp_path):
+    """What holds after a hundred edits need not after three hundred."""
+    for name, then, at_end in (("a", 40, 1), ("b", 1, 40)):
+        kinds = ("edit", "paraphrase", "locality")
+        write_run(tmp_path / "then" / name, dict.fromkeys(kinds, then))
+        write_run(tmp_path / name, dict.fromkeys(kinds, at_end))
+        file = tmp_path / name / "predictions.parquet"
+        early = pd.read_parquet(tmp_path / "then" / name / "predictions.parquet")
+        asked = [early.assign(moment="checkpoint", edits_done=done) for done in (30, 100)]
+        write_frame(pd.concat([*asked, pd.read_parquet(file)]), PREDICTIONS, file)
+    runs = Runs(tmp_path, {"resamples": 100, "seed": 0})
+    cell = {"claim": "id", "model": "M", "dataset": "D", "sides": {"a": "a", "b": "b"}}
+    cell["names"] = {"a": "A", "b": "B"}
+    best = {"kind": "best", "metric": "score", "method": "a"}
+    table = findings([claim(**best, mode="consecutive", edits=3000)], [cell], runs)
+    assert table[["edits", "n", "verdict"]].to_numpy().tolist() == [
+        [100, 40, "holds"],
+        [40, 40, "does not hold"],
+    ]
+    assert "100, 40 asked (3000)" in findings_markdown(table)
+    below = {"kind": "below", "metric": "score", "value": 10, "mode": "consecutive"}
+    cell["sides"] = {"a": "a"}
+    for edits, wanted in ((3000, "not testable at this scale"), (100, "does not hold")):
+        table = findings([claim(**below, edits=edits)], [cell], runs)
+        assert table["verdict"].tolist() == [wanted, "holds"]
+    assert findings([claim(**best, mode="batch")], [cell | {"sides": {"a": "a", "b": "b"}}], runs)[
+        "edits"
+    ].tolist() == [40]
+
+
 @pytest.mark.parametrize(("n", "wanted"), [(19, "too few edits (19)"), (20, "holds")])
 def test_a_claim_is_judged_from_twenty_edits_on(n, wanted, tmp_path):
     for name, right in (("good", n), ("poor", 0)):

@@ -98,7 +98,7 @@ def summary(tmp_path, **changes):
         "explorer": explored(),
         "tables": {"tables/table1": ("One", TABLE), "comparisons/audit": ("Pairs", TABLE)},
         "figures": {"figure3": ("Seconds & more", tmp_path / "figure3.png")},
-        "findings": [claim | {"found": "+1", "n": 30, "verdict": "holds"}],
+        "findings": [claim | {"found": "+1", "edits": 30, "n": 30, "verdict": "holds"}],
         "costs": TABLE,
         "fact": fact,
         "place": "m, d",

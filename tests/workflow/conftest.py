@@ -122,7 +122,7 @@ def copied(source: Path, target: Path) -> Checkout:
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """Let one of the processes of pytest-xdist make a folder that all of them read.
 
-    The gate calls pytest twice on the same code; KMEBENCH_TESTS_SHARED is where both look.
+    It lies in the folder KMEBENCH_TESTS_SHARED, where the gate looks for it later.
     """
     base = factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

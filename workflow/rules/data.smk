@@ -37,6 +37,7 @@ rule prepare_dataset:
     "Check the records, select those to edit, and hold those out to tune and to train on."
     input:
         raw="<results>/data/raw/{data}.json",
+        left_out=inputs.left_out,
         code=code("prepare_dataset"),
     output:
         requests="<results>/data/{data}.jsonl",

@@ -2,7 +2,7 @@
 
 from kmebench.data.edit_sets import read_records
 from kmebench.data.prepare import Selection, prepare
-from kmebench.data.records import write_requests
+from kmebench.data.records import read_requests, write_requests
 from kmebench.io.files import write_json
 from kmebench.io.logs import logger, script_log
 
@@ -14,7 +14,8 @@ with script_log(snakemake):
         options.pop("on_bad_record", "error"),
         name=snakemake.resources.origin or None,
     )
-    prepared = prepare(records, bad, Selection(**options))
+    left_out = [r for file in snakemake.input.get("left_out", []) for r in read_requests(file)]
+    prepared = prepare(records, bad, Selection(**options), left_out)
     for group in prepared.report["conflicts_among_selected"]:
         logger.info("conflict about %(subject)s: requests %(case_ids)s want %(targets)s", group)
     write_requests(snakemake.output.requests, prepared.requests)

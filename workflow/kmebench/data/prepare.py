@@ -51,15 +51,21 @@ class Prepared:
     report: dict[str, Any]
 
 
-def prepare(records: Sequence[Indexed], bad: Sequence[BadRecord], selection: Selection) -> Prepared:
+def prepare(
+    records: Sequence[Indexed],
+    bad: Sequence[BadRecord],
+    selection: Selection,
+    left_out: Sequence[EditRequest] = (),
+) -> Prepared:
     """Select the records to edit and hold out a development and a training split.
 
-    With ``conflicts="drop"`` every record that contradicts an earlier one of the source is
-    left out before anything is selected.
+    Before anything is selected, what shares subject or prompt with a request of ``left_out`` goes;
+    with ``conflicts="drop"``, every record that contradicts an earlier one of the source too.
 
     Raises:
         DataError: there are not enough records.
     """
+    records = _apart_from(left_out, records)
     found = conflicts([request for _, request in records])
     dropped: set[str] = set()
     if selection.conflicts == "drop":
@@ -106,14 +112,7 @@ def _hold_out(
     records: Sequence[Indexed], taken: Sequence[EditRequest], split: str, selection: Selection
 ) -> list[EditRequest]:
     """Sample the records of a split, which share neither subject nor prompt with those taken."""
-    subjects = {r.subject.casefold() for r in taken}
-    prompts = {r.filled_prompt.casefold() for r in taken}
-    free = [
-        request
-        for _, request in records
-        if request.subject.casefold() not in subjects
-        and request.filled_prompt.casefold() not in prompts
-    ]
+    free = [request for _, request in _apart_from(taken, records)]
     asked: int = getattr(selection, split)
     if asked > len(free):
         raise DataError(
@@ -122,6 +121,18 @@ def _hold_out(
         )
     picks = random.Random(selection.seed or 0).sample(range(len(free)), asked)
     return [free[pick] for pick in sorted(picks)]
+
+
+def _apart_from(others: Sequence[EditRequest], records: Sequence[Indexed]) -> list[Indexed]:
+    """Return the records that share neither subject nor prompt with any of ``others``."""
+    subjects = {r.subject.casefold() for r in others}
+    prompts = {r.filled_prompt.casefold() for r in others}
+    return [
+        (index, request)
+        for index, request in records
+        if request.subject.casefold() not in subjects
+        and request.filled_prompt.casefold() not in prompts
+    ]
 
 
 def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from kmebench.precision import exact
+
 
 def put_segments(tensor: Tensor, axis: int, index: Tensor, values: Tensor) -> None:
     """Overwrite segments of a tensor along ``axis``; ``values[i]`` goes to ``index[i]``.
@@ -157,6 +159,10 @@ class WeightDelta(Mapping[str, Part]):
         """Frobenius norm of every part, by parameter name."""
         return {name: part.norm() for name, part in self.items()}
 
+    def spectral_norms(self) -> dict[str, float]:
+        """Largest singular value of every part, by parameter name; a vector's is its norm."""
+        return {name: _spectral_norm(part) for name, part in self.items()}
+
     def is_finite(self) -> bool:
         """Whether no entry is NaN or infinite."""
         return all(bool(f.isfinite().all()) for part in self.values() for f in part.factors())
@@ -183,6 +189,22 @@ class WeightDelta(Mapping[str, Part]):
                 for name, kind in sorted(kinds)
             }
         )
+
+
+def _spectral_norm(part: Part) -> float:
+    """Return the largest singular value, from the smaller Gram matrix; inf if that overflows.
+
+    Segments that are not there are zero, and do not count.
+    """
+    values = exact(part.u @ part.v if isinstance(part, LowRank) else part.values)
+    if values.dim() < 2:
+        return part.norm()
+    gram = values @ values.T if values.shape[0] <= values.shape[1] else values.T @ values
+    if not gram.numel():
+        return 0.0
+    if not gram.isfinite().all():
+        return torch.inf
+    return float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt())
 
 
 def _add(a: Part, b: Part) -> Part:

@@ -43,18 +43,30 @@ MOMENTS = {
     "final": tuple(PROTOCOLS),
     "write": ("token", "exact"),
     "checkpoint": ("token", "exact"),
+    "newest": ("token",),
 }
+#: So many edits before a milestone are its newest, as they were right after each.
+NEWEST = 100
 
 
 def moments_of(frame: pd.DataFrame) -> Iterator[tuple[str, int, pd.DataFrame]]:
-    """Split predictions into (moment, edits done, rows); what was written belongs together."""
-    for moment in MOMENTS:
-        rows = frame[frame["moment"] == moment]
-        if moment == "checkpoint":
-            for done, at in rows.groupby("edits_done"):
-                yield moment, int(done), at
-        elif len(rows):
-            yield moment, int(rows["edits_done"].max()), rows
+    """Split predictions into (moment, edits done, rows); what was written belongs together.
+
+    Of runs of more than :data:`NEWEST` edits, what was written last is split off at every
+    milestone and the end: can the model still be edited?
+    """
+    of = {moment: frame[frame["moment"] == moment] for moment in MOMENTS}
+    milestones = of["checkpoint"].groupby("edits_done")
+    for moment in ("final", "write"):
+        if len(of[moment]):
+            yield moment, int(of[moment]["edits_done"].max()), of[moment]
+    for done, rows in milestones:
+        yield "checkpoint", int(done), rows
+    written = of["write"]["edits_done"]
+    if len(written) and written.max() > NEWEST:
+        for done in [*milestones.groups, written.max()]:
+            newest = (written > done - NEWEST) & (written <= done)
+            yield "newest", int(done), of["write"][newest]
 
 
 def score_run(frame: pd.DataFrame, statistics: Mapping[str, int]) -> pd.DataFrame:

@@ -31,7 +31,8 @@ class Outcome:
     changed (None for batches, which are rolled back). ``norms``: Frobenius
     norm of every touched parameter, for each call of the editor. ``failed``: case_ids and error of
     each call that was skipped; its requests are asked of the model without it.
-    ``health``: edits_done and the measurements of every model that was measured.
+    ``health``: edits_done and the measurements of every model that was measured, and ``change``:
+    Frobenius and spectral norm of what all edits together changed, by parameter.
     ``evaluation_seconds``: what all predictions and measurements of the run took. ``micro_batch``:
     how many requests the editor passes through the model at once since memory did not suffice for
     its own number.
@@ -41,7 +42,7 @@ class Outcome:
     times: list[dict[str, Any]] = field(default_factory=list)
     norms: list[dict[str, float]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
-    health: list[dict[str, float]] = field(default_factory=list)
+    health: list[dict[str, Any]] = field(default_factory=list)
     evaluation_seconds: float = 0.0
     micro_batch: int | None = None
     edit: Edit | None = None

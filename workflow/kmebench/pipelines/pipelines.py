@@ -3,9 +3,10 @@
 **batch**: the requests are split into batches; each is edited at once from the original
 model, evaluated, and rolled back. **consecutive**: one turn after another without
 rollback, a turn being one request or several that are edited at once; predictions are made right
-after each turn for its requests ("write"), for all requests so far behind the turns in which
-1, 3, 10, 30, 100, ... edits are reached ("checkpoint"), and for all requests on the final model
-("final"). The health of the model is measured at "checkpoint" and "final".
+after each turn for its requests ("write"), for all requests so far, or a fixed sample of them,
+behind the turns in which 1, 3, 10, 30, 100, ... edits are reached ("checkpoint"), and for all
+requests on the final model ("final"). The health of the model is measured at "checkpoint" and
+"final".
 **breadth_first**: all requests at once, without rollback; the editor passes over them in
 mini-batches, several times, and the final model is evaluated.
 
@@ -15,8 +16,9 @@ stop by SIGTERM or SIGUSR1, they finish the turn or epoch under way, save, and e
 """
 
 import logging
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -64,7 +66,8 @@ def run_batches(setup: Setup, requests: Sequence[EditRequest], batch_size: int) 
             batch = requests[start : start + batch_size]
             run.edit(batch)
             with run.finished(noted=True):
-                run.predict(batch, start, "final", len(batch), start // batch_size)
+                asked = enumerate(batch, start=start)
+                run.predict(asked, "final", len(batch), start // batch_size)
             setup.model.revert()
             # An independent run starts without memory of the batch before.
             setup.editor.load_state_dict({})
@@ -74,27 +77,35 @@ def run_batches(setup: Setup, requests: Sequence[EditRequest], batch_size: int) 
     return run.outcome_with_predictions()
 
 
-def run_consecutive(setup: Setup, requests: Sequence[EditRequest], turn: int = 1) -> Outcome:
+def run_consecutive(
+    setup: Setup,
+    requests: Sequence[EditRequest],
+    turn: int = 1,
+    milestone_sample: int | None = None,
+) -> Outcome:
     """Edit ``turn`` requests after another, resuming from the newest checkpoint.
 
-    The last turn holds what is left.
+    The last turn holds what is left. Behind a milestone, ``milestone_sample`` of the edits so far
+    are asked at most; all where none is given.
     """
     run, n, every = _Run.restored(setup), len(requests), setup.checkpoints.every
+    numbered = list(enumerate(requests))
     starts, asked_at = range(run.done, n, turn), milestones(n)
     with noted_signals() as stopped_by:
         for start in track(starts, "turns edited" if turn > 1 else "requests edited", len(starts)):
-            group = requests[start : start + turn]
-            run.edit(group)
+            group = numbered[start : start + turn]
+            run.edit([request for _, request in group])
             run.done += len(group)
-            run.predict(group, start, "write", run.done)
+            run.predict(group, "write", run.done)
             if run.done < n and any(start < edits <= run.done for edits in asked_at):
+                asked = positions_asked(n, run.done, milestone_sample)
                 with run.finished():
-                    run.predict(requests[: run.done], 0, "checkpoint", run.done)
+                    run.predict([numbered[i] for i in asked], "checkpoint", run.done)
                     run.measure(run.done)
             if run.done // every > start // every or stopped_by():
                 run.save(stopped_by())
     with run.finished(noted=True):
-        run.predict(requests, 0, "final", len(requests))
+        run.predict(enumerate(requests), "final", len(requests))
         run.measure(len(requests))
         run.outcome.edit = setup.model.edits.total()
     return run.outcome_with_predictions()
@@ -110,7 +121,7 @@ def run_breadth_first(setup: Setup, requests: Sequence[EditRequest]) -> Outcome:
     else:
         run.edit(requests)
     with run.finished(noted=True):
-        run.predict(requests, 0, "final", len(requests))
+        run.predict(enumerate(requests), "final", len(requests))
         run.measure(len(requests))
         run.outcome.edit = setup.model.edits.total()
     return run.outcome_with_predictions()
@@ -124,6 +135,16 @@ def milestones(n: int) -> set[int]:
         values |= {power, 3 * power}
         power *= 10
     return {value for value in values if value < n}
+
+
+def positions_asked(n: int, done: int, most: int | None = None) -> list[int]:
+    """Return which of the first ``done`` of ``n`` requests are asked: all, or a sample of ``most``.
+
+    The sample is uniform, and the same for every editor: of one random order of all n requests,
+    the first that are done.
+    """
+    order = random.Random(0).sample(range(n), n)
+    return sorted([i for i in order if i < done][:most])
 
 
 @dataclass
@@ -199,17 +220,16 @@ class _Run:
 
     def predict(
         self,
-        requests: Sequence[EditRequest],
-        first: int,
+        requests: Iterable[tuple[int, EditRequest]],
         moment: str,
         edits_done: int,
         batch: int = 0,
     ) -> None:
-        """Predict all prompts of ``requests``, the first of which has the position ``first``.
+        """Predict all prompts of ``requests``, which come with their positions.
 
         Free decoding is slow and made at the end alone.
         """
-        prompts = [p for i, r in enumerate(requests, start=first) for p in prompts_of(r, i)]
+        prompts = [p for i, r in requests for p in prompts_of(r, i)]
         model, settings, decode = self.setup.model, self.setup.settings, moment == "final"
         started = time.perf_counter()
         frame = predicted_frame(model, prompts, settings, decode=decode)
@@ -217,11 +237,13 @@ class _Run:
         self.frames.append(frame.assign(moment=moment, edits_done=edits_done, batch=batch))
 
     def measure(self, edits_done: int) -> None:
-        """Note the health of the model as it is now; its time is no edit's."""
+        """Note the health of the model as it is now, and its change; its time is no edit's."""
         if self.setup.measure:
             started = time.perf_counter()
             measured = self.setup.measure(self.setup.model)
-            self.outcome.health.append({"edits_done": edits_done, **measured})
+            change = self.setup.model.edits.total().weights
+            norms = {"frobenius": change.norms(), "spectral": change.spectral_norms()}
+            self.outcome.health.append({"edits_done": edits_done, **measured, "change": norms})
             self.outcome.evaluation_seconds += time.perf_counter() - started
 
     def save(self, stopped_by: str | None, done: int | None = None) -> None:

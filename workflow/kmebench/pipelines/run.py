@@ -65,8 +65,8 @@ def run_cell(
     """Edit, predict and write ``output``: predictions, timing, run, delta, health.
 
     Health is measured on the text in the file ``neutral``, if there is one, and never in batches.
-    ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, on_failed_edit,
-    on_bad_record, evaluation. Requests that the model cannot be asked are left out.
+    ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, milestone_sample,
+    on_failed_edit, on_bad_record, evaluation. Requests that the model cannot be asked are left out.
     ``inputs`` names all that the outcome depends on, the model's folder and source files among
     it: a checkpoint made with others, or with other settings or requests, is not resumed.
     """
@@ -106,7 +106,8 @@ def run_pipeline(
         return run_batches(setup, requests, settings["batch_size"])
     if pipeline == "breadth_first":
         return run_breadth_first(setup, requests)
-    return run_consecutive(setup, in_order(requests, settings["seed"]), turn)
+    ordered = in_order(requests, settings["seed"])
+    return run_consecutive(setup, ordered, turn, settings["milestone_sample"])
 
 
 def measured_on(neutral: str, batch_size: int) -> Measure:

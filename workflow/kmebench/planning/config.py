@@ -100,11 +100,7 @@ def check_config(config: dict[str, Any]) -> None:
         raise ConfigError(_sentence(error))
     _Filling(_schema()).validate(config)
     config["methods"] |= {name: {} for name, spec in config["methods"].items() if spec is None}
-    for name, dataset in config["datasets"].items():
-        for segment in dataset.get("segments", []):
-            if segment[0] >= segment[1]:
-                where = f"datasets.{name}.segments"
-                raise ConfigError(f"{_wrong_at([where])}: {segment} ends before it starts.")
+    _check_datasets(config["datasets"])
     _run_on_own_models(config)
     for name in config.setdefault("notebooks", sorted(NOTEBOOKS)):
         grid.check_name(name, NOTEBOOKS, "notebooks", "notebooks")
@@ -123,6 +119,23 @@ def check_config(config: dict[str, Any]) -> None:
         _check_figure(config, f"figures.{name}", figure)
     for role, method in config["page"].items():
         grid.check_name(method, config["methods"], "methods", f"page.{role}")
+
+
+def _check_datasets(datasets: dict[str, Any]) -> None:
+    """Refuse ranges that end before they start, and data sets that cannot be left out."""
+    for name, dataset in datasets.items():
+        for segment in dataset.get("segments", []):
+            if segment[0] >= segment[1]:
+                where = f"datasets.{name}.segments"
+                raise ConfigError(f"{_wrong_at([where])}: {segment} ends before it starts.")
+        for other in dataset["leave_out"]:
+            where, whole = f"datasets.{name}.leave_out", other.removesuffix(grid.DEVELOPMENT)
+            grid.check_name(whole, datasets, "datasets", where)
+            if datasets[whole]["leave_out"]:
+                raise ConfigError(
+                    f"{_wrong_at([where])}: {whole!r} itself leaves records out; name what it "
+                    "leaves out here, and data sets that leave out nothing."
+                )
 
 
 def _check_turns(config: dict[str, Any]) -> None:

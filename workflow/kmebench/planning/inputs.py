@@ -81,6 +81,11 @@ class Inputs:
         spec = self.config["datasets"][wildcards.data]
         return {key: spec[key] for key in _SELECTED if key in spec}
 
+    def left_out(self, wildcards: Any) -> list[str]:
+        """Return the files of the data sets whose records another one leaves out."""
+        names = self.config["datasets"][wildcards.data]["leave_out"]
+        return [f"<results>/data/{name}.jsonl" for name in names]
+
     def on_bad_record(self, wildcards: Any) -> str:
         """Return what becomes of requests that cannot be used, or are too long for a model."""
         spec = self.config["datasets"][wildcards.dataset.removesuffix(grid.DEVELOPMENT)]
@@ -212,6 +217,7 @@ class Inputs:
             "seed": run.seed,
             "batch_size": config["batch_size"],
             "checkpoint_every": config["checkpoint_every"],
+            "milestone_sample": config["milestone_sample"],
             "on_failed_edit": config["on_failed_edit"],
             "on_bad_record": self.on_bad_record(wildcards),
             "load": self.load(wildcards),

@@ -15,6 +15,7 @@ _GENERAL = (
     ("seed",),
     ("batch_size",),
     ("checkpoint_every",),
+    ("milestone_sample",),
     ("on_failed_edit",),
     ("device",),
     ("evaluation", "batch_size"),

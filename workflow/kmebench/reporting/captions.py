@@ -14,7 +14,8 @@ _READ = {
     "layers": "One row per record, sorted by the layer in which half of the impact has come "
     "together. Above: the mean over records",
     "sweep": f"Metrics on the final model; {_INTERVALS}",
-    "edits": "A point after k edits is of those k edits; grey: too few to compare editors; "
+    "edits": "A point after k edits is of those k edits, or of the newest; grey: too few to "
+    "compare editors; "
     f"{_INTERVALS}",
     "edit-layers": "One row per edit, sorted by the layer in which half of its squared norm has "
     "come together. Above: the mean over edits",

@@ -15,13 +15,15 @@ from safetensors.numpy import load_file
 
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import HEALTH, METRICS, metrics_of
-from kmebench.evaluation.score import RUN
+from kmebench.evaluation.score import NEWEST, RUN
 from kmebench.evaluation.statistics import bootstrap
 from kmebench.io.checked_files import read_json, read_parquet, trusted
 from kmebench.modes import in_turns, split_mode
 
 Runs = Sequence[Mapping[str, Any]]
 Labels = Mapping[str, Mapping[str, str]]
+#: Behind the name of a metric of what was written last.
+OF_THE_NEWEST = f", newest {NEWEST}"
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -141,17 +143,20 @@ def pipeline_label(mode: str) -> str:
 def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFrame:
     """Tabled metrics after 1, 3, 10, ... and all consecutive edits, in their units.
 
-    Those of requests are of all requests so far; those of states come behind them.
+    Those of requests are of all requests so far; of long runs the Efficacy of the newest comes
+    behind them, and those of states at the end.
     """
     tabled = [*metrics_of("request", tabled=True), *metrics_of("state", tabled=True)]
-    kept = metrics["moment"].isin(["checkpoint", "final"])
+    newest = (metrics["moment"] == "newest") & (metrics["metric"] == "efficacy")
+    kept = newest | metrics["moment"].isin(["checkpoint", "final"])
     kept &= metrics["metric"].isin([metric.name for metric in tabled])
     kept &= metrics["protocol"].isin([protocol, HEALTH])
     edited = metrics[kept & (metrics["method"] != "original")]
     order = edited["method"].map({name: k for k, name in enumerate(labels["methods"])})
-    state = edited["protocol"] == HEALTH
-    ordered = edited.assign(state=state, order=order).sort_values(["state", "order"], kind="stable")
+    part = 2 * (edited["protocol"] == HEALTH) + (edited["moment"] == "newest")
+    ordered = edited.assign(part=part, order=order).sort_values(["part", "order"], kind="stable")
     table = _labelled(_in_units(ordered), labels)
+    table["metric"] += np.where(table["part"] == 1, OF_THE_NEWEST, "")
     columns = ["model", "dataset", "editor", "edits_done", "metric", "mean", "low", "high"]
     return with_cells(table[columns])
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator
 from kmebench.evaluation.protocols import METRICS, Metric, metrics_of
 from kmebench.evaluation.statistics import ENOUGH_EDITS, bootstrap
 from kmebench.reporting.appearance import MARKERS, Style
+from kmebench.reporting.figure_tables import OF_THE_NEWEST
 from kmebench.reporting.labels import spread
 from kmebench.reporting.panels import (
     COLOURS,
@@ -154,7 +155,7 @@ def along_edits(table: pd.DataFrame, styles: Styles) -> Figure:
     """Metrics against the number of consecutive edits made, one row of panels for each.
 
     Columns: cell, editor, edits_done, metric, mean, low, high (in the metric's unit). A point
-    after k edits is of those k edits. Names stand at the ends of the lines.
+    after k edits is of those k edits, or of the newest. Names stand at the ends of the lines.
     """
     by_label = {metric.label: metric for metric in METRICS.values()}
     figure, drawn = panels(table, "metric", "cell", sharey="row")
@@ -166,7 +167,7 @@ def along_edits(table: pd.DataFrame, styles: Styles) -> Figure:
         left, right = axes.get_xlim()
         axes.axvspan(left, min(ENOUGH_EDITS, right), color="0.96", linewidth=0, zorder=0)
         axes.set_xlim(left, right)
-        _scale(axes, by_label[part["metric"].iloc[0]])
+        _scale(axes, by_label[part["metric"].iloc[0].removesuffix(OF_THE_NEWEST)])
         done = sorted(part["edits_done"].unique())
         axes.set_xticks(done, [str(n) for n in done])
         axes.minorticks_off()

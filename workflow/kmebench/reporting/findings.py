@@ -1,6 +1,6 @@
 """Does what the paper claims hold here? Every verdict with its numbers. Imports no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from kmebench.reporting.tables import markdown_table
 
 HOLDS, FAILS, OPEN, SMALL = "holds", "does not hold", "undecided", "not testable at this scale"
 NOT_RUN = "not run"
+#: Consecutive edits from which on a claim is judged at every milestone, and not at the end alone.
+MANY = 100
+#: Claims about time and paths do not depend on how many edits were made.
+_WITHOUT_END = ("layers", "faster", "slowest")
 #: A mean, the ends of its 95% interval, and the number of values.
 Interval = tuple[float, float, float, int]
 
@@ -36,18 +40,46 @@ class Verdict:
 
 
 class Runs:
-    """Finished runs by folder; predictions are read and scored once."""
+    """Finished runs by folder, as they were after so many edits, or at their end.
 
-    def __init__(self, results: str | Path, statistics: Mapping[str, int]) -> None:
-        self._results, self._statistics = Path(results), statistics
+    Predictions are read and scored once.
+    """
+
+    def __init__(
+        self, results: str | Path, statistics: Mapping[str, int], edits: int | None = None
+    ) -> None:
+        self._results, self._statistics, self.edits = Path(results), statistics, edits
+        self._frames: dict[str, pd.DataFrame] = {}
         self._values: dict[str, pd.DataFrame] = {}
 
+    def after(self, edits: int) -> "Runs":
+        """Return the same runs as they were after so many consecutive edits."""
+        then = Runs(self._results, self._statistics, edits)
+        then._frames = self._frames
+        return then
+
+    def predictions(self, folder: str) -> pd.DataFrame:
+        """All predictions of a run."""
+        if folder not in self._frames:
+            self._frames[folder] = read_predictions(self._results / folder / "predictions.parquet")
+        return self._frames[folder]
+
     def values(self, folder: str) -> pd.DataFrame:
-        """case_id and metrics of every request on the final model (protocol token)."""
+        """case_id and metrics of every request that was asked (protocol token)."""
         if folder not in self._values:
-            frame = read_predictions(self._results / folder / "predictions.parquet")
-            self._values[folder] = request_values(frame[frame["moment"] == "final"], "token")
+            frame = self.predictions(folder)
+            at_end = frame["moment"] == "final"
+            then = (frame["moment"] == "checkpoint") & (frame["edits_done"] == self.edits)
+            self._values[folder] = request_values(frame[then if self.edits else at_end], "token")
         return self._values[folder]
+
+    def milestones(self, folders: Iterable[str]) -> list[int]:
+        """Numbers of edits after which all of the runs were asked, from :data:`MANY` on."""
+        asked = []
+        for folder in folders:
+            frame = self.predictions(folder)
+            asked.append({*frame.loc[frame["moment"] == "checkpoint", "edits_done"]})
+        return sorted(int(n) for n in set.intersection(*asked) if n >= MANY)
 
     def difference(self, a: str, b: str, metric: str) -> Interval:
         """Mean of a − b in percentage points, its 95% paired interval, and n."""
@@ -139,7 +171,7 @@ def _against_number(
         return Verdict(text, n, HOLDS)
     if (ends[:, 1] < 0).any():
         # What many edits ruin, a few may leave whole.
-        small = test["kind"] == "below" and n < claim.edits
+        small = test["kind"] == "below" and (runs.edits or n) < claim.edits
         return Verdict(text, n, SMALL if small else FAILS)
     return Verdict(text, n, OPEN)
 
@@ -156,8 +188,9 @@ def findings(
     """Judge every claim wherever it can be tested.
 
     ``cells``: claim (its id), model, dataset (labels), sides and names. Returns id, claim, where,
-    paper, paper_edits, model, dataset, found, n, verdict; one row without a model for a claim
-    that no run tests.
+    paper, paper_edits, model, dataset, edits (made before it was asked), found, n (asked), verdict;
+    one row without a model for a claim that no run tests. Of long runs there is a row for every
+    milestone.
     """
     rows = []
     for claim in claims:
@@ -165,13 +198,22 @@ def findings(
         about |= {"paper": claim.paper, "paper_edits": claim.edits or None}
         tested = [cell for cell in cells if cell["claim"] == claim.id]
         for cell in tested:
-            verdict = judge(claim, cell["sides"], cell["names"], runs)
             place = {"model": cell["model"], "dataset": cell["dataset"]}
-            rows.append(about | place | vars(verdict))
+            for then in _moments(claim, cell, runs):
+                verdict = judge(claim, cell["sides"], cell["names"], then)
+                rows.append(about | place | {"edits": then.edits or verdict.n} | vars(verdict))
         if not tested:
-            rows.append(about | {"model": None, "dataset": None, "found": None, "n": 0})
+            rows.append(about | {"model": None, "dataset": None, "edits": 0, "found": None, "n": 0})
             rows[-1] |= {"verdict": NOT_RUN}
     return pd.DataFrame(rows).astype({"paper_edits": "Int64"})
+
+
+def _moments(claim: Claim, cell: Mapping[str, Any], runs: Runs) -> list[Runs]:
+    """Return the runs of a cell at the milestones of long consecutive ones, and at their end."""
+    test = claim.test
+    if test["kind"] in _WITHOUT_END or test["mode"] != "consecutive":
+        return [runs]
+    return [*map(runs.after, runs.milestones(cell["sides"].values())), runs]
 
 
 def findings_markdown(table: pd.DataFrame) -> str:
@@ -186,7 +228,11 @@ def findings_markdown(table: pd.DataFrame) -> str:
     several = f"{_by_model(table)}\n\n" if table["model"].nunique() > 1 else ""
     lines = [["Claim", "Paper", "Model", "Data set", "Edits (paper)", "Found", "Verdict"]]
     for row in table.to_dict("records"):
-        edits = f"{row['n']}" + ("" if pd.isna(row["paper_edits"]) else f" ({row['paper_edits']})")
+        edits = f"{row['edits']}"
+        if row["n"] != row["edits"]:
+            edits += f", {row['n']} asked"
+        if not pd.isna(row["paper_edits"]):
+            edits += f" ({row['paper_edits']})"
         shown = [row["model"], row["dataset"], edits, row["found"]]
         cells = ["–" if pd.isna(x) else str(x) for x in shown]
         claim = f"{row['claim']} ({row['where']})"
@@ -197,7 +243,7 @@ def findings_markdown(table: pd.DataFrame) -> str:
 def _by_model(table: pd.DataFrame) -> str:
     """Lay out the verdicts of every claim, model beside model."""
     tested = table.dropna(subset="model")
-    cells = tested["verdict"].str.cat(tested["n"].astype(str), " (").add(")")
+    cells = tested["verdict"].str.cat(tested["edits"].astype(str), " (").add(")")
     rows = tested.assign(cell=cells).groupby(["claim", "model"], sort=False)["cell"].agg("; ".join)
     wide = rows.unstack().reindex(
         index=tested["claim"].unique(), columns=tested["model"].unique(), fill_value="–"

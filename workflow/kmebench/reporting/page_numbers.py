@@ -6,12 +6,17 @@ from typing import Any
 import pandas as pd
 
 from kmebench.evaluation.protocols import METRICS, table_columns
-from kmebench.evaluation.score import RUN
+from kmebench.evaluation.score import NEWEST, RUN
 from kmebench.reporting.tables import DEFAULT, tied
 
 Labels = Mapping[str, Mapping[str, str]]  # section -> name -> what readers see
 #: What readers see of the moments at which a model was asked.
-MOMENTS = {"final": "after all edits", "write": "right after each edit"}
+MOMENTS = {
+    "final": "after all edits",
+    "write": "right after each edit",
+    "checkpoint": "after {edits} edits",
+    "newest": f"right after each of the last {NEWEST} of {{edits}} edits",
+}
 _CELL = ["model", "dataset", "mode", "method"]
 
 
@@ -84,7 +89,7 @@ def explorer(metrics: pd.DataFrame, labels: Labels, seed: int) -> dict[str, Any]
         first = cell[0]
         named = _named(first, labels) | {
             "settings": _settings(first, seed),
-            "when": MOMENTS.get(first["moment"], f"after {first['edits_done']} edits"),
+            "when": MOMENTS[first["moment"]].format(edits=first["edits_done"]),
         }
         found = {row["metric"]: row for row in cell}
         numbers = [_numbers(found.get(metric.name), metric.scale) for metric in shown]
