@@ -98,3 +98,16 @@ def test_neither_order_nor_passes_change_an_edit(family, make_model, requests, t
     tokens = sum(e.n_target for e in answers)
     (u,) = {part.factors()[0].shape[1] for part in editor.edit(model, requests).values()}
     assert u == tokens
+
+
+def test_every_answer_token_counts_alike(make_model, requests):
+    """Of MEND's rows, whose loss is a mean: as many times larger as the answer has tokens."""
+    model = make_model("llama")
+    answers = model.encode([(r.filled_prompt, r.target_new) for r in requests])
+    assert len({item.n_target for item in answers}) > 1
+    ours, means = editor_of("malmen"), editor_of("mend")
+    sites = ours.sites(model)  # the second is W2 of the last layer, which answers alone reach
+    rows, others = (e.traced(model, sites, requests) for e in (ours, means))
+    for item, own, other in zip(answers, rows, others, strict=True):
+        close(own[1].inputs, other[1].inputs)
+        close(own[1].gradients, item.n_target * other[1].gradients)

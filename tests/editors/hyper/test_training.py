@@ -168,6 +168,23 @@ def test_a_step_draws_each_record_once_and_the_same_every_time(requests):
     assert examples(many, 5, 1, 0) != steps[0]
 
 
+def test_a_step_is_adams_with_a_rate_for_the_step_sizes_and_a_bound_for_gradients(
+    make_model, requests, tmp_path
+):
+    """Adam's first step moves a parameter by its rate, whatever the gradient."""
+    editor = editor_of("mend", groups=3, learning_rate=1e-3, step_size_rate=1e-2, clip=1e-4)
+    training = training_of(editor, make_model("llama"), requests, tmp_path)
+    before = {name: p.detach().clone() for name, p in training.network.named_parameters()}
+    training.step(0)
+    gradients = [p.grad for p in training.network.parameters()]
+    assert float(torch.cat([g.flatten() for g in gradients]).norm()) == pytest.approx(1e-4)
+    for name, parameter in training.network.named_parameters():
+        rate = 1e-2 if name == "step_sizes" else 1e-3
+        if parameter.grad.abs().max() > 1e-7:  # Adam's epsilon is 1e-8
+            moved = float((parameter.detach() - before[name]).abs().max())
+            assert moved == pytest.approx(rate, rel=0.1), name
+
+
 @pytest.mark.parametrize(
     ("name", "edits", "groups", "step_size"), [("mend", 1, 3, 1e-3), ("malmen", 3, 1, 1e-3)]
 )
