@@ -210,10 +210,35 @@ def test_training_lowers_the_loss(name, edits, groups, step_size, make_model, re
     assert np.mean(totals[-5:]) < 0.9 * np.mean(totals[:5])
 
 
+def loss_of_paraphrase(model, request):
+    batch = model.collate(model.encode([(request.paraphrases[0], request.target_new)]))
+    return float(cross_entropy(model.answer_logits(batch), batch.labels))
+
+
+@pytest.mark.parametrize(("name", "edits", "groups"), [("mend", 1, 3), ("malmen", 3, 1)])
+def test_a_trained_network_edits_facts_that_it_never_saw(
+    name, edits, groups, trained, capital_requests, tmp_path
+):
+    """Trained on seven capitals; a paraphrase of each of three others takes on the new answer."""
+    hparams = {"value_layers": (2, 3), "key_layers": (2, 3), "rank": 16, "steps": 20}
+    hparams |= {"edits": edits, "groups": groups, "edit_weight": 1.0, "clip": 1.0}
+    hparams |= dict.fromkeys(("step_size", "learning_rate", "step_size_rate"), 2e-3)
+    editor = editor_of(name, **hparams)
+    path = tmp_path / "network"
+    train(path, tmp_path / "history", trained, capital_requests[:7], editor, code={})
+    editor = editor_of(name, {"hypernetwork": path}, **hparams)
+    for request in capital_requests[7:]:
+        before = loss_of_paraphrase(trained, request)
+        trained.apply(editor.edit(trained, [request]))
+        after = loss_of_paraphrase(trained, request)
+        trained.revert()
+        assert after < before - 2
+
+
 # -- saved states -----------------------------------------------------------------------
 
 
-def trained(name, model, requests, folder, stopped_by=never, **hparams):
+def train_into(name, model, requests, folder, stopped_by=never, **hparams):
     """Train into a folder; return the bytes of the network and the losses."""
     editor = editor_of(name, **{"steps": 20} | hparams)
     path, history = folder / "network", folder / "history.json"
@@ -235,11 +260,11 @@ class Stopped:
 @pytest.mark.parametrize("name", EDITORS)
 def test_a_stopped_training_goes_on_with_the_same_bytes(name, make_model, requests, tmp_path):
     model = make_model("llama", torch.float32)
-    straight = trained(name, model, requests, tmp_path / "a")
+    straight = train_into(name, model, requests, tmp_path / "a")
     with pytest.raises(PreemptedError, match="Stopped by SIGTERM after 7 of 20 steps, which are"):
-        trained(name, model, requests, tmp_path / "b", Stopped(7))
+        train_into(name, model, requests, tmp_path / "b", Stopped(7))
     assert not (tmp_path / "b" / "network").exists()
-    resumed = trained(name, model, requests, tmp_path / "b")
+    resumed = train_into(name, model, requests, tmp_path / "b")
     assert resumed == straight
     assert [path.name for path in sorted((tmp_path / "b").iterdir())] == ["history.json", "network"]
 
@@ -270,13 +295,13 @@ def steps_taken(monkeypatch):
 
 def test_a_killed_training_goes_on_from_the_last_tenth(make_model, requests, tmp_path, monkeypatch):
     model = make_model("llama", torch.float32)
-    straight = trained("mend", model, requests, tmp_path / "a")
+    straight = train_into("mend", model, requests, tmp_path / "a")
     revive = kill_at(monkeypatch, 13)
     with pytest.raises(KilledError):
-        trained("mend", model, requests, tmp_path / "b")
+        train_into("mend", model, requests, tmp_path / "b")
     revive()
     taken = steps_taken(monkeypatch)
-    assert trained("mend", model, requests, tmp_path / "b") == straight
+    assert train_into("mend", model, requests, tmp_path / "b") == straight
     assert taken == list(range(12, 20))
 
 
@@ -287,7 +312,7 @@ def test_a_state_of_another_training_or_a_damaged_one_is_left(
     model = make_model("llama", torch.float32)
     revive = kill_at(monkeypatch, 13)
     with pytest.raises(KilledError):
-        trained("mend", model, requests, tmp_path)
+        train_into("mend", model, requests, tmp_path)
     revive()
     hparams = {"seed": 1} if other == "values" else {}
     if other == "requests":
@@ -298,7 +323,7 @@ def test_a_state_of_another_training_or_a_damaged_one_is_left(
         partial = tmp_path / "network.partial"
         partial.write_bytes(partial.read_bytes()[:-100])
     taken = steps_taken(monkeypatch)
-    trained("mend", model, requests, tmp_path, **hparams)
+    train_into("mend", model, requests, tmp_path, **hparams)
     assert taken == list(range(20))
 
 
@@ -308,12 +333,12 @@ def test_a_state_of_another_training_or_a_damaged_one_is_left(
 def test_too_few_records_are_a_sentence(make_model, requests, tmp_path):
     bare = [requests[0], replace(requests[1], paraphrases=()), replace(requests[2], locality=())]
     with pytest.raises(ConfigError, match=r"mend: a step .* takes 2 records .* has 1 with"):
-        trained("mend", make_model("llama"), bare, tmp_path)
+        train_into("mend", make_model("llama"), bare, tmp_path)
 
 
 def test_a_training_that_diverges_is_a_sentence(make_model, requests, tmp_path):
     with pytest.raises(EditError, match=r"mend: training became NaN .* step \d+; lower"):
-        trained("mend", make_model("llama", torch.float32), requests, tmp_path, step_size=1e38)
+        train_into("mend", make_model("llama", torch.float32), requests, tmp_path, step_size=1e38)
 
 
 def test_out_of_memory_halves_the_pass_and_then_is_a_sentence(
@@ -327,14 +352,14 @@ def test_out_of_memory_halves_the_pass_and_then_is_a_sentence(
         return own(model, batch, states)
 
     values = {"edits": 2, "groups": 1, "micro_batch": 2}
-    straight = trained("malmen", model, requests, tmp_path / "a", **values | {"micro_batch": 1})
+    straight = train_into("malmen", model, requests, tmp_path / "a", **values | {"micro_batch": 1})
     monkeypatch.setattr(stage, "text_losses", small)
-    halved = trained("malmen", model, requests, tmp_path / "b", **values)
+    halved = train_into("malmen", model, requests, tmp_path / "b", **values)
     for a, b in zip(straight[1], halved[1], strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     limit[0] = 1
     with pytest.raises(NoMemoryError, match="Out of memory while training malmen, 1 at once"):
-        trained("malmen", model, requests, tmp_path / "c", **values)
+        train_into("malmen", model, requests, tmp_path / "c", **values)
 
 
 # -- files and pipelines ----------------------------------------------------------------
@@ -382,6 +407,6 @@ def test_it_edits_in_batches_turns_and_one_after_another(name, make_model, reque
 def test_every_family_is_trained_and_edited(family, make_model, requests, tmp_path):
     model = make_model(family, torch.float32)
     for name in EDITORS:
-        trained(name, model, requests, tmp_path / name, steps=2)
+        train_into(name, model, requests, tmp_path / name, steps=2)
         editor = editor_of(name, {"hypernetwork": tmp_path / name / "network"}, steps=2)
         assert editor(model, requests).edit.is_finite()
