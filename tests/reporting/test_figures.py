@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from kmebench.errors import KMEBenchError
 from kmebench.reporting import figure_tables, figures, panels
 from kmebench.reporting.appearance import Style
+from kmebench.reporting.paper import COLUMNS
 from tests.conftest import RUN
 
 LABELS = {
@@ -121,6 +122,34 @@ def test_survival_shows_what_was_written_last_behind_all_so_far():
     assert newest.get_ylim() == (-4, 104)
 
 
+def test_the_papers_ends_are_hollow_marks_at_its_number_of_edits():
+    metrics = pd.DataFrame([metric(), metric(method="full-c"), metric("locality")])
+    paper = pd.DataFrame(
+        [
+            {"model": m, "editor": "Ours", "dataset": "ZsRE", "efficacy": x, "locality": y}
+            for m, x, y in (("A (6B)", 90.0, 80.0), ("B (7B)", 96.0, float("nan")))
+        ]
+    ).reindex(columns=COLUMNS)
+    words = {"datasets": {"d": "ZsRE"}, "methods": {"pac": "Ours", "full-c": None}}
+    ends = figure_tables.published_ends(paper, metrics, LABELS, words)
+    columns = ["editor", "edits_done", "metric", "mean", "low", "high", "source"]
+    assert ends[columns].to_numpy().tolist() == [
+        ["PAC", 3000, "Efficacy", 93, 90, 96, "paper"],
+        ["PAC", 3000, "Locality", 80, 80, 80, "paper"],
+    ]
+    ours = figure_tables.survival(metrics, LABELS, "token")
+    figure = figures.along_edits(pd.concat([ours, ends], ignore_index=True), STYLES)
+    hollow = [
+        line.get_xydata().tolist()
+        for line in figure.axes[0].lines
+        if line.get_markerfacecolor() == "white"
+    ]
+    assert hollow == [[[3000, 93]]]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"Full-C", "PAC"}
+    nothing = figure_tables.published_ends(paper, metrics, LABELS, words | {"methods": {}})
+    assert nothing.empty
+
+
 def test_survival_ends_with_the_health_of_the_model_in_its_own_units():
     def state(name, value, **other):
         nan = float("nan")
@@ -203,7 +232,7 @@ def test_lines_along_edits_are_named_at_their_ends_without_overlaps():
     editors = [f"E{k}" for k in range(12)]
     table = pd.concat(
         [
-            series(edits_done=[1, 3, 10]).assign(cell="D", metric=m, editor=editor)
+            series(edits_done=[1, 3, 10]).assign(cell="D", metric=m, editor=editor, source="here")
             for editor in editors
             for m in ("Efficacy", "Locality")
         ]

@@ -127,7 +127,7 @@ def test_findings_of_several_models_stand_side_by_side():
     rows = [("C", "Small", "ZsRE", "holds", 50), ("C", "Large", "ZsRE", "does not hold", 30)]
     rows += [("C", "Large", "CounterFact", "holds", 20), ("D", "Small", "ZsRE", "open", 50)]
     found = pd.DataFrame(rows, columns=["claim", "model", "dataset", "verdict", "n"])
-    found = found.assign(where="w", paper="p", paper_edits=pd.NA, found="f")
+    found = found.assign(where="w", paper="p", paper_edits=pd.NA, found="f", edits=found["n"])
     lines = findings_markdown(found).splitlines()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:6]]
     assert table[0] == ["Claim (verdict, edits)", "Small", "Large"]

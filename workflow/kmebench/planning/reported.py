@@ -220,6 +220,7 @@ class Reported:
             "caption": self.caption(wildcards.figure),
             "tables": [config["tables"][name]["title"] for name in spec.get("tables", [])],
             **(self._sizes(spec) if spec["kind"] == "sizes" else {}),
+            "paper_names": self._paper_names,
             "protocol": spec.get("protocol", "token"),
             "controls": grid.controls(config),
             "styles": self.styles,
@@ -227,19 +228,22 @@ class Reported:
             "labels": self.all_labels,
         }
 
+    @cached_property
+    def _paper_names(self) -> dict[str, dict[str, str | None]]:
+        """The paper's words for data sets and methods, by section."""
+        return {
+            section: {name: each.get("paper_name") for name, each in self.config[section].items()}
+            for section in ("datasets", "methods")
+        }
+
     def _sizes(self, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """What a figure of sizes is told: the paper's tables and words, parameters of models."""
+        """What a figure of sizes is told: the paper's tables, parameters of models."""
         config = self.config
         tables = [config["tables"][name] for name in spec["tables"]]
         shown = [config["experiments"][table["experiment"]]["models"] for table in tables]
         models = sorted({name for names in shown for name in names})
-        words = {
-            section: {name: each.get("paper_name") for name, each in config[section].items()}
-            for section in ("datasets", "methods")
-        }
         return {
             "papers": [table.get("paper") for table in tables],
-            "paper_names": words,
             "parameters": {name: config["models"][name]["shape"]["parameters"] for name in models},
         }
 
@@ -266,7 +270,8 @@ class Reported:
             runs += grid.runs_of(self.config, self.config["tables"][table]["experiment"])
         n = [sizes[run.dataset] for run in runs]
         turns = [run.turn for run in runs]
-        return caption(spec["title"], spec["kind"], spec.get("protocol", "token"), n, turns)
+        protocol, paper = spec.get("protocol", "token"), "paper" in spec
+        return caption(spec["title"], spec["kind"], protocol, n, turns, paper=paper)
 
     # -- findings -------------------------------------------------------------------------------
 

@@ -29,11 +29,23 @@ _SCORED = ("overview", "cost", "sweep", "edits")
 
 
 def caption(
-    title: str, kind: str, protocol: str, n: Iterable[int], turns: Iterable[int] = ()
+    title: str,
+    kind: str,
+    protocol: str,
+    n: Iterable[int],
+    turns: Iterable[int] = (),
+    *,
+    paper: bool = False,
 ) -> str:
-    """Return the caption of a figure; ``n``: how many edits its cells hold, ``turns``: together."""
+    """Return the caption of a figure.
+
+    ``n``: how many edits its cells hold; ``turns``: how many are made together; ``paper``: whether
+    the paper's numbers are marked along the edits.
+    """
     counts = sorted(set(n))
     said = [title, _READ[kind]]
+    if paper:
+        said.append("Hollow: the paper's numbers, mean and range over its models")
     if counts:
         scored = f"Protocol {protocol}, " if kind in _SCORED else ""
         cells = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"

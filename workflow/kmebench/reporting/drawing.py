@@ -44,7 +44,13 @@ def drawn(spec: Mapping[str, Any], files: Sequence[str]) -> tuple[pd.DataFrame, 
             table = figure_tables.swept(read_parquet(files[0]), runs, labels, protocol)
             return table, figures.sweep(table, spec["parameter"])
         case "edits":
-            table = figure_tables.survival(read_parquet(files[0]), labels, protocol)
+            metrics = read_parquet(files[0])
+            table = figure_tables.survival(metrics, labels, protocol)
+            if paper := spec.get("paper"):
+                ends = figure_tables.published_ends(
+                    read_paper_table(paper), metrics, labels, spec["paper_names"]
+                )
+                table = pd.concat([table, ends], ignore_index=True)
             return table, figures.along_edits(table, spec["styles"])
         case "paper":
             named = zip(spec["tables"], files, strict=True)

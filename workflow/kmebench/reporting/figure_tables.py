@@ -19,6 +19,7 @@ from kmebench.evaluation.score import NEWEST, RUN
 from kmebench.evaluation.statistics import bootstrap
 from kmebench.io.checked_files import read_json, read_parquet, trusted
 from kmebench.modes import in_turns, split_mode
+from kmebench.reporting.paper import PAPER_EDITS, REPORTED
 
 Runs = Sequence[Mapping[str, Any]]
 Labels = Mapping[str, Mapping[str, str]]
@@ -158,7 +159,34 @@ def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFra
     table = _labelled(_in_units(ordered), labels)
     table["metric"] += np.where(table["part"] == 1, OF_THE_NEWEST, "")
     columns = ["model", "dataset", "editor", "edits_done", "metric", "mean", "low", "high"]
-    return with_cells(table[columns])
+    return with_cells(table[columns]).assign(source="here")
+
+
+def published_ends(
+    paper: pd.DataFrame,
+    metrics: pd.DataFrame,
+    labels: Labels,
+    paper_names: Mapping[str, Mapping[str, str | None]],
+) -> pd.DataFrame:
+    """Return the paper's numbers of the editors and data sets of :func:`survival`, as it does.
+
+    A number is the mean over the paper's models, ``low`` and ``high`` the least and the greatest.
+    """
+    shown = metrics[(metrics["method"] != "original") & metrics["metric"].isin(REPORTED)]
+    rows = []
+    for cell in (
+        shown[["model", "dataset", "method", "metric"]].drop_duplicates().to_dict("records")
+    ):
+        words = [paper_names[f"{kind}s"].get(cell[kind]) for kind in ("dataset", "method")]
+        of_cell = paper[(paper[["dataset", "editor"]] == words).all(axis=1)]
+        values = of_cell[cell["metric"]].dropna()
+        if len(values):
+            ends = {"mean": values.mean(), "low": values.min(), "high": values.max()}
+            rows.append(cell | ends | {"edits_done": PAPER_EDITS})
+    if not rows:
+        return pd.DataFrame()
+    columns = ["model", "dataset", "editor", "edits_done", "metric", "mean", "low", "high"]
+    return with_cells(_labelled(pd.DataFrame(rows), labels)[columns]).assign(source="paper")
 
 
 def against_paper(tables: Mapping[str, pd.DataFrame], labels: Labels) -> pd.DataFrame:

@@ -154,15 +154,20 @@ def by_layer(table: pd.DataFrame, what: str) -> Figure:
 def along_edits(table: pd.DataFrame, styles: Styles) -> Figure:
     """Metrics against the number of consecutive edits made, one row of panels for each.
 
-    Columns: cell, editor, edits_done, metric, mean, low, high (in the metric's unit). A point
-    after k edits is of those k edits, or of the newest. Names stand at the ends of the lines.
+    Columns: cell, editor, edits_done, metric, mean, low, high (in the metric's unit), source
+    (here | paper). A point after k edits is of those k edits, or of the newest. Names stand at the
+    ends of the lines; the paper's numbers are hollow marks.
     """
     by_label = {metric.label: metric for metric in METRICS.values()}
-    figure, drawn = panels(table, "metric", "cell", sharey="row")
-    for axes, part in drawn:
-        for editor, points in part.groupby("editor", sort=False):
+    figure, every = panels(table, "metric", "cell", sharey="row")
+    drawn = [(axes, part[part["source"] == "here"]) for axes, part in every]
+    for axes, part in every:
+        for (editor, source), points in part.groupby(["editor", "source"], sort=False):
             points = points.sort_values("edits_done")
-            _line(axes, points["edits_done"], points, styles[editor], editor)
+            if source == "here":
+                _line(axes, points["edits_done"], points, styles[editor], editor)
+            else:
+                _hollow(axes, points, styles[editor])
         axes.set(xscale="log", xlabel="Edits made and asked")
         left, right = axes.get_xlim()
         axes.axvspan(left, min(ENOUGH_EDITS, right), color="0.96", linewidth=0, zorder=0)
@@ -174,6 +179,13 @@ def along_edits(table: pd.DataFrame, styles: Styles) -> Figure:
         axes.label_outer()
     _name_ends(figure, drawn, styles)
     return figure
+
+
+def _hollow(axes: Axes, points: pd.DataFrame, style: Style) -> None:
+    """Mark the paper's numbers, with the range over its models."""
+    bars = (points["mean"] - points["low"], points["high"] - points["mean"])
+    look = {"fmt": style.marker, "color": style.colour, "mfc": "white", "lw": 0.7, "alpha": 0.8}
+    axes.errorbar(points["edits_done"], points["mean"], bars, **look)
 
 
 def _name_ends(figure: Figure, drawn: Panels, styles: Styles) -> None:

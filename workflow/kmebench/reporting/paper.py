@@ -10,6 +10,8 @@ from kmebench.evaluation.protocols import METRICS, table_columns
 REPORTED = tuple(metric.name for metric in table_columns("request") if metric.in_paper)
 COLUMNS = ["model", "editor", "dataset", *REPORTED]
 ORIGINAL = "Original Model"
+#: Consecutive edits behind the paper's numbers.
+PAPER_EDITS = 3000
 #: Two printed digits: a mean of three rounded numbers, rounded again.
 ROUNDING = 0.0101
 
