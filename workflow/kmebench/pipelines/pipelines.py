@@ -39,7 +39,7 @@ from kmebench.memory import NoMemoryError, halved_if_needed
 from kmebench.models.editable import EditableModel
 from kmebench.pipelines.checkpoints import Checkpoints, Outcome
 from kmebench.pipelines.footprint import bytes_left, question_milliseconds
-from kmebench.pipelines.preemption import noted_signals
+from kmebench.preemption import noted_signals
 
 logger = logging.getLogger("kmebench")
 
