@@ -66,6 +66,21 @@ def test_the_development_split_shares_no_prompt_with_the_reported_one():
         assert set(ids(prepare(indexed(requests), [], selection).development)) == {1, 2, 3, 4, 5, 7}
 
 
+def test_the_training_split_shares_nothing_with_the_others_and_leaves_them_as_they_were():
+    requests = [request(i, f"Subject {i % 15}".upper(), f"{{}} has {i}") for i in range(45)]
+    requests += [request(100 + i, f"subject {i}") for i in range(15)]
+    for seed in range(5):
+        selection = Selection(n=4, seed=seed, development=5, training=8)
+        prepared = prepare(indexed(requests), [], selection)
+        without = prepare(indexed(requests), [], Selection(n=4, seed=seed, development=5))
+        assert prepared.requests == without.requests
+        assert prepared.development == without.development
+        others = {r.subject.casefold() for r in prepared.requests + prepared.development}
+        trained_on = {r.subject.casefold() for r in prepared.training}
+        assert len(prepared.training) == prepared.report["training"] == 8
+        assert not others & trained_on
+
+
 def test_what_shares_subject_or_prompt_with_what_is_left_out_is_never_selected():
     requests = [request(i, f"Subject {i // 2}") for i in range(20)] + [request(20, "Rome Hall")]
     requests += [request(21, "Rome", "{} hall is in"), request(22, "Rome", "{} lies on")]
@@ -86,6 +101,8 @@ def test_too_few_records_are_counted():
         prepare(MANY, [], Selection(n=31))
     with pytest.raises(DataError, match="development is 27, but only 26 records share no"):
         prepare(MANY, [], Selection(n=4, development=27))
+    with pytest.raises(DataError, match="training is 20, but only 19 records share no"):
+        prepare(MANY, [], Selection(n=4, development=7, training=20))
     with pytest.raises(DataError, match=r"segment \[20, 40\] lies outside the 30 records"):
         prepare(MANY, [], Selection(segments=((20, 40),)))
 

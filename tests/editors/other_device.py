@@ -8,6 +8,7 @@ give there; but one that is handed tensors of both devices fails as on CUDA, exc
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from kmebench.editors import contexts
 from kmebench.editors.base import build_editor
 from kmebench.editors.cards import registered
 from kmebench.editors.contexts import Contexts, sample_contexts
+from kmebench.editors.hyper.training import train
 from kmebench.editors.locate.covariance.stage import Sums
 from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.covariance.texts import Sampled
@@ -134,12 +136,17 @@ REQUESTS = [
     EditRequest("b", "Italy", "What is the capital of {}?", "Paris", "Rome"),
 ]
 UNRELATED = EditRequest("d", "Rome", "Where is {}?", "x", "y", (), (("Paris", "z"),))
+LEARNT = [
+    replace(r, paraphrases=(r.filled_prompt,), locality=((other.filled_prompt, other.target_true),))
+    for r, other in zip(REQUESTS, REQUESTS[::-1], strict=True)
+]
 #: Editors by family; GPT-J has biases, which some of them move, Gemma a norm behind its FFN.
 ASKED = {
     "llama": tuple(n for n, card in registered().items() if not card.control),
     "gptj": ("pac", "pac-released", "lora"),
     "gemma3": ("memit", "pmet"),
 }
+NETWORK = {"rank": 2, "steps": 2, "edits": 1, "groups": 2}
 HPARAMS = {
     "pac": {"trace_on": "current", "selection": "kbest", "paths": 3, "steps": 2},
     "pac-released": {"epochs": 2, "paths": 3},
@@ -152,6 +159,8 @@ HPARAMS = {
     "serac": {},
     "kn": {"prompts": 2, "steps": 2},
     "ultraedit": {"value_layers": (0,), "key_layers": (0,), "gate_layers": (0,)},
+    "mend": {"value_layers": (0,), "key_layers": (0,), "gate_layers": (0,)} | NETWORK,
+    "malmen": {"value_layers": (0,), "key_layers": ()} | NETWORK,
     "npac": {"layers": (0,), "matrices": "both", "paths": 5, "steps": 2},
 }
 METRIC = NeutralMetric((0,), 254)
@@ -186,6 +195,12 @@ def edit_twice(model: EditableModel, name: str, files: dict[str, Path]) -> None:
         hparams |= {"layer": 0} if "rome" in name else {"layers": (0,)}
     if name in ("alphaedit", "betaedit"):
         hparams |= {"threshold": 1.0}
+    if registered()[name].family == "hyper":
+        path = files["covariance"].with_name(f"{name}.network")
+        train(
+            path, path.with_suffix(".json"), model, LEARNT, build_editor(name, hparams, {}), code={}
+        )
+        files |= {"hypernetwork": path}
     editor = build_editor(name, hparams, files)
     for batch in (REQUESTS, REQUESTS[:1]):
         delta = editor.edit(model, batch)

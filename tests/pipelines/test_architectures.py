@@ -8,7 +8,9 @@ from transformers import GPTJConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
 from kmebench.data.records import write_requests
+from kmebench.editors.base import build_editor
 from kmebench.editors.cards import registered
+from kmebench.editors.hyper.training import train
 from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
 from kmebench.editors.needs import NeutralMetric
@@ -50,6 +52,7 @@ ARCHITECTURES = {
     ),
 }
 BOTH_LAYERS = {"layers": [0, 1], "steps": 2}
+NETWORK = {"value_layers": [0, 1], "key_layers": [], "rank": 4, "steps": 2, "edits": 1, "groups": 2}
 #: Each runs on Llama 3 in bfloat16.
 EDITORS = {
     "pac": {"steps": 3},
@@ -78,6 +81,8 @@ EDITORS = {
     "ike": {"demonstrations": 2},
     "serac": {},
     "ultraedit": {"value_layers": [1], "key_layers": [1], "gate_layers": [0]},
+    "mend": NETWORK | {"key_layers": [1]},
+    "malmen": NETWORK,
     "none": {},
 }
 
@@ -124,6 +129,11 @@ def test_a_paper_architecture_passes_through_every_stage(
     if "npac" in editors:
         write_metric(tmp_path / "neutral_metric.safetensors", model, NeutralMetric((0, 1), 254))
     write_requests(tmp_path / "d.jsonl", requests)
+    for editor in {"mend", "malmen"} & set(editors):
+        network = build_editor(editor, EDITORS[editor], {})
+        train(
+            tmp_path / f"{editor}.network", tmp_path / "history", model, requests, network, code={}
+        )
     runs, files = [], []
     for editor in editors:
         every = ("batch", "consecutive", "breadth_first")
@@ -157,7 +167,11 @@ def test_a_paper_architecture_passes_through_every_stage(
                     name: str(tmp_path / f"{name}.safetensors")
                     for name in ("paths", "covariance", "neutral_metric")
                 }
-                | {"encoder": str(encoder_folder), "development": str(tmp_path / "d.jsonl")},
+                | {
+                    "encoder": str(encoder_folder),
+                    "development": str(tmp_path / "d.jsonl"),
+                    "hypernetwork": str(tmp_path / f"{editor}.network"),
+                },
                 original=str(tmp_path / "original.parquet"),
                 inputs=[__file__],
                 output=output,

@@ -10,7 +10,7 @@ import torch
 from kmebench.editors.base import build_editor
 from kmebench.pipelines.checkpoints import Checkpoints
 from kmebench.pipelines.pipelines import Setup, run_breadth_first
-from kmebench.pipelines.preemption import SIGNALS, PreemptedError, noted_signals
+from kmebench.preemption import SIGNALS, PreemptedError, noted_signals
 from tests.pipelines.runs import SETTINGS, Counting, comparable, consecutive, in_batches
 
 EPOCHS = {

@@ -13,8 +13,8 @@ from kmebench.evaluation.frames import predicted_frame
 from kmebench.evaluation.prompts import prompts_of
 from kmebench.modes import in_turns, spell_mode, split_mode
 from kmebench.pipelines.pipelines import Setup, run_consecutive
-from kmebench.pipelines.preemption import PreemptedError
 from kmebench.pipelines.run import run_pipeline
+from kmebench.preemption import PreemptedError
 from tests.pipelines.runs import SETTINGS, Counting, checkpoints, comparable
 from tests.pipelines.test_resuming import Signalled
 

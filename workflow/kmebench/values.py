@@ -12,6 +12,8 @@ JOIN = "+"
 LIST = ":"
 #: ``{dataset}.development`` is the held-out split of a data set, itself a data set to run on.
 DEVELOPMENT = ".development"
+#: ``{dataset}.training`` is the split that hyper-networks are trained on.
+TRAINING = ".training"
 _NAMEABLE = re.compile(r"[\w.-]+")
 _NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
 

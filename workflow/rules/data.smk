@@ -34,7 +34,7 @@ rule fetch_dataset:
 
 
 rule prepare_dataset:
-    "Check the records, select those to edit, and hold a development split out."
+    "Check the records, select those to edit, and hold those out to tune and to train on."
     input:
         raw="<results>/data/raw/{data}.json",
         left_out=inputs.left_out,
@@ -42,6 +42,7 @@ rule prepare_dataset:
     output:
         requests="<results>/data/{data}.jsonl",
         development="<results>/data/{data}.development.jsonl",
+        training="<results>/data/{data}.training.jsonl",
         report="<results>/data/{data}.report.json",
     log:
         "<logs>/prepare_dataset/{data}.log",

@@ -253,3 +253,34 @@ rule train_stage:
         "Training {wildcards.trained} for {wildcards.model} on {wildcards.dataset}"
     script:
         "../scripts/train_stage.py"
+
+
+rule hypernetwork:
+    "Train the network of an editor on the training split, once for all runs of a model."
+    input:
+        unpack(inputs.training_split),
+    output:
+        network="<results>/hypernetwork/{model}/{dataset}/{editor}/{settings}.safetensors",
+        history="<results>/hypernetwork/{model}/{dataset}/{editor}/{settings}.json",
+    log:
+        "<logs>/hypernetwork/{model}/{dataset}/{editor}/{settings}.log",
+    wildcard_constraints:
+        dataset=one_of(config["datasets"]),
+        editor=r"[^/]+",
+        settings=r"[^/]+",
+    conda:
+        "../../envs/edit.yaml"
+    threads: config["threads"]
+    resources:
+        gpu=inputs.gpus,
+        mem_mb=inputs.hypernetwork_memory,
+        runtime=minutes,
+        models=1,
+    params:
+        load=inputs.load,
+        asked=inputs.askable,
+        need=inputs.hypernetwork,
+    message:
+        "Training the network of {wildcards.editor} for {wildcards.model} on {wildcards.dataset}"
+    script:
+        "../scripts/hypernetwork.py"

@@ -20,4 +20,5 @@ with script_log(snakemake):
         logger.info("conflict about %(subject)s: requests %(case_ids)s want %(targets)s", group)
     write_requests(snakemake.output.requests, prepared.requests)
     write_requests(snakemake.output.development, prepared.development)
+    write_requests(snakemake.output.training, prepared.training)
     write_json(snakemake.output.report, prepared.report)

@@ -8,10 +8,11 @@ from torch.nn.functional import cross_entropy
 
 from kmebench.editors.base import build_editor
 from kmebench.editors.cards import card_of
-from kmebench.editors.gradient.moments import EPSILON, Moments, packed, unpacked
-from kmebench.editors.gradient.ultraedit import Rows, loss_weights, ridge_change, warm_up, with_rows
+from kmebench.editors.gradient.moments import EPSILON, Moments, packed, unpacked, with_rows
+from kmebench.editors.gradient.ultraedit import loss_weights, ridge_change, warm_up
 from kmebench.editors.gradients import observed_modules
 from kmebench.editors.needs import Pipeline, Trained
+from kmebench.editors.rows import Rows
 from kmebench.errors import ConfigError, EditError
 from kmebench.pipelines.pipelines import Setup, run_consecutive
 from tests.conftest import FAMILIES

@@ -1,4 +1,7 @@
-"""From all records of a data set to those that are edited, and those held out for tuning."""
+"""From all records of a data set to those that are edited, and those held out.
+
+Two splits are held out: one to tune on (development), one to train hyper-networks on (training).
+"""
 
 import random
 import re
@@ -34,15 +37,17 @@ class Selection:
     seed: int | None = None
     segments: tuple[tuple[int, int], ...] | None = None
     development: int = 0
+    training: int = 0
     conflicts: str = "keep"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The reported split, the development split, and what happened on the way."""
+    """The reported split, those held out, and what happened on the way."""
 
     requests: list[EditRequest]
     development: list[EditRequest]
+    training: list[EditRequest]
     report: dict[str, Any]
 
 
@@ -52,7 +57,7 @@ def prepare(
     selection: Selection,
     left_out: Sequence[EditRequest] = (),
 ) -> Prepared:
-    """Select the records to edit and hold out a development split.
+    """Select the records to edit and hold out a development and a training split.
 
     Before anything is selected, what shares subject or prompt with a request of ``left_out`` goes;
     with ``conflicts="drop"``, every record that contradicts an earlier one of the source too.
@@ -67,7 +72,8 @@ def prepare(
         dropped = {case_id for group in found for case_id in group["case_ids"][1:]}
         records = [(i, r) for i, r in records if r.case_id not in dropped]
     chosen = _select(records, selection)
-    development = _hold_out(records, chosen, selection)
+    development = _hold_out(records, chosen, "development", selection)
+    training = _hold_out(records, chosen + development, "training", selection)
     mine = {request.case_id for request in chosen}
     report = {
         "usable": len(records) + len(dropped),
@@ -75,11 +81,12 @@ def prepare(
         "dropped_for_conflicts": sorted(dropped),
         "selected": len(chosen),
         "development": len(development),
+        "training": len(training),
         "conflicts_among_selected": [
             group for group in found if len(mine & set(group["case_ids"])) > 1
         ],
     }
-    return Prepared(chosen, development, report)
+    return Prepared(chosen, development, training, report)
 
 
 def _select(records: Sequence[Indexed], selection: Selection) -> list[EditRequest]:
@@ -102,16 +109,17 @@ def _select(records: Sequence[Indexed], selection: Selection) -> list[EditReques
 
 
 def _hold_out(
-    records: Sequence[Indexed], chosen: Sequence[EditRequest], selection: Selection
+    records: Sequence[Indexed], taken: Sequence[EditRequest], split: str, selection: Selection
 ) -> list[EditRequest]:
-    """Sample records that share neither subject nor prompt with a reported one."""
-    free = [request for _, request in _apart_from(chosen, records)]
-    if selection.development > len(free):
+    """Sample the records of a split, which share neither subject nor prompt with those taken."""
+    free = [request for _, request in _apart_from(taken, records)]
+    asked: int = getattr(selection, split)
+    if asked > len(free):
         raise DataError(
-            f"development is {selection.development}, but only {len(free)} records share no "
-            "subject with the reported ones."
+            f"{split} is {asked}, but only {len(free)} records share no subject with the reported "
+            "ones and those held out before; lower it."
         )
-    picks = random.Random(selection.seed or 0).sample(range(len(free)), selection.development)
+    picks = random.Random(selection.seed or 0).sample(range(len(free)), asked)
     return [free[pick] for pick in sorted(picks)]
 
 

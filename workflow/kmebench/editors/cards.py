@@ -31,6 +31,7 @@ _MODULES = tuple(
         "control",
         "finetune",
         "gradient",
+        "hyper",
         "kn",
         "locate",
         "memory",

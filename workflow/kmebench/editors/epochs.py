@@ -57,20 +57,23 @@ class EpochEditor(Editor):
 
 def adam_state(adam: torch.optim.Adam, name: str) -> dict[str, Tensor]:
     """Return the moments and counts of an optimiser under names of its own."""
-    (group,) = adam.param_groups
     return {
         f"{name}|{place}|{key}": tensor
-        for place, parameter in enumerate(group["params"])
+        for place, parameter in enumerate(_parameters(adam))
         for key, tensor in adam.state[parameter].items()
     }
 
 
 def load_adam_state(adam: torch.optim.Adam, name: str, state: Mapping[str, Tensor]) -> None:
     """Put a fresh optimiser of the same parameters into a state of :func:`adam_state`."""
-    (group,) = adam.param_groups
+    parameters = _parameters(adam)
     for key, tensor in state.items():
         owner, _, rest = key.partition("|")
         if owner == name:
             place, _, what = rest.partition("|")
-            parameter = group["params"][int(place)]
+            parameter = parameters[int(place)]
             adam.state[parameter][what] = tensor.to(parameter.device, copy=True)
+
+
+def _parameters(adam: torch.optim.Adam) -> list[Tensor]:
+    return [parameter for group in adam.param_groups for parameter in group["params"]]

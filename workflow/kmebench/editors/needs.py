@@ -6,14 +6,18 @@ name. An editor finds the file under ``assets[need.key]``.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from kmebench.errors import ConfigError
 from kmebench.values import DEVELOPMENT, JOIN, read_all, spell_all
 
 #: Tokens for each of the M dimensions of C. Where all its eigenvalues are equal, those of an
 #: estimate spread over (1 ± √(M / tokens))² times that: from 0.25 to 2.25 with four.
 TOKENS_PER_DIMENSION = 4
+
+#: Letters of a file's name, of the 255 that file systems take; endings and marks come to it.
+LONGEST = 215
 
 
 @dataclass(frozen=True)
@@ -228,7 +232,7 @@ class Trained(Need):
     """
 
     function: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(hash=False)
 
     asset: ClassVar[str] = "trained"
     rule: ClassVar[str] = "train_stage"
@@ -248,6 +252,44 @@ class Trained(Need):
     def path(self, model: str, dataset: str) -> str:
         """Return where the file lies below the results: a tuning run reads the same as a report."""
         return f"trained/{model}/{dataset.removesuffix(DEVELOPMENT)}/{self.name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Hypernetwork(Need):
+    """The network of an editor, trained on the training split with these hyper-parameters."""
+
+    editor: str
+    settings: Mapping[str, Any] = field(hash=False)
+
+    asset: ClassVar[str] = "hypernetwork"
+    rule: ClassVar[str] = "hypernetwork"
+
+    def __post_init__(self) -> None:
+        if len(self.name) > LONGEST:
+            raise ConfigError(
+                f"{self.editor}: the values of its network make a file name of {len(self.name)} "
+                f"letters, more than {LONGEST}; edit matrices of fewer layers."
+            )
+
+    @property
+    def name(self) -> str:
+        """Name of the file, e.g. ``value_layers=28:29+...+steps=200+...+seed=0``."""
+        return spell_all(self.settings)
+
+    @property
+    def records(self) -> int:
+        """How many records of the training split a step takes."""
+        return int(self.settings["edits"] * self.settings["groups"])
+
+    @classmethod
+    def parse(cls, editor: str, name: str) -> "Hypernetwork":
+        """Read a name back."""
+        return cls(editor, read_all(name))
+
+    def path(self, model: str, dataset: str) -> str:
+        """Return where the file lies below the results: a tuning run reads the same as a report."""
+        folder = f"hypernetwork/{model}/{dataset.removesuffix(DEVELOPMENT)}/{self.editor}"
+        return f"{folder}/{self.name}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -274,6 +316,9 @@ class Development(Need):
         return f"data/{dataset.removesuffix(DEVELOPMENT)}{DEVELOPMENT}.jsonl"
 
 
-_NEEDS = (Paths, Covariance, Inverse, NeutralMetric, Targets, Trained, Encoder, Development)
+_NEEDS = (
+    *(Paths, Covariance, Inverse, NeutralMetric, Targets),
+    *(Trained, Hypernetwork, Encoder, Development),
+)
 #: The rules that make stages.
 RULES = tuple(need.rule for need in _NEEDS)

@@ -70,6 +70,11 @@ class Job:
         """Bytes of the logits at one place, with what a loss makes of them."""
         return _LOGITS * self.embedding / self.width
 
+    def network(self, rank: int, shapes: int) -> float:
+        """Bytes of the hyper-networks of some shapes: two blocks, each of two maps of a rank."""
+        rows = self.width + self.ffn_width
+        return _SINGLE * shapes * 2 * 2 * rows * min(rank, rows)
+
     def ledger(self, matrices: float) -> float:
         """Bytes of what matrices were and of their masters, and of their total at a run's end."""
         return (3 if self.consecutive else 2) * matrices * self.matrix

@@ -17,7 +17,7 @@ from kmebench.editors.base import Editor
 from kmebench.edits.edit import Edit, overlay_kinds, overlay_tensors, overlays_from
 from kmebench.io.files import sha256_of, write_json
 from kmebench.models.editable import EditableModel
-from kmebench.pipelines.preemption import PreemptedError
+from kmebench.preemption import PreemptedError
 
 logger = logging.getLogger("kmebench")
 

@@ -37,7 +37,7 @@ from kmebench.io.logs import track
 from kmebench.memory import NoMemoryError, halved_if_needed
 from kmebench.models.editable import EditableModel
 from kmebench.pipelines.checkpoints import Checkpoints, Outcome
-from kmebench.pipelines.preemption import noted_signals
+from kmebench.preemption import noted_signals
 
 logger = logging.getLogger("kmebench")
 

@@ -13,6 +13,7 @@ from kmebench.editors.needs import (
     Covariance,
     Development,
     Encoder,
+    Hypernetwork,
     Inverse,
     Need,
     NeutralMetric,
@@ -30,7 +31,7 @@ DEVICES = ("auto", "cpu", "mps", "cuda", "balanced", "sequential")
 #: Facts are given by hand, so no stage of a data set is cached for them.
 _PIPELINE = Pipeline("consecutive", 1)
 #: What the workflow makes whatever fact is edited.
-MadeByWorkflow = Trained | Encoder | Development
+MadeByWorkflow = Trained | Hypernetwork | Encoder | Development
 #: Needs that can be met without a data set.
 MadeByHand = Covariance | Inverse | NeutralMetric | Spectrum | MadeByWorkflow
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -197,7 +198,7 @@ def _can_be_met(source: Source, method: str, need: Need) -> MadeByHand:
     """Return a need, but refuse one of a data set; what is trained once, the workflow trains."""
     if isinstance(need, Covariance | Inverse | NeutralMetric | Spectrum):
         return need
-    if isinstance(need, Trained) and source.kind is Kind.CONFIG:
+    if isinstance(need, Trained | Hypernetwork) and source.kind is Kind.CONFIG:
         return need
     if isinstance(need, Encoder | Development):
         if not source.config:
@@ -206,7 +207,8 @@ def _can_be_met(source: Source, method: str, need: Need) -> MadeByHand:
                 "the folder of KME-Bench."
             )
         return need
-    mend = "take a model of the config" if isinstance(need, Trained) else "run an experiment"
+    trained = isinstance(need, Trained | Hypernetwork)
+    mend = "take a model of the config" if trained else "run an experiment"
     raise ConfigError(
         f"The method {method!r} needs the {need.asset} of a data set, which the workflow alone "
         f"makes; {mend}."
@@ -214,7 +216,23 @@ def _can_be_met(source: Source, method: str, need: Need) -> MadeByHand:
 
 
 def workflow_path(source: Source, need: MadeByWorkflow) -> Path:
-    """Return what the workflow makes: of the first data set with a development split."""
+    """Return what the workflow makes: of the first data set with the split that it is made of.
+
+    Raises:
+        ConfigError: no data set has enough records to train a network on.
+    """
     datasets = source.config["datasets"]
+    if isinstance(need, Hypernetwork):
+        return source.results / need.path(source.name, _trained_on(datasets, need))
     developed = [name for name, spec in datasets.items() if spec.get("development")]
     return source.results / need.path(source.name, (developed or list(datasets))[0])
+
+
+def _trained_on(datasets: Mapping[str, Any], need: Hypernetwork) -> str:
+    for name, spec in datasets.items():
+        if spec["training"] >= need.records:
+            return name
+    raise ConfigError(
+        f"The network of {need.editor!r} is trained on {need.records} records a step, and no data "
+        f"set has so many for training; set datasets.{next(iter(datasets))}.training."
+    )

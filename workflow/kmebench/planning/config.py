@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError, best_match
 from snakemake.utils import update_config
 
-from kmebench.editors.needs import RULES, Development, Trained
+from kmebench.editors.needs import RULES, Development, Hypernetwork, Need, Trained
 from kmebench.errors import ConfigError
 from kmebench.names import near_name, nearest
 from kmebench.planning import grid
@@ -162,13 +162,23 @@ def _check_needs(config: dict[str, Any]) -> None:
                     f"{reads}, made by a rule {need.rule!r}, which the workflow does not have; "
                     f"{nearest(need.rule, RULES)}"
                 )
-            dataset = run.dataset.removesuffix(grid.DEVELOPMENT)
-            of_split = isinstance(need, Trained | Development)
-            if of_split and not config["datasets"][dataset]["development"]:
-                raise ConfigError(
-                    f"{reads}, made of the development split of {dataset!r}, which has none; "
-                    f"set datasets.{dataset}.development, to 100 say."
-                )
+            _check_split(config, run.dataset.removesuffix(grid.DEVELOPMENT), need, reads)
+
+
+def _check_split(config: dict[str, Any], dataset: str, need: Need, reads: str) -> None:
+    """Refuse a stage of a split that has not enough records."""
+    spec = config["datasets"][dataset]
+    if isinstance(need, Trained | Development) and not spec["development"]:
+        raise ConfigError(
+            f"{reads}, made of the development split of {dataset!r}, which has none; "
+            f"set datasets.{dataset}.development, to 100 say."
+        )
+    if isinstance(need, Hypernetwork) and spec["training"] < (least := need.records):
+        raise ConfigError(
+            f"{reads}, trained on {least} records a step of the training split of {dataset!r}, "
+            f"which has {spec['training']}; set datasets.{dataset}.training to {least} or more, or "
+            "lower edits or groups."
+        )
 
 
 def _run_on_own_models(config: dict[str, Any]) -> None:

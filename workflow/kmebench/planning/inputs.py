@@ -13,10 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kmebench.editors.needs import Encoder, Paths, Targets, Trained
+from kmebench.editors.cards import card_of
+from kmebench.editors.needs import Encoder, Hypernetwork, Paths, Targets, Trained
 from kmebench.io import origins
 from kmebench.planning import grid, memory
 from kmebench.planning.dependencies import code
+from kmebench.values import TRAINING
 
 OPENFACTS = "resources/openfacts"
 #: What path files and target files are called, as patterns of Snakemake.
@@ -27,7 +29,10 @@ TARGET = r"site=[\w-]+\+layer=\d+\+[^/]+"
 MODE = r"batch|breadth_first|consecutive(?:\+turn=\d+)?"
 _HAS_GPU = shutil.which("nvidia-smi") is not None
 #: Keys of a data set that decide what is selected from it.
-_SELECTED = ("schema", "n", "seed", "segments", "development", "conflicts", "on_bad_record")
+_SELECTED = (
+    *("schema", "n", "seed", "segments", "development", "training"),
+    *("conflicts", "on_bad_record"),
+)
 
 
 def one_of(names: Iterable[str]) -> str:
@@ -166,6 +171,19 @@ class Inputs:
         """Return the function of a trained stage and its settings."""
         return asdict(Trained.parse(wildcards.trained))
 
+    def training_split(self, wildcards: Any) -> dict[str, Any]:
+        """Return what a hyper-network is trained on and by: model, training split, code."""
+        module = card_of(wildcards.editor).module
+        return {
+            "model": f"<results>/models/{wildcards.model}",
+            "requests": f"<results>/data/{wildcards.dataset}{TRAINING}.jsonl",
+            "code": code("hypernetwork", module),
+        }
+
+    def hypernetwork(self, wildcards: Any) -> dict[str, Any]:
+        """Return the editor of a hyper-network and its hyper-parameters."""
+        return asdict(Hypernetwork.parse(wildcards.editor, wildcards.settings))
+
     # -- runs -----------------------------------------------------------------------------------
 
     @cached_property
@@ -254,6 +272,11 @@ class Inputs:
     def training_memory(self, wildcards: Any, attempt: int) -> int:
         """Return the memory of training what an editor learns."""
         return _megabytes(memory.asked_by_training(self.config, wildcards.model), attempt)
+
+    def hypernetwork_memory(self, wildcards: Any, attempt: int) -> int:
+        """Return the memory of training a hyper-network."""
+        need = Hypernetwork.parse(wildcards.editor, wildcards.settings)
+        return _megabytes(memory.asked_by_network(self.config, wildcards.model, need), attempt)
 
     def editing_memory(self, wildcards: Any, attempt: int) -> int:
         """Return the memory of a run."""

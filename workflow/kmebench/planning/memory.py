@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from kmebench.editors.needs import Spectrum
+from kmebench.editors.cards import card_of
+from kmebench.editors.needs import Hypernetwork, Spectrum
 from kmebench.editors.sizes import (
     METRIC_LAYERS,
     METRIC_LENGTH,
     METRIC_ROWS,
+    PROMPT,
     Job,
     as_much_again,
     target_graph,
@@ -25,6 +27,8 @@ _PROCESS = 0.6e9
 _PLACES = 2
 #: Copies of [M, M] in float64 while C is inverted, and while its eigenvectors are computed.
 _INVERTING, _DECOMPOSING = 4, 6
+#: Copies of what an edit holds while a network is trained: itself, its gradient, Adam's moments.
+_LEARNING = 4
 #: A model whose shape the config does not say is taken for one of half a billion parameters.
 _SHAPE = {"layers": 24, "width": 1024, "ffn_width": 4096, "parameters": 500_000_000}
 #: Requests that are traced, or whose targets are optimised, together.
@@ -90,3 +94,11 @@ def asked_by_training(config: Mapping[str, Any], model: str) -> float:
     """Return the bytes of a process that trains what an editor learns: the weights once more."""
     job = job_of(config, model)
     return asked_by_model(config, model) + as_much_again(None, job)
+
+
+def asked_by_network(config: Mapping[str, Any], model: str, need: Hypernetwork) -> float:
+    """Return the bytes of a process that trains a hyper-network, with logits at all places."""
+    card, job = card_of(need.editor), job_of(config, model, need.records)
+    values = card.values(need.settings)
+    logits = min(need.records, values.micro_batch) * PROMPT * job.logits
+    return asked_by_model(config, model) + _LEARNING * card.holds(values, job) + 2 * logits

@@ -10,11 +10,13 @@ from typing import NamedTuple
 from kmebench.editors.cards import Card, registered
 
 #: One colour a family. Blue, vermilion, green and purple are Okabe's and Ito's (2008); with brown,
-#: violet and grey they differ for every kind of colour vision, and show on white and black paper.
+#: violet, olive and grey they differ for every kind of colour vision, and show on white and black
+#: paper.
 FAMILIES = {
     "control": "#767676",
     "finetune": "#009E73",
     "gradient": "#A06CD5",
+    "hyper": "#799D55",
     "kn": "#8C564B",
     "locate": "#0072B2",
     "memory": "#CC79A7",

@@ -3,21 +3,18 @@
 from typing import Annotated, Literal
 
 from kmebench.editors.cards import Card, Count, Positive, Real, Whole, about, hyperparameters
+from kmebench.editors.matrices import Matrices, Some
 from kmebench.editors.needs import Need, Pipeline, Trained
 from kmebench.editors.sizes import PROMPT, Job
 
-_Some = tuple[Whole, ...]
-
 
 @hyperparameters
-class UltraEditHparams:
+class UltraEditHparams(Matrices):
     """Hyper-parameters of UltraEdit; the layers are GPT-J's."""
 
-    value_layers: Annotated[_Some, about("Layers whose W2 is edited, from 0.")] = (
+    value_layers: Annotated[Some, about("Layers whose W2 is edited, from 0.")] = (
         *(18, 19, 20, 21, 22, 23, 24, 25, 26),
     )
-    key_layers: Annotated[_Some, about("Layers whose W1 is edited.")] = ()
-    gate_layers: Annotated[_Some, about("Layers whose gate is edited.")] = ()
     learning_rate: Annotated[Real, about("η, size of the step of a token.")] = 1e-6
     ridge: Annotated[Positive, about("ρ, the ridge of the solution.")] = 1.0
     loss: Annotated[
@@ -28,15 +25,6 @@ class UltraEditHparams:
         Whole, about("Development requests whose moments come before the first edit's.")
     ] = 0
     micro_batch: Annotated[Count, about("Requests in one forward pass.")] = 50
-
-    def __post_init__(self) -> None:
-        if not self.layers:
-            raise ValueError("nothing is edited; set value_layers, key_layers or gate_layers")
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layer of every matrix that is edited."""
-        return (*self.value_layers, *self.key_layers, *self.gate_layers)
 
 
 #: What decides the moments of the warm-up.

@@ -1,11 +1,12 @@
 """Mean and variance of rows that come in parts, in float64 (Welford 1962; Chan et al. 1983)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kmebench.editors.rows import Rows
 from kmebench.precision import exact
 
 #: Machine epsilon of float32, added to standard deviations as in the released code.
@@ -28,6 +29,8 @@ class Moments:
 
     def with_rows(self, rows: Tensor) -> "Moments":
         """Return those of the rows so far and of ``rows`` [N, X]."""
+        if not len(rows):
+            return self
         rows = exact(rows)
         n, more = int(self.count), len(rows)
         mean = rows.mean(dim=0)
@@ -52,6 +55,16 @@ class Moments:
 
 #: By the shape (in, out) of weights, whose rows [h; g] have in + out numbers.
 ByShape = Mapping[tuple[int, int], Moments]
+
+
+def with_rows(moments: ByShape, seen: Sequence[Rows]) -> dict[tuple[int, int], Moments]:
+    """Return the moments of earlier rows and of what all modules have seen, by their shape."""
+    found = dict(moments)
+    for rows in seen:
+        joined = rows.joined
+        known = found.get(rows.shape) or Moments.zero(joined)
+        found[rows.shape] = known.to(joined.device).with_rows(joined)
+    return found
 
 
 def packed(moments: ByShape) -> dict[str, Tensor]:

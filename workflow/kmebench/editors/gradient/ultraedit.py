@@ -7,53 +7,26 @@ run. A step of fixed size against the normalised gradient is written by ridge re
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor, check_layers
-from kmebench.editors.changes import low_rank
+from kmebench.editors.base import Editor
 from kmebench.editors.gradient.cards import UltraEditHparams
-from kmebench.editors.gradient.moments import ByShape, Moments, packed, unpacked
-from kmebench.editors.gradients import observed_modules
+from kmebench.editors.gradient.moments import ByShape, Moments, packed, unpacked, with_rows
 from kmebench.editors.losses import check_finite, row_losses
+from kmebench.editors.rows import Rows, Site, rows_of, sites_of
 from kmebench.edits.weights import WeightDelta
 from kmebench.errors import ConfigError
 from kmebench.io.tensors import TensorFile, write_tensors
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, length_sorted_chunks
-from kmebench.models.layouts import Projection
-from kmebench.precision import exact
 
 #: Requests whose answer tokens the released code takes the mean loss of.
 GROUP = 10
 FORMAT = "kmebench.warm-up.v1"
-
-
-class Site(NamedTuple):
-    """A projection that is edited; of W2 its segments are inputs, of W1 and the gate outputs."""
-
-    projection: Projection
-    is_value: bool
-
-
-class Rows(NamedTuple):
-    """What a module reads and the gradient of what it says, at the N answer positions."""
-
-    inputs: Tensor  # [N, in], h
-    gradients: Tensor  # [N, out], g
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(in, out) of the module."""
-        return self.inputs.shape[1], self.gradients.shape[1]
-
-    @property
-    def joined(self) -> Tensor:
-        """[h; g], [N, in + out] float64."""
-        return exact(torch.cat(self, dim=1))
 
 
 class UltraEdit(Editor):
@@ -64,48 +37,32 @@ class UltraEdit(Editor):
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests`` together; see :meth:`Editor.edit`."""
-        sites = self._sites(model)
+        sites = sites_of(self.name, self.hparams, model)
         with self.stopwatch("trace"):
-            seen = self._rows(model, requests, [site.projection for site in sites])
+            seen = self._rows(model, requests, sites)
             self._moments = with_rows(self._moments, seen)
         self.steps += 1
         total = WeightDelta({})
         with self.stopwatch("solve"):
-            for (projection, is_value), rows in zip(sites, seen, strict=True):
+            for site, rows in zip(sites, seen, strict=True):
                 moments = self._moments[rows.shape]
                 u, v = ridge_change(rows, moments, self.hparams.learning_rate, self.hparams.ridge)
-                total += low_rank(projection, (u, v) if is_value else (v.T, u.T))
+                total += site.change(u, v)
         return total
 
-    def _sites(self, model: EditableModel) -> list[Site]:
-        h = self.hparams
-        check_layers(self.name, h.layers, model)
-        gates = [gate for layer in h.gate_layers if (gate := model.ffn[layer].gate)]
-        if len(gates) < len(h.gate_layers):
-            raise ConfigError(
-                f"{self.name}: the FFN of this model has no gate with a weight of its own; set "
-                "gate_layers: [], and key_layers or value_layers instead."
-            )
-        values = [Site(model.ffn[layer].value, True) for layer in h.value_layers]
-        keys = [model.ffn[layer].key for layer in h.key_layers]
-        return values + [Site(projection, False) for projection in keys + gates]
-
     def _rows(
-        self,
-        model: EditableModel,
-        requests: Sequence[EditRequest],
-        projections: Sequence[Projection],
+        self, model: EditableModel, requests: Sequence[EditRequest], sites: Sequence[Site]
     ) -> list[Rows]:
-        """Return the rows of every projection, of one pass forward and back."""
+        """Return the rows of every site, of one pass forward and back."""
         encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
         weights = loss_weights([e.n_target for e in encoded], [len(e.ids) for e in encoded])
         if self.hparams.loss == "sum":
             weights = torch.ones_like(weights)
-        found: list[list[Rows]] = [[] for _ in projections]
+        found = []
         for chunk in length_sorted_chunks([len(e.ids) for e in encoded], self.micro_batch):
             asked, texts = [requests[i] for i in chunk], [encoded[i] for i in chunk]
-            self._pass(model, asked, texts, weights[chunk], projections, found)
-        return [Rows(*map(torch.cat, zip(*parts, strict=True))) for parts in found]
+            found.append(self._pass(model, asked, texts, weights[chunk], sites))
+        return [Rows.joint(parts) for parts in zip(*found, strict=True)]
 
     def _pass(
         self,
@@ -113,23 +70,18 @@ class UltraEdit(Editor):
         requests: Sequence[EditRequest],
         encoded: Sequence[Encoded],
         weights: Tensor,
-        projections: Sequence[Projection],
-        found: Sequence[list[Rows]],
-    ) -> None:
-        """Add to ``found`` the rows of some requests, whose tokens have ``weights`` [R]."""
-        batch, h = model.collate(encoded), self.hparams
+        sites: Sequence[Site],
+    ) -> list[Rows]:
+        """Return the rows of some requests, whose tokens have ``weights`` [R]."""
+        batch, rate = model.collate(encoded), self.hparams.learning_rate
 
-        def receive(index: int, x: Tensor, gradient: Tensor) -> None:
-            places = batch.rows.to(x.device), batch.positions.to(x.device)
-            # What stands before the segments in a fused weight stays as it is.
-            found[index].append(Rows(x[places], gradient[places][:, projections[index].offset :]))
-
-        modules = [projection.module for projection in projections]
-        with observed_modules(model, modules, receive, min(h.layers)):
+        def loss() -> Tensor:
             losses = row_losses(model.answer_logits(batch), batch.labels, batch)
-            rate = h.learning_rate
             check_finite(self.name, losses.detach(), requests, self.steps, learning_rate=rate)
-            (losses * batch.counts * weights.to(losses)).sum().backward()
+            return (losses * batch.counts * weights.to(losses)).sum()
+
+        places = batch.rows, batch.positions
+        return rows_of(model, sites, min(self.hparams.layers), places, loss)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the moments of all edits so far."""
@@ -155,28 +107,15 @@ def loss_weights(targets: Sequence[int], lengths: Sequence[int]) -> Tensor:
     return weights
 
 
-def with_rows(moments: ByShape, seen: Sequence[Rows]) -> dict[tuple[int, int], Moments]:
-    """Return the moments of earlier rows and of what all modules have seen, by their shape."""
-    found = dict(moments)
-    for rows in seen:
-        joined = rows.joined
-        known = found.get(rows.shape) or Moments.zero(joined)
-        found[rows.shape] = known.to(joined.device).with_rows(joined)
-    return found
-
-
 def ridge_change(rows: Rows, moments: Moments, rate: float, ridge: float) -> tuple[Tensor, Tensor]:
     """Return factors u [out, N], v [N, in] of ΔW = Vᵀ (H Hᵀ + ρ I)⁻¹ H, in float64.
 
     V = −η diag(‖ĥ‖²) Ĝ, [N, out], with ĥ and ĝ normalised by ``moments`` and H as it is. ΔW
     minimises ‖H ΔWᵀ − V‖² + ρ ‖ΔW‖²; the released code solves the same with HᵀH, in × in.
     """
-    inputs, normal = exact(rows.inputs), moments.normalised(rows.joined)
-    normal_inputs, normal_gradients = normal.split(list(rows.shape), dim=1)
+    normal_inputs, normal_gradients = rows.split(moments.normalised(rows.joined))
     step = -rate * normal_inputs.square().sum(dim=1, keepdim=True) * normal_gradients
-    gram = inputs @ inputs.T
-    gram.diagonal().add_(ridge)
-    return step.T, torch.cholesky_solve(inputs, torch.linalg.cholesky(gram))
+    return step.T, rows.ridge_solution(ridge)
 
 
 def warm_up(

@@ -1,0 +1,1 @@
+"""Hyper-networks: trained networks that make a gradient into a better edit."""
