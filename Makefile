@@ -4,6 +4,8 @@
 # make quick  the tests that run no workflow: between two commits
 # make tables without torch or a model: all tables, figures and the page of the reference results
 #             again, from the predictions that are kept there, and docs/images
+# make full-length  a thousand and three thousand edits one after another (config/full-length.yaml):
+#             days on one core; stop it at any time, the same command goes on
 # Python: make PYTHON=python3.12
 
 ifneq ($(words $(CURDIR)),1)
@@ -22,7 +24,7 @@ CONFIGS ?= config/real.yaml config/reference-editors.yaml
 REPORT_RULES := all metrics tables figures notebooks score table compare costs findings \
 	node_importance figure notebook index
 
-.PHONY: run test quick tables clean
+.PHONY: run test quick tables full-length clean
 
 run: $(READY)
 	$(SNAKEMAKE)
@@ -43,6 +45,13 @@ tables: .venv-report/.ready
 	$(SNAKEMAKE) --forceall --allowed-rules $(REPORT_RULES) --configfile $(CONFIGS) \
 		--config 'pathvars={results: $(REFERENCE)}'
 	cp $(REFERENCE)/figures/overview.svg $(REFERENCE)/figures/overview.png docs/images/
+
+# What is worth most comes first.
+LONG := results/runs/smollm2-135m/zsre-long/consecutive
+full-length: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" nice -n 19 snakemake --cores 1 --keep-going \
+		--configfile config/real.yaml config/full-length.yaml \
+		--prioritize $(foreach editor,pac alphaedit memit full-c,$(LONG)/$(editor)/default/seed0/predictions.parquet)
 
 $(READY): constraints.txt pyproject.toml
 	$(call venv,$(VENV),--editable '.[test]')

@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from kmebench.errors import DataError
-from kmebench.io.logs import announce, doing, script_log
+from kmebench.io.logs import _left, announce, doing, script_log, track
 
 
 @pytest.fixture
@@ -80,3 +80,28 @@ def test_when_a_script_has_ended_nothing_goes_to_its_terminal(job, monkeypatch):
         announce("while it runs")
     announce("afterwards")
     assert terminal.getvalue() == "table one: while it runs\n"
+
+
+def test_a_long_job_says_in_its_log_how_much_is_left(monkeypatch, caplog):
+    """Every tenth of the way, and never less often than every five minutes."""
+    clock = {"now": 0.0}
+    monkeypatch.setattr("kmebench.io.logs.time.monotonic", lambda: clock["now"])
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with caplog.at_level("INFO", logger="kmebench"):
+        for i in track(range(40), "edits", 40):
+            clock["now"] += 1 if i < 16 else 310
+    said = [record.getMessage() for record in caplog.records]
+    assert said[:4] == [f"edits: {done} of 40" for done in (4, 8, 12, 16)]
+    assert said[4] == "edits: 17 of 40, 7 min left"  # 326 s for 17: 441 s for 23
+    assert said[5] == "edits: 18 of 40, 13 min left"
+    assert len(said) == 4 + 24
+    assert said[-2:] == ["edits: 39 of 40, 3 min left", "edits: 40 of 40"]
+
+
+def test_hours_are_left():
+    assert [_left(s) for s in (59, 60, 3599, 5400)] == [
+        "",
+        ", 1 min left",
+        ", 60 min left",
+        ", 1.5 h left",
+    ]

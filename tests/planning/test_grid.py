@@ -211,7 +211,7 @@ def test_a_bad_config_is_one_sentence_that_names_the_key(path, config):
 
 def test_every_config_of_the_repository_is_valid():
     real = "config/real.yaml"
-    on_real = ("tune", "audit", "single", "sizes", "npac-ablations")
+    on_real = ("tune", "audit", "single", "sizes", "npac-ablations", "full-length")
     below = {f"{name}.yaml": real for name in on_real}
     for kind in ("tune-*.yaml", "reference*.yaml"):
         below |= {path.name: real for path in Path("config").glob(kind)}

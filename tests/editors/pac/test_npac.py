@@ -504,6 +504,32 @@ def test_a_resumed_editor_makes_the_same_bits(make_model, requests, assets):
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_what_is_kept_stays_bounded_and_weighs_the_same(make_model, requests, assets, monkeypatch):
+    """Many edits: their inputs become as many rows as can be independent, with the same RᵀR."""
+    model = make_model("llama")
+    files = assets(model)
+    values = {"layers": LAYERS, "steps": 1, "contexts": 2, "positions": "all"}
+    every, bounded = (build_editor("npac", values, files) for _ in range(2))
+    place, most = "kmebench.editors.pac.npac.MOST_KEPT", 0
+    for i in range(9):
+        monkeypatch.setattr(place, 1000)
+        wanted = every(model, [requests[i % 3]]).edit.weights
+        monkeypatch.setattr(place, 1)
+        edit = bounded(model, [requests[i % 3]]).edit.weights
+        for name, part in wanted.items():
+            shape = model.parameter(name).shape
+            torch.testing.assert_close(
+                edit[name].dense(shape), part.dense(shape), rtol=1e-8, atol=1e-12
+            )
+        rows, width = bounded.state_dict()["kept.0.1"].shape
+        most = max(most, rows)
+    assert len(every.state_dict()["kept.0.1"]) > 2 * width >= most
+    resumed = build_editor("npac", values, files)
+    resumed.load_state_dict({k: v.clone() for k, v in bounded.state_dict().items()})
+    one, two = (e(model, requests[:1]).edit.weights.tensors() for e in (bounded, resumed))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_layers_that_are_not_there_are_refused(make_model, requests, assets):
     model = make_model("llama")
     editor = build_editor("npac", {"layers": (1, 9)}, assets(model))

@@ -3,6 +3,7 @@
 import errno
 import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
@@ -12,6 +13,8 @@ from kmebench.errors import KMEBenchError
 logger = logging.getLogger("kmebench")
 
 Item = TypeVar("Item")
+#: Longest time in seconds without a word in a log.
+_SILENCE = 300.0
 
 
 @contextmanager
@@ -99,7 +102,7 @@ def doing(what: str) -> Iterator[None]:
 
 
 def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
-    """Yield ``items`` with progress: a bar on a terminal, a log line every tenth elsewhere."""
+    """Yield ``items`` with progress: a bar on a terminal, lines in a log, and the time left."""
     stream = _TERMINAL["stream"] or sys.stderr
     description = f"{_TERMINAL['title']}: {description}" if _TERMINAL["title"] else description
     if not stream.isatty():
@@ -127,11 +130,20 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]
 
 
 def _track_in_log(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
-    """Log at every tenth of the way."""
+    """Log at every tenth of the way, and when :data:`_SILENCE` has passed."""
+    began = shown_at = time.monotonic()
     shown = 0
     for done, item in enumerate(items, start=1):
         yield item
-        tenth = done * 10 // max(total, 1)
-        if tenth > shown:
-            shown = tenth
-            logger.info("%s: %d of %d", description, done, total)
+        now, tenth = time.monotonic(), done * 10 // max(total, 1)
+        if tenth > shown or now - shown_at > _SILENCE:
+            shown, shown_at = tenth, now
+            left = (now - began) / done * (total - done)
+            logger.info("%s: %d of %d%s", description, done, total, _left(left))
+
+
+def _left(seconds: float) -> str:
+    """Say how long something will still take; nothing of what ends at once."""
+    if seconds < 60:
+        return ""
+    return f", {seconds / 3600:.1f} h left" if seconds >= 3600 else f", {seconds / 60:.0f} min left"

@@ -201,12 +201,18 @@ def _metric(hparams: NPACHparams, pipeline: Pipeline) -> tuple[Need, ...]:
 
 
 def _npac(hparams: NPACHparams, job: Job) -> float:
-    """Both sides of the metric, twice for a moment; the ledger; the graph of all contexts."""
+    """Both sides of the metric, twice for a moment; the ledger; the graph of all contexts.
+
+    And what is kept of earlier edits: a row for each of their texts, but never more than two
+    matrices hold.
+    """
     h = hparams
     texts = min(job.requests, h.micro_batch) * (1 + h.contexts)
     changed = len(h.layers) * len(h.moved)
     sides = len(h.layers) * (2 if job.consecutive else 1) * job.factor
-    return sides + 2 * job.ledger(changed) + job.graph(texts)
+    rows = job.edits * (1 + h.contexts) if job.consecutive and h.memory else 0
+    kept = min(rows / job.ffn_width, 2) * len(h.layers) * job.factor
+    return sides + kept + 2 * job.ledger(changed) + job.graph(texts)
 
 
 def _released(hparams: PACReleasedHparams, job: Job) -> float:

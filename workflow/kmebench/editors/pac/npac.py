@@ -47,8 +47,10 @@ from kmebench.edits.weights import WeightDelta
 from kmebench.models.early_exit import input_of
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import EncodedSubject, SubjectText, length_sorted_chunks
-from kmebench.precision import exact_place, promoted
+from kmebench.precision import exact, exact_place, promoted
 
+#: Inputs kept of one matrix, in times of their size, from which on they are compressed.
+MOST_KEPT = 2
 #: What the next step may cost: after one that raised the loss, so much of its cost; after another
 #: so many times the bound before, up to ``nats`` (trust region).
 SHRINK, GROW = 0.25, 2.0
@@ -197,11 +199,19 @@ class NPAC(InContexts):
         }
 
     def _keep(self, used: Mapping[Matrix, Tensor], n: int) -> None:
-        """Keep the inputs of an edit, each of n texts in part."""
+        """Keep the inputs of an edit, each of n texts in part.
+
+        Of rows only RᵀR counts, so more of them than can be independent become as many as can.
+        """
         for key, inputs in used.items():
             rows = inputs.to(promoted(inputs.dtype)) * (self.hparams.memory / n) ** 0.5
-            self._kept[key] = (*self._kept.get(key, ()), rows)
-            self._metrics[key] = self._metrics[key].with_inputs(rows)
+            kept = (*self._kept.get(key, ()), rows)
+            if sum(map(len, kept)) > MOST_KEPT * rows.shape[1]:
+                kept = (torch.linalg.qr(exact(torch.cat(kept)), mode="r").R.to(rows),)
+                del self._metrics[key]  # read again with these: a resumed run has the same bits
+            else:
+                self._metrics[key] = self._metrics[key].with_inputs(rows)
+            self._kept[key] = kept
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the contexts, and by matrix the inputs of earlier edits with their numbers."""
