@@ -24,6 +24,9 @@ from transformers import (
 
 from kmebench.data.openfacts import fact_sentences, load_relations
 from kmebench.data.records import EditRequest, write_requests
+from kmebench.editors.base import build_editor
+from kmebench.editors.gradient.moments import Moments as Deviations
+from kmebench.editors.needs import Hypernetwork
 from kmebench.editors.pac.neutral import Moments, save_metric
 from kmebench.models.editable import EditableModel, pick_device
 from kmebench.models.tiny import END, train_tokenizer
@@ -211,3 +214,14 @@ def made_up_metric(path: Path, model: EditableModel) -> None:
         for layer in layers
     }
     save_metric(path, ones, 0)
+
+
+def made_up_network(path: Path, model: EditableModel, need: Hypernetwork) -> None:
+    """Write an untrained hyper-network that takes all rows as normalised."""
+    editor = build_editor(need.editor, need.settings, {})
+    shapes = [site.shape for site in editor.sites(model)]
+    network = editor.network(shapes, editor.hparams)
+    for shape in shapes:
+        zero, one = torch.zeros(sum(shape)).double(), torch.ones(sum(shape)).double()
+        network.moments[shape] = Deviations(torch.tensor(2), zero, one)
+    network.save(path, editor.hparams, records=0)

@@ -16,6 +16,7 @@ import torch
 from common import (
     build,
     made_up_metric,
+    made_up_network,
     made_up_retrieval,
     openfacts_requests,
     parser,
@@ -29,7 +30,7 @@ from common import (
 
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.locate.covariance.store import write_covariance
-from kmebench.editors.needs import NeutralMetric, Pipeline
+from kmebench.editors.needs import Hypernetwork, NeutralMetric, Pipeline
 from kmebench.models.editable import EditableModel
 from kmebench.planning.config import read_config
 from kmebench.planning.grid import base_hparams, card_of_method
@@ -112,6 +113,9 @@ def rows(arguments: argparse.Namespace, scratch: Path) -> list[list[str]]:
                 made_up = scratch / "metric.safetensors"
                 made = Path("results", need.path(name, ""))
                 assets[need.key] = made_up if arguments.architecture else made
+            if isinstance(need, Hypernetwork):
+                assets[need.key] = scratch / f"{method}.network"
+                made_up_network(assets[need.key], model, need)
         editor = build_editor(card.name, hparams, assets)
         found.append([method, *measure(model, editor, size, arguments.repeats)])
         print(" ".join(found[-1]), flush=True)

@@ -22,7 +22,9 @@ from typing import Any
 from kmebench.editors.needs import (
     Development,
     Encoder,
+    Hypernetwork,
     Inverse,
+    Need,
     NeutralMetric,
     Pipeline,
     Spectrum,
@@ -63,28 +65,31 @@ def measure(arguments: argparse.Namespace, method: str, size: int) -> int:
     model = EditableModel.load(arguments.model, dtype=arguments.dtype, device="cpu")
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         needs = card.needs_of(card.values(hparams), Pipeline("consecutive", 1))
-        kinds = {need.asset: need.key for need in needs}
-        made = {asset: made_up(Path(folder), asset, model) for asset in kinds}
+        kinds = {need.asset: need for need in needs}
+        made = {asset: made_up(Path(folder), need, model) for asset, need in kinds.items()}
         editor = build_editor(card.name, hparams, {n.key: made[n.asset] for n in needs})
         editor.name = card.name
         checkpoints = Checkpoints(Path(folder, "checkpoints"), 10, {})
         setup = Setup(model, editor, Settings(wild_max_tokens=6), checkpoints)
-        settings = {"mode": mode, "batch_size": size, "seed": 0}
+        settings = {"mode": mode, "batch_size": size, "seed": 0, "milestone_sample": None}
         outcome = run_pipeline(setup, openfacts_requests(size), settings)
         if outcome.edit is not None:
             outcome.edit.save(Path(folder, "delta.safetensors"))
     return peak_memory(model)
 
 
-def made_up(folder: Path, kind: str, model: Any) -> Path:
-    """Write a neutral metric, what IKE reads, or a factor of a diagonal C, seven tenths unused."""
+def made_up(folder: Path, need: Need, model: Any) -> Path:
+    """Write what an editor reads; a factor is of a diagonal C, seven tenths unused."""
     import torch
-    from common import made_up_metric, made_up_retrieval
+    from common import made_up_metric, made_up_network, made_up_retrieval
 
     from kmebench.editors.locate.covariance.factors import FORMAT
     from kmebench.io.tensors import write_tensors
 
-    path, width = folder / kind, model.ffn_width
+    kind, path, width = need.asset, folder / need.asset, model.ffn_width
+    if isinstance(need, Hypernetwork):
+        made_up_network(path, model, need)
+        return path
     if kind in (Encoder.asset, Development.asset):
         return made_up_retrieval(folder)[kind]
     if kind == NeutralMetric.asset:

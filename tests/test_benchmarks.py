@@ -72,7 +72,7 @@ def test_editors_prints_a_row_for_every_configured_method(benchmark, capsys, tmp
         if card_of(editor.name).family == "locate" and "layers" in fields:
             hparams["layers"] = [1]
         if "value_layers" in fields:
-            hparams["value_layers"] = [0]
+            hparams |= {"value_layers": [0], "key_layers": []}
         if editor.name == "npac":
             hparams["layers"] = [0]  # no later token reads the last layer at the subject
         method["hparams"] = method.get("hparams", {}) | hparams

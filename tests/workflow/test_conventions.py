@@ -118,8 +118,9 @@ def test_planning_scoring_and_reporting_import_no_torch():
     assert "torch must not be imported" in without_torch("kmebench.models.editable").stderr
 
 
-#: What is called like an editor and is none: a form of data sets, and two families.
+#: What is called like an editor and is none: two forms of data sets, and two families.
 NAMESAKES = {
+    ("data/forms.py", "mend"),
     ("data/forms.py", "rome"),
     ("reporting/appearance.py", "kn"),
     ("reporting/appearance.py", "pac"),
