@@ -158,6 +158,7 @@ HPARAMS = {
     "ike": {"demonstrations": 0},
     "serac": {},
     "kn": {"prompts": 2, "steps": 2},
+    "stableedit": {"value_layers": (0,)},
     "ultraedit": {"value_layers": (0,), "key_layers": (0,), "gate_layers": (0,)},
     "mend": {"value_layers": (0,), "key_layers": (0,), "gate_layers": (0,)} | NETWORK,
     "malmen": {"value_layers": (0,), "key_layers": ()} | NETWORK,

@@ -81,6 +81,7 @@ EDITORS = {
     "ike": {"demonstrations": 2},
     "serac": {},
     "ultraedit": {"value_layers": [1], "key_layers": [1], "gate_layers": [0]},
+    "stableedit": {"value_layers": [1], "key_layers": [1], "gate_layers": [0]},
     "mend": NETWORK | {"key_layers": [1]},
     "malmen": NETWORK,
     "none": {},

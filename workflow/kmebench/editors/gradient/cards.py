@@ -1,5 +1,6 @@
 """Cards of editors that make a change of weights out of one gradient. Import no torch."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from kmebench.editors.cards import Card, Count, Positive, Real, Whole, about, hyperparameters
@@ -27,16 +28,28 @@ class UltraEditHparams(Matrices):
     micro_batch: Annotated[Count, about("Requests in one forward pass.")] = 50
 
 
+@hyperparameters
+class StableEditHparams(UltraEditHparams):
+    """Hyper-parameters of StableEdit; the layers are Mistral's."""
+
+    value_layers: Annotated[Some, about("Layers whose W2 is edited, from 0.")] = (28, 29, 30, 31)
+    ridge: Annotated[Positive, about("ρ, the ridge of the solution.")] = 10.0
+
+
 #: What decides the moments of the warm-up.
 _WARM_UP = ("warm_up", "value_layers", "key_layers", "gate_layers", "loss")
 
 
-def _needs(hparams: UltraEditHparams, pipeline: Pipeline) -> tuple[Need, ...]:
-    """The moments of the warm-up, if there is one."""
-    if not hparams.warm_up:
-        return ()
-    settings = {name: getattr(hparams, name) for name in _WARM_UP}
-    return (Trained("kmebench.editors.gradient.ultraedit:warm_up", settings),)
+def _needs(module: str) -> Callable[[UltraEditHparams, Pipeline], tuple[Need, ...]]:
+    """Return the needs of an editor in ``module``: the moments of the warm-up, if there is one."""
+
+    def needs(hparams: UltraEditHparams, pipeline: Pipeline) -> tuple[Need, ...]:
+        if not hparams.warm_up:
+            return ()
+        settings = {name: getattr(hparams, name) for name in _WARM_UP}
+        return (Trained(f"kmebench.editors.gradient.{module}:warm_up", settings),)
+
+    return needs
 
 
 #: Copies of the rows [h; g] of every edited matrix, and of the factors of its change.
@@ -51,6 +64,13 @@ def _holds(hparams: UltraEditHparams, job: Job) -> float:
     return graph + matrices * rows + job.ledger(matrices)
 
 
+def _holds_scatter(hparams: StableEditHparams, job: Job) -> float:
+    """UltraEdit's, and the scatter of gradients, its eigenvectors and the factor, by shape."""
+    values = bool(hparams.value_layers) * job.width**2
+    keys = bool(hparams.key_layers + hparams.gate_layers) * job.ffn_width**2
+    return _holds(hparams, job) + _COPIES * 8 * (values + keys)
+
+
 CARDS = [
     Card(
         "ultraedit",
@@ -59,8 +79,19 @@ CARDS = [
         "gradient",
         "Gu et al. 2026, UltraEdit: training-, subject-, and memory-free lifelong editing in "
         "language models",
-        _needs,
+        _needs("ultraedit"),
         "Writes one normalised gradient step by ridge regression on what the modules read.",
         holds=_holds,
-    )
+    ),
+    Card(
+        "stableedit",
+        "kmebench.editors.gradient.stableedit:StableEdit",
+        StableEditHparams,
+        "gradient",
+        "Ma et al. 2026, More edits, more stable: understanding the lifelong normalization in "
+        "sequential model editing",
+        _needs("stableedit"),
+        "UltraEdit with gradients that are whitened by their covariance.",
+        holds=_holds_scatter,
+    ),
 ]

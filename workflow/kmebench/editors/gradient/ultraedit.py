@@ -7,7 +7,7 @@ run. A step of fixed size against the normalised gradient is written by ridge re
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class UltraEdit(Editor):
     """All requests of a call from one gradient, taken where the call begins."""
 
     hparams: UltraEditHparams
+    #: What rows are normalised by.
+    kind: ClassVar[type[Moments]] = Moments
     _moments: ByShape
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
@@ -40,7 +42,7 @@ class UltraEdit(Editor):
         sites = sites_of(self.name, self.hparams, model)
         with self.stopwatch("trace"):
             seen = self._rows(model, requests, sites)
-            self._moments = with_rows(self._moments, seen)
+            self._moments = with_rows(self._moments, seen, self.kind)
         self.steps += 1
         total = WeightDelta({})
         with self.stopwatch("solve"):
@@ -90,7 +92,8 @@ class UltraEdit(Editor):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the moments; an empty state has those of the warm-up, or none."""
         warm = self.assets.get("trained")
-        self._moments = unpacked(state) if state or not warm else read_warm_up(warm)
+        tensors = state if state or not warm else read_warm_up(warm)
+        self._moments = unpacked(tensors, self.kind)
 
 
 def loss_weights(targets: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -129,23 +132,30 @@ def warm_up(
     Raises:
         ConfigError: there are fewer.
     """
-    hparams = UltraEditHparams(**settings)
-    if len(requests) < hparams.warm_up:
-        raise ConfigError(
-            f"ultraedit: warm_up asks for {hparams.warm_up} requests of the development split, "
-            f"which has {len(requests)}; lower warm_up, or raise the data set's development."
-        )
-    editor = UltraEdit(hparams, {})
+    editor = UltraEdit(UltraEditHparams(**settings), {})
     editor.name = "ultraedit"
-    editor.edit(model, requests[: hparams.warm_up])
-    write_tensors(path, editor.state_dict(), FORMAT, {"requests": hparams.warm_up})
+    write_warm_up(path, model, requests, editor)
 
 
-def read_warm_up(path: str | Path) -> dict[tuple[int, int], Moments]:
+def write_warm_up(
+    path: str | Path, model: EditableModel, requests: Sequence[EditRequest], editor: UltraEdit
+) -> None:
+    """Write what an editor remembers of the first requests; see :func:`warm_up`."""
+    asked = editor.hparams.warm_up
+    if len(requests) < asked:
+        raise ConfigError(
+            f"{editor.name}: warm_up asks for {asked} requests of the development split, which "
+            f"has {len(requests)}; lower warm_up, or raise the data set's development."
+        )
+    editor.edit(model, requests[:asked])
+    write_tensors(path, editor.state_dict(), FORMAT, {"requests": asked})
+
+
+def read_warm_up(path: str | Path) -> dict[str, Tensor]:
     """Read the moments of :func:`warm_up`.
 
     Raises:
         KMEBenchError: the file is of another kind, or damaged.
     """
     file = TensorFile.open(path, FORMAT)
-    return unpacked({name: file.tensor(name) for name in file.digests})
+    return {name: file.tensor(name) for name in file.digests}
