@@ -285,7 +285,7 @@ def test_batches_share_targets_where_layer_and_loss_agree():
     memit = target("memit")
     assert memit == (
         "site=layer+layer=8+steps=25+learning_rate=0.5+kl_factor=0.0625+weight_decay=0.001+"
-        "clamp_factor=4.0+kl_position=subject_last"
+        "clamp_factor=4.0+kl_position=subject_last+stop_loss=0.05"
     )
     assert Targets.parse(memit).layer == 8
     assert target("memit", variant="clamp_factor=4") == memit

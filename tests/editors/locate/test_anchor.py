@@ -171,6 +171,7 @@ def test_lengths_do_not_depend_on_what_the_editor_is(method):
                 "layer": 3,
                 "kl_factor": 0.0625,
                 "kl_position": "subject_last",
+                "stop_loss": 0.05,
             }
             | loss
         )

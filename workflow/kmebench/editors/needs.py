@@ -203,6 +203,7 @@ class Targets(Need):
     weight_decay: float
     clamp_factor: float
     kl_position: str
+    stop_loss: float
     said_steps: int | None = None
 
     asset: ClassVar[str] = "targets"

@@ -27,6 +27,7 @@ Rate = Annotated[Real, about("Step size of Adam.")]
 KLFactor = Annotated[Real, about("κ, weight of the KL divergence.")]
 Decay = Annotated[Real, about("ω, weight of ‖δ‖ / ‖h‖².")]
 Clamp = Annotated[Real, about("c, bound of ‖δ‖ / ‖h‖.")]
+Learnt = Annotated[Real, about("Loss below which a target is learnt, and its optimisation ends.")]
 Position = Annotated[KLPosition, about("Token after which the KL divergence is taken.")]
 Weight = Annotated[Positive, about("λ, weight of the covariance C.")]
 Guard = Annotated[
@@ -45,6 +46,7 @@ class TargetHparams:
     weight_decay: Decay = 1e-3
     clamp_factor: Clamp = 4.0
     kl_position: Position = "subject_last"
+    stop_loss: Learnt = 0.05
     anchor: Annotated[
         Count | None,
         about("Development records whose values give NAS its length; none: NAS is off."),

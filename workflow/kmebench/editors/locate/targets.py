@@ -63,7 +63,7 @@ class TargetSettings:
     clamp_factor: float  # c
     kl_position: KLPosition = "subject_last"
     said_steps: int | None = None  # passes in which every context says the target, then it ends
-    stop_loss: float = 0.05
+    stop_loss: float = 0.05  # nats; of the whole loss
     micro_batch: int = 20  # requests optimised together
     anchor: Anchor | None = None  # of NAS
 
