@@ -111,6 +111,10 @@ class NPACHparams:
             "as far as nats allow; or by Adam."
         ),
     ] = "mean"
+    relaxation: Annotated[
+        Positive,
+        about("How far a step goes, in times of the way to where the linearised loss vanishes."),
+    ] = 1.0
     step_damping: Annotated[Real, about("ε between the texts of step: each.")] = 0.1
     learning_rate: Annotated[Real, about("Step size of step: adam.")] = 1e-3
     nats: Annotated[Positive, about("Most that a step may cost.", "nats per neutral token")] = 2e-4

@@ -88,10 +88,12 @@ class NaturalSteps:
         return Step(change, float(weights @ gram @ weights) / 2 / learning)
 
     def _weights(self, gram: Tensor, losses: Tensor, nats: float) -> Tensor:
+        if self._hparams.step == "longest":
+            return polyak(gram, torch.full_like(losses, torch.inf), nats)
+        fall = losses * self._hparams.relaxation
         if self._hparams.step == "each":
-            return together(gram, losses, nats, self._hparams.step_damping)
-        goal = losses if self._hparams.step == "mean" else torch.full_like(losses, torch.inf)
-        return polyak(gram, goal, nats)
+            return together(gram, fall, nats, self._hparams.step_damping)
+        return polyak(gram, fall, nats)
 
 
 class AdamSteps:
