@@ -117,6 +117,22 @@ def test_a_step_is_the_natural_gradient_to_where_the_loss_vanishes(
         torch.testing.assert_close(found[key], -loss / square * direction, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("step", ["mean", "each"])
+def test_a_relaxed_step_goes_on_where_the_linearised_loss_vanishes(
+    make_model, requests, assets, step
+):
+    model = make_model("llama")
+    files = assets(model)
+    plain, relaxed = (
+        changes(model, build_editor("npac", values, files)(model, requests[:1]).edit.weights)
+        for values in (
+            PLAIN | {"nats": 1e9, "step": step, "relaxation": relaxation} for relaxation in (1, 2.5)
+        )
+    )
+    for key, change in plain.items():
+        torch.testing.assert_close(relaxed[key], 2.5 * change)
+
+
 def test_the_longest_step_costs_all_its_nats(make_model, requests, assets):
     model = make_model("llama")
     files = assets(model)
