@@ -14,6 +14,7 @@ endif
 
 PYTHON ?= python3
 VENV := .venv
+EXTRAS ?= test
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SNAKEMAKE = PATH="$(abspath $(BIN)):$$PATH" snakemake --cores all
@@ -54,7 +55,7 @@ full-length: $(READY)
 		--prioritize $(foreach editor,pac alphaedit memit full-c,$(LONG)/$(editor)/default/seed0/predictions.parquet)
 
 $(READY): constraints.txt pyproject.toml
-	$(call venv,$(VENV),--editable '.[test]')
+	$(call venv,$(VENV),--editable '.[$(EXTRAS)]')
 
 # The environment of the rules that run no model (envs/report.yaml), and Snakemake.
 .venv-report/.ready: constraints.txt envs/report.yaml
