@@ -119,7 +119,7 @@ def made_up_anchor(path: Path) -> Path:
     return path
 
 
-def made_up_retrieval(folder: Path) -> dict[str, Path]:
+def made_up_texts(folder: Path) -> dict[str, Path]:
     """Write what IKE reads: a random encoder of all-MiniLM-L6-v2's size, and records to show."""
     tokenizer = train_tokenizer([f"{p} {t}" for p, t in fact_sentences(OPENFACTS)])
     shape = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}

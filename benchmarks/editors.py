@@ -18,7 +18,7 @@ from common import (
     made_up_anchor,
     made_up_metric,
     made_up_network,
-    made_up_retrieval,
+    made_up_texts,
     openfacts_requests,
     parser,
     peak_memory,
@@ -104,11 +104,11 @@ def rows(arguments: argparse.Namespace, scratch: Path) -> list[list[str]]:
         covariance = scratch / "covariance.safetensors"
         made_up_covariance(covariance, model, covariance_layers(config, name, methods))
         made_up_metric(scratch / "metric.safetensors", model)
-    retrieval = made_up_retrieval(scratch)
+    texts = made_up_texts(scratch)
     found = []
     for method, size in itertools.product(methods, arguments.sizes):
         hparams, card = hparams_of(config, name, method, size), card_of_method(config, method)
-        assets = {"covariance": covariance, **retrieval}
+        assets = {"covariance": covariance, **texts}
         for need in card.needs_of(card.values(hparams), Pipeline("consecutive", 1)):
             if isinstance(need, NeutralMetric):
                 made_up = scratch / "metric.safetensors"

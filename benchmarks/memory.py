@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace, method: str, size: int) -> int:
 def made_up(folder: Path, need: Need, model: Any) -> Path:
     """Write what an editor reads; a factor is of a diagonal C, seven tenths unused."""
     import torch
-    from common import made_up_anchor, made_up_metric, made_up_network, made_up_retrieval
+    from common import made_up_anchor, made_up_metric, made_up_network, made_up_texts
 
     from kmebench.editors.locate.covariance.factors import FORMAT
     from kmebench.io.tensors import write_tensors
@@ -92,7 +92,7 @@ def made_up(folder: Path, need: Need, model: Any) -> Path:
         made_up_network(path, model, need)
         return path
     if kind in (Encoder.asset, Development.asset):
-        return made_up_retrieval(folder)[kind]
+        return made_up_texts(folder)[kind]
     if kind == Trained.asset:
         return made_up_anchor(path)
     if kind == NeutralMetric.asset:

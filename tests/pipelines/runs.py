@@ -1,9 +1,11 @@
-"""Runs of the pipelines with an editor that counts its calls."""
+"""Runs of the pipelines with an editor that counts its calls; runs that are killed and resumed."""
 
 import pandas as pd
+import pytest
 import torch
 
 from kmebench.editors.base import Editor
+from kmebench.edits.edit import overlay_tensors
 from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.evaluation.predict import Settings
 from kmebench.pipelines.checkpoints import Checkpoints
@@ -52,3 +54,41 @@ def in_batches(model, editor, requests, size, folder, **kwargs):
     torch.manual_seed(0)
     setup = Setup(model, editor, SETTINGS, checkpoints(folder), **kwargs)
     return run_batches(setup, requests, size)
+
+
+def killed_and_resumed(make, requests, folder, turn=1):
+    """Run ``requests`` to the end, and again with a kill at the last one: the same bytes.
+
+    ``make`` returns a fresh model and a fresh editor. Returns the outcome, and the editor's state.
+    """
+
+    def run(name, killed=False):
+        model, editor = make()
+        whole = editor.edit
+
+        def edit(model, group):
+            if killed and group[-1] is requests[-1]:
+                raise KeyboardInterrupt
+            return whole(model, group)
+
+        editor.edit = edit
+        torch.manual_seed(0)
+        setup = Setup(model, editor, SETTINGS, checkpoints(folder / name))
+        return run_consecutive(setup, requests, turn), editor.state_dict()
+
+    straight, state = run("straight")
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", killed=True)
+    assert [path for path in (folder / "killed").iterdir() if path.name.isdecimal()]
+    resumed, again = run("killed")
+    assert comparable(resumed.predictions).equals(comparable(straight.predictions))
+    assert resumed.norms == straight.norms
+    same_tensors(straight.edit.weights.tensors(), resumed.edit.weights.tensors())
+    same_tensors(overlay_tensors(straight.edit.overlays), overlay_tensors(resumed.edit.overlays))
+    same_tensors(state, again)
+    return straight, state
+
+
+def same_tensors(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

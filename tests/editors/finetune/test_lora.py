@@ -10,8 +10,9 @@ from kmebench.errors import ConfigError, EditError
 from kmebench.evaluation.predict import Settings
 from kmebench.models.layouts import adapted_modules, layout_of
 from kmebench.pipelines.checkpoints import Checkpoints
-from kmebench.pipelines.pipelines import Setup, run_batches, run_consecutive
+from kmebench.pipelines.pipelines import Setup, run_batches
 from tests.conftest import FAMILIES, in_turn
+from tests.pipelines.runs import killed_and_resumed
 
 SCALE = 6 / 2
 HPARAMS = {"rank": 2, "alpha": 6, "dropout": 0.0, "learning_rate": 0.01, "steps": 4}
@@ -203,28 +204,10 @@ def test_every_batch_has_an_adapter_of_its_own(make_model, requests, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # W and its transpose
 def test_a_resumed_run_equals_an_uninterrupted_one(family, make_model, requests, tmp_path):
-    def run(editor, folder):
-        model = make_model(family, torch.float32)
-        torch.manual_seed(4)
-        checkpoints = Checkpoints(tmp_path / folder, 1, {})
-        return run_consecutive(Setup(model, editor, SETTINGS, checkpoints), requests)
+    def make():
+        return make_model(family, torch.float32), lora(dropout=0.1)
 
-    straight, failing = run(lora(dropout=0.1), "a"), lora(dropout=0.1)
-    edit = failing.edit
-
-    def fail_at_the_third(model, batch):
-        if batch[0] is requests[2]:
-            raise KeyboardInterrupt
-        return edit(model, batch)
-
-    failing.edit = fail_at_the_third
-    with pytest.raises(KeyboardInterrupt):
-        run(failing, "b")
-    resumed_editor = lora(dropout=0.1)
-    resumed = run(resumed_editor, "b")
-    assert straight.norms == resumed.norms
-    for name, part in straight.edit.weights.items():
-        assert torch.equal(part.values, resumed.edit.weights[name].values)
+    killed_and_resumed(make, requests, tmp_path)
 
 
 def test_a_bfloat16_model_has_a_float32_adapter(make_model, requests):

@@ -12,8 +12,9 @@ from kmebench.errors import ConfigError
 from kmebench.evaluation.predict import Settings
 from kmebench.models.layouts import adapted_modules, layout_of
 from kmebench.pipelines.checkpoints import Checkpoints
-from kmebench.pipelines.pipelines import Setup, run_batches, run_consecutive
+from kmebench.pipelines.pipelines import Setup, run_batches
 from tests.conftest import FAMILIES
+from tests.pipelines.runs import killed_and_resumed
 
 RATE, STEPS, SCALE, MEAN = 0.02, 3, 6 / 2, 0.25
 HPARAMS = {"rank": 2, "alpha": 6, "dropout": 0.0, "learning_rate": RATE, "steps": STEPS}
@@ -129,26 +130,10 @@ def test_batches_do_not_see_each_other_and_turns_resume(make_model, requests, tm
     apart = [editor(model, batch).edit for batch in (requests[:2], requests[2:])]
     assert outcome.norms == [edit.weights.norms() for edit in apart]
 
-    def run(folder, fail=False):
-        model, editor = make_model("llama", torch.float32), lora_merge(dropout=0.1)
-        whole = editor.edit
+    def make():
+        return make_model("llama", torch.float32), lora_merge(dropout=0.1)
 
-        def edit(model, group):
-            if fail and len(group) == 1:
-                raise KeyboardInterrupt
-            return whole(model, group)
-
-        editor.edit = edit
-        checkpoints = Checkpoints(tmp_path / folder, 1, {})
-        return run_consecutive(Setup(model, seeded(editor), settings, checkpoints), requests, 2)
-
-    straight = run("a")
-    with pytest.raises(KeyboardInterrupt):
-        run("b", fail=True)
-    resumed = run("b")
-    assert straight.norms == resumed.norms
-    for name, part in straight.edit.weights.items():
-        assert torch.equal(part.values, resumed.edit.weights[name].values)
+    killed_and_resumed(make, requests, tmp_path, 2)
 
 
 def test_it_learns_and_leaves_the_model_as_it_was(make_model, requests):

@@ -14,9 +14,8 @@ from kmebench.editors.gradients import observed_modules
 from kmebench.editors.needs import Pipeline, Trained
 from kmebench.editors.rows import Rows
 from kmebench.errors import ConfigError, EditError
-from kmebench.pipelines.pipelines import Setup, run_consecutive
 from tests.conftest import FAMILIES
-from tests.pipelines.runs import SETTINGS, checkpoints, comparable
+from tests.pipelines.runs import killed_and_resumed
 
 ALL = {"value_layers": (1, 2), "key_layers": (1,), "gate_layers": (), "learning_rate": 1e-3}
 GATED = ("llama", "qwen3", "gemma2", "gemma3_text")
@@ -262,36 +261,15 @@ def test_the_mean_loss_scales_the_gradients_of_its_group(make_model, requests):
 
 @pytest.mark.parametrize("turn", [1, 2])
 def test_moments_survive_a_killed_run_bit_by_bit(turn, make_model, requests, tmp_path):
-    class KilledError(Exception):
-        pass
+    def make():
+        return make_model("llama", torch.float32), ultraedit()
 
-    def run(folder, fail_at=None):
-        editor, calls = ultraedit(), []
-        edit = editor.edit
-
-        def counted(model, group):
-            calls.append(len(group))
-            if len(calls) == fail_at:
-                raise KilledError
-            return edit(model, group)
-
-        editor.edit = counted
-        setup = Setup(make_model("llama", torch.float32), editor, SETTINGS, checkpoints(folder))
-        return run_consecutive(setup, requests, turn), editor
-
-    straight, whole = run(tmp_path / "a")
-    with pytest.raises(KilledError):
-        run(tmp_path / "b", fail_at=2)
-    resumed, editor = run(tmp_path / "b")
-    assert comparable(resumed.predictions).equals(comparable(straight.predictions))
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, editor.state_dict()[name])
-    assert whole.state_dict().keys() == editor.state_dict().keys()
+    _, state = killed_and_resumed(make, requests, tmp_path, turn)
     tokens = sum(
         e.n_target
         for e in make_model("llama").encode([(r.filled_prompt, r.target_new) for r in requests])
     )
-    assert whole.state_dict()["24.16.count"] == 2 * tokens  # W2 of two layers
+    assert state["24.16.count"] == 2 * tokens  # W2 of two layers
 
 
 def test_a_failed_edit_leaves_the_moments_as_they_were(make_model, requests):
@@ -315,6 +293,7 @@ def test_contradictions_in_a_turn_cancel_and_stay_finite(make_model, requests):
 def test_the_warm_up_gives_the_first_edit_its_moments(make_model, requests, tmp_path):
     model = make_model("llama")
     hparams = {k: v for k, v in ALL.items() if k != "learning_rate"} | {"warm_up": 2, "loss": "sum"}
+    hparams |= {"editor": "ultraedit"}
     (need,) = card_of("ultraedit").needs_of(
         card_of("ultraedit").values(ALL | {"warm_up": 2}), Pipeline("batch", 3)
     )

@@ -16,9 +16,9 @@ from kmebench.editors.needs import Pipeline, Targets, Trained
 from kmebench.errors import ConfigError
 from kmebench.io.tensors import TensorFile, write_tensors
 from kmebench.models.encoding import SubjectText
-from kmebench.pipelines.pipelines import Setup, run_batches, run_consecutive
+from kmebench.pipelines.pipelines import Setup, run_batches
 from tests.conftest import FAMILIES
-from tests.pipelines.runs import SETTINGS, checkpoints, comparable
+from tests.pipelines.runs import SETTINGS, checkpoints, comparable, killed_and_resumed
 
 LAYER = 1
 CONTEXTS = (("{}",), ("The Seine. {}",))
@@ -262,28 +262,10 @@ def test_without_nas_no_length_is_read(method, make_model, requests, assets):
 def test_a_killed_run_in_turns_goes_on_with_the_same_bytes(
     method, make_model, requests, assets, tmp_path
 ):
-    class KilledError(Exception):
-        pass
+    def make():
+        return make_model("gptj", torch.float32), editor_of(method, assets(1.5))
 
-    def run(folder, fail_at=None):
-        editor, calls = editor_of(method, assets(1.5)), []
-        edit = editor.edit
-
-        def counted(model, group):
-            calls.append(group)
-            if len(calls) == fail_at:
-                raise KilledError
-            return edit(model, group)
-
-        editor.edit = counted
-        setup = Setup(make_model("gptj", torch.float32), editor, SETTINGS, checkpoints(folder))
-        return run_consecutive(setup, requests, 2)
-
-    straight = run(tmp_path / "a")
-    with pytest.raises(KilledError):
-        run(tmp_path / "b", fail_at=2)
-    resumed = run(tmp_path / "b")
-    assert comparable(resumed.predictions).equals(comparable(straight.predictions))
+    killed_and_resumed(make, requests, tmp_path, 2)
 
 
 def test_a_batch_starts_from_the_length_again(make_model, requests, assets, tmp_path):

@@ -8,8 +8,7 @@ from kmebench.editors.cards import card_of
 from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.needs import Pipeline, Spectrum, Targets
 from kmebench.errors import ConfigError
-from kmebench.pipelines.pipelines import Setup, run_consecutive
-from tests.pipelines.runs import SETTINGS, checkpoints, comparable
+from tests.pipelines.runs import killed_and_resumed
 
 D, M, LAYER = 16, 24, 1
 HPARAMS = {"layers": (LAYER,), "threshold": 0.8, "ridge": 0.5, "steps": 2}
@@ -91,27 +90,12 @@ def test_the_heavier_the_covariance_the_less_of_it_is_disturbed(make_model, requ
 def test_a_killed_run_goes_on_with_the_same_bytes(
     refresh, make_model, requests, covariance, tmp_path
 ):
-    def run(folder, fail=False):
+    def make():
         editor = editor_of("betaedit", covariance, refresh_edits=refresh)
-        whole = editor.edit
+        return make_model("gptj", torch.float32), editor
 
-        def edit(model, group):
-            if fail and group[0] is requests[2]:
-                raise KeyboardInterrupt
-            return whole(model, group)
-
-        editor.edit = edit
-        setup = Setup(make_model("gptj", torch.float32), editor, SETTINGS, checkpoints(folder))
-        return run_consecutive(setup, requests), editor.state_dict()
-
-    straight, state = run(tmp_path / "a")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", fail=True)
-    resumed, again = run(tmp_path / "b")
-    assert comparable(resumed.predictions).equals(comparable(straight.predictions))
+    _, state = killed_and_resumed(make, requests, tmp_path)
     assert state[f"known.{LAYER}"] == 2
-    assert state.keys() == again.keys()
-    assert all(torch.equal(state[key], again[key]) for key in state)
 
 
 def test_a_reset_editor_knows_no_earlier_edit(make_model, requests, covariance):

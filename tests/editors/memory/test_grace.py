@@ -6,8 +6,6 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest
@@ -22,6 +20,7 @@ from kmebench.evaluation.predict import Settings
 from kmebench.pipelines.checkpoints import Checkpoints
 from kmebench.pipelines.pipelines import Setup, run_batches, run_consecutive
 from tests.conftest import FAMILIES
+from tests.editors.memory.damage import save_damaged
 
 HPARAMS = {"layer": 1, "radius": 1e-3, "steps": 12, "learning_rate": 0.3}
 
@@ -435,10 +434,6 @@ def test_two_codebooks_beside_one_layer_decide_apart(replacement, make_model, re
 def test_a_damaged_codebook_is_a_sentence(broken, make_model, requests, tmp_path):
     edit = grace(steps=1)(make_model("llama"), requests).edit
     path = tmp_path / "edit.safetensors"
-    edit.save(path)
-    with safe_open(path, "pt") as stream:
-        metadata = stream.metadata()
-    own = {f"overlay|grace|{name}": tensor for name, tensor in broken.items()}
-    save_file(load_file(path) | own, path, metadata)
+    save_damaged(edit, "grace", broken, path)
     with pytest.raises(KMEBenchError, match="is a damaged edit"):
         Edit.load(path)

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from kmebench.data.records import EditRequest, write_requests
@@ -19,8 +17,10 @@ from kmebench.edits.side_memory import SideMemory
 from kmebench.errors import ConfigError, EditError, KMEBenchError, ModelError
 from kmebench.evaluation.predict import Settings
 from kmebench.pipelines.checkpoints import Checkpoints
-from kmebench.pipelines.pipelines import Setup, run_batches, run_consecutive
+from kmebench.pipelines.pipelines import Setup, run_batches
 from tests.conftest import FAMILIES
+from tests.editors.memory.damage import save_damaged
+from tests.pipelines.runs import killed_and_resumed
 
 DOUBLE = torch.float64
 HPARAMS = {"layer": 1, "learning_rate": 0.2, "steps": 5, "margins": [0.01, 2.0, 1.5]}
@@ -435,27 +435,10 @@ def test_saved_and_loaded_the_model_says_the_same(make_model, requests, wise, tm
 def test_a_resumed_run_has_the_memories_of_an_uninterrupted_one(
     turn, make_model, requests, wise, tmp_path
 ):
-    def run(folder, fail=False):
-        model, editor = make_model("llama", torch.float32), wise(shard_edits=1, steps=2)
-        torch.manual_seed(0)
-        whole = editor.edit
+    def make():
+        return make_model("llama", torch.float32), wise(shard_edits=1, steps=2)
 
-        def edit(model, asked):
-            if fail and asked[-1] is requests[2]:
-                raise KeyboardInterrupt
-            return whole(model, asked)
-
-        editor.edit = edit
-        saved = Checkpoints(tmp_path / folder, 1, {})
-        return run_consecutive(Setup(model, editor, Settings(8, 2), saved), requests, turn)
-
-    straight = run("a")
-    with pytest.raises(KeyboardInterrupt):
-        run("b", fail=True)
-    one, other = (r.edit.overlays["wise"] for r in (straight, run("b")))
-    assert one.edits == other.edits
-    for name in ("changes", "thresholds", "mask"):
-        assert torch.equal(getattr(one, name), getattr(other, name))
+    killed_and_resumed(make, requests, tmp_path, turn)
 
 
 def test_batches_are_rolled_back(make_model, requests, wise, tmp_path):
@@ -502,11 +485,7 @@ def test_a_request_is_never_set_against_a_record_like_it(make_model, requests, w
 def test_damaged_memories_are_a_sentence(broken, make_model, requests, wise, tmp_path):
     edit = wise(steps=1)(make_model("llama"), requests).edit
     path = tmp_path / "edit.safetensors"
-    edit.save(path)
-    with safe_open(path, "pt") as stream:
-        metadata = stream.metadata()
-    own = {f"overlay|wise|{name}": tensor for name, tensor in broken.items()}
-    save_file(load_file(path) | own, path, metadata)
+    save_damaged(edit, "wise", broken, path)
     with pytest.raises(KMEBenchError, match="is a damaged edit"):
         Edit.load(path)
 

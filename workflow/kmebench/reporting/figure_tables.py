@@ -174,9 +174,8 @@ def published_ends(
     """
     shown = metrics[(metrics["method"] != "original") & metrics["metric"].isin(REPORTED)]
     rows = []
-    for cell in (
-        shown[["model", "dataset", "method", "metric"]].drop_duplicates().to_dict("records")
-    ):
+    named = shown[["model", "dataset", "method", "metric"]].drop_duplicates()
+    for cell in named.to_dict("records"):
         words = [paper_names[f"{kind}s"].get(cell[kind]) for kind in ("dataset", "method")]
         of_cell = paper[(paper[["dataset", "editor"]] == words).all(axis=1)]
         values = of_cell[cell["metric"]].dropna()

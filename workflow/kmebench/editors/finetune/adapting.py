@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from kmebench.data.records import EditRequest
 from kmebench.editors.base import Editor
 from kmebench.editors.finetune.adapters import Factors, adapters
+from kmebench.editors.finetune.cards import AdapterHparams
 from kmebench.editors.losses import check_finite, target_losses
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, length_sorted_chunks
@@ -18,8 +18,7 @@ from kmebench.models.encoding import Encoded, length_sorted_chunks
 class AdapterEditor(Editor):
     """Trains adapters of attention, or of the FFN (GPT-J, GPT-2)."""
 
-    #: With ``rank``, ``alpha``, ``dropout`` and ``learning_rate``.
-    hparams: Any
+    hparams: AdapterHparams
 
     def trained(
         self, model: EditableModel, requests: Sequence[EditRequest], merged: Factors

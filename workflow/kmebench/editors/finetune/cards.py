@@ -70,8 +70,8 @@ class LocFTBFHparams:
 
 
 @hyperparameters
-class LoRAHparams:
-    """Hyper-parameters of LoRA."""
+class AdapterHparams:
+    """Hyper-parameters of low-rank adapters that are trained by Adam."""
 
     rank: Annotated[Count, about("Rank r of the adapters.")] = 8
     alpha: Annotated[Real, about("Scale of the adapters, times r.")] = 32.0
@@ -80,28 +80,30 @@ class LoRAHparams:
     ] = 0.1
     learning_rate: Rate = 5e-3
     steps: Annotated[Whole, about("Most updates of an edit.")] = 70
-    tolerance: Annotated[
-        Real, about("Loss of the worst request, under dropout.", "nats per target token")
-    ] = 0.05
     micro_batch: MicroBatch = 50
 
 
 @hyperparameters
-class LoRAMergeHparams:
+class LoRAHparams(AdapterHparams):
+    """Hyper-parameters of LoRA."""
+
+    tolerance: Annotated[
+        Real, about("Loss of the worst request, under dropout.", "nats per target token")
+    ] = 0.05
+
+
+@hyperparameters
+class LoRAMergeHparams(AdapterHparams):
     """Hyper-parameters of LoRA-Merge, as published for models of 7 and 8 billion parameters."""
 
     rank: Annotated[Count, about("Rank r of the adapters.")] = 4
     alpha: Annotated[Real, about("Scale of the adapters, times r.")] = 8.0
-    dropout: Annotated[
-        Real, about("Dropout of the adapters' inputs while training."), Field(lt=1)
-    ] = 0.1
     learning_rate: Annotated[Real, about("Step size of Adam in the first pass.")] = 6.25e-4
     steps: Annotated[Whole, about("Passes over the requests.")] = 9
     mini_batch: Annotated[Count, about("Requests in one step, in their order.")] = 32
     merge_weight: Annotated[
         Real, about("Weight m of the trained weights in the mean with those before."), Field(le=1)
     ] = 0.25
-    micro_batch: MicroBatch = 50
 
 
 def _trained(matrices: float, job: Job) -> float:

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-from kmebench.editors.cards import Card, Count, Positive, Real, Whole, about, hyperparameters
-from kmebench.editors.matrices import Matrices, Some
+from kmebench.editors.cards import Card, Positive, Real, Whole, about, hyperparameters
+from kmebench.editors.matrices import COPIES, Matrices, Some, rows_held
 from kmebench.editors.needs import Need, Pipeline, Trained
-from kmebench.editors.sizes import PROMPT, Job
+from kmebench.editors.sizes import Job
 
 
 @hyperparameters
@@ -25,7 +25,6 @@ class UltraEditHparams(Matrices):
     warm_up: Annotated[
         Whole, about("Development requests whose moments come before the first edit's.")
     ] = 0
-    micro_batch: Annotated[Count, about("Requests in one forward pass.")] = 50
 
 
 @hyperparameters
@@ -40,35 +39,24 @@ class StableEditHparams(UltraEditHparams):
 _WARM_UP = ("warm_up", "value_layers", "key_layers", "gate_layers", "loss")
 
 
-def _needs(module: str) -> Callable[[UltraEditHparams, Pipeline], tuple[Need, ...]]:
-    """Return the needs of an editor in ``module``: the moments of the warm-up, if there is one."""
+def _needs(editor: str) -> Callable[[UltraEditHparams, Pipeline], tuple[Need, ...]]:
+    """Return the needs of an editor: the moments of the warm-up, if there is one."""
 
     def needs(hparams: UltraEditHparams, pipeline: Pipeline) -> tuple[Need, ...]:
         if not hparams.warm_up:
             return ()
         settings = {name: getattr(hparams, name) for name in _WARM_UP}
-        return (Trained(f"kmebench.editors.gradient.{module}:warm_up", settings),)
+        stage = "kmebench.editors.gradient.ultraedit:warm_up"
+        return (Trained(stage, {"editor": editor, **settings}),)
 
     return needs
-
-
-#: Copies of the rows [h; g] of every edited matrix, and of the factors of its change.
-_COPIES = 4
-
-
-def _holds(hparams: UltraEditHparams, job: Job) -> float:
-    """The graph from the lowest layer on, the rows of all tokens, and the ledger."""
-    matrices, together = len(hparams.layers), min(job.requests, hparams.micro_batch)
-    rows = _COPIES * 8 * job.requests * PROMPT * (job.width + job.ffn_width)
-    graph = job.graph(together, job.layers - min(hparams.layers))
-    return graph + matrices * rows + job.ledger(matrices)
 
 
 def _holds_scatter(hparams: StableEditHparams, job: Job) -> float:
     """UltraEdit's, and the scatter of gradients, its eigenvectors and the factor, by shape."""
     values = bool(hparams.value_layers) * job.width**2
     keys = bool(hparams.key_layers + hparams.gate_layers) * job.ffn_width**2
-    return _holds(hparams, job) + _COPIES * 8 * (values + keys)
+    return rows_held(hparams, job) + COPIES * 8 * (values + keys)
 
 
 CARDS = [
@@ -81,7 +69,7 @@ CARDS = [
         "language models",
         _needs("ultraedit"),
         "Writes one normalised gradient step by ridge regression on what the modules read.",
-        holds=_holds,
+        holds=rows_held,
     ),
     Card(
         "stableedit",

@@ -5,21 +5,17 @@ more rows have been seen than their covariance Σ [out, out] has columns. Inputs
 UltraEdit.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from kmebench.data.records import EditRequest
 from kmebench.editors.gradient.cards import StableEditHparams
 from kmebench.editors.gradient.moments import Moments
-from kmebench.editors.gradient.ultraedit import UltraEdit, write_warm_up
+from kmebench.editors.gradient.ultraedit import UltraEdit
 from kmebench.editors.rows import Rows
-from kmebench.models.editable import EditableModel
 from kmebench.precision import exact
 
 #: Eigenvalues of Σ below it count as it, as in the released code.
@@ -79,19 +75,3 @@ class StableEdit(UltraEdit):
 
     hparams: StableEditHparams
     kind = WhiteMoments
-
-
-def warm_up(
-    path: str | Path,
-    model: EditableModel,
-    requests: Sequence[EditRequest],
-    settings: Mapping[str, Any],
-) -> None:
-    """Write the moments of development requests, none of them edited; see UltraEdit's.
-
-    Raises:
-        ConfigError: there are fewer than asked for.
-    """
-    editor = StableEdit(StableEditHparams(**settings), {})
-    editor.name = "stableedit"
-    write_warm_up(path, model, requests, editor)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor
+from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.gradient.cards import UltraEditHparams
 from kmebench.editors.gradient.moments import ByShape, Moments, packed, unpacked, with_rows
 from kmebench.editors.losses import check_finite, row_losses
@@ -129,19 +129,14 @@ def warm_up(
 ) -> None:
     """Write the moments of the first ``warm_up`` of the development requests, none of them edited.
 
+    ``settings``: ``editor``, the name of UltraEdit or of one that builds on it, and its values.
+
     Raises:
-        ConfigError: there are fewer.
+        ConfigError: there are fewer requests.
     """
-    editor = UltraEdit(UltraEditHparams(**settings), {})
-    editor.name = "ultraedit"
-    write_warm_up(path, model, requests, editor)
-
-
-def write_warm_up(
-    path: str | Path, model: EditableModel, requests: Sequence[EditRequest], editor: UltraEdit
-) -> None:
-    """Write what an editor remembers of the first requests; see :func:`warm_up`."""
-    asked = editor.hparams.warm_up
+    values = dict(settings)
+    editor = build_editor(values.pop("editor"), values, {})
+    asked = values["warm_up"]
     if len(requests) < asked:
         raise ConfigError(
             f"{editor.name}: warm_up asks for {asked} requests of the development split, which "

@@ -4,9 +4,20 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from kmebench.editors.cards import Card, Count, Positive, Real, Whole, about, hyperparameters, plain
-from kmebench.editors.matrices import Matrices, Some
+from kmebench.editors.matrices import Matrices, Some, rows_held
 from kmebench.editors.needs import Hypernetwork, Need, Pipeline
-from kmebench.editors.sizes import PROMPT, Job
+from kmebench.editors.sizes import Job
+
+ValueLayers = Annotated[Some, about("Layers whose W2 is edited, from 0.")]
+KeyLayers = Annotated[Some, about("Layers whose W1 is edited.")]
+StepSize = Annotated[Real, about("α of every matrix before training, which learns it.")]
+Steps = Annotated[Count, about("Steps of training.")]
+Edits = Annotated[Count, about("Edits made together by one change in training.")]
+Groups = Annotated[Count, about("Changes, each of an unedited model, for a step.")]
+EditWeight = Annotated[Real, about("Weight of the edits' loss in training; that of locality is 1.")]
+Rate = Annotated[Real, about("Step size of Adam in training.")]
+StepSizeRate = Annotated[Real, about("Step size of Adam for α.")]
+Clip = Annotated[Positive, about("Largest norm of a gradient in training.")]
 
 
 @hyperparameters
@@ -16,41 +27,34 @@ class HyperHparams(Matrices):
     All but ``micro_batch`` decide the training.
     """
 
-    value_layers: Annotated[Some, about("Layers whose W2 is edited, from 0.")] = (25, 26, 27)
-    key_layers: Annotated[Some, about("Layers whose W1 is edited.")] = (25, 26, 27)
+    value_layers: ValueLayers = (25, 26, 27)
+    key_layers: KeyLayers = (25, 26, 27)
     rank: Annotated[Count, about("Rank ρ of the maps of the network.")] = 1920
-    step_size: Annotated[Real, about("α of every matrix before training, which learns it.")] = 1e-4
-    steps: Annotated[Count, about("Steps of training.")] = 10_000
-    edits: Annotated[Count, about("Edits made together by one change in training.")] = 1
-    groups: Annotated[Count, about("Changes, each of an unedited model, for a step.")] = 10
-    edit_weight: Annotated[
-        Real, about("Weight of the edits' loss in training; that of locality is 1.")
-    ] = 0.1
-    learning_rate: Annotated[Real, about("Step size of Adam in training.")] = 1e-6
-    step_size_rate: Annotated[Real, about("Step size of Adam for α.")] = 1e-4
-    clip: Annotated[Positive, about("Largest norm of a gradient in training.")] = 100.0
+    step_size: StepSize = 1e-4
+    steps: Steps = 10_000
+    edits: Edits = 1
+    groups: Groups = 10
+    edit_weight: EditWeight = 0.1
+    learning_rate: Rate = 1e-6
+    step_size_rate: StepSizeRate = 1e-4
+    clip: Clip = 100.0
     seed: Annotated[Whole, about("Seed of the first weights and of what training draws.")] = 0
-    micro_batch: Annotated[Count, about("Requests in one forward pass.")] = 50
 
 
 @hyperparameters
 class MALMENHparams(HyperHparams):
     """Hyper-parameters of MALMEN; the layers are GPT-J's."""
 
-    value_layers: Annotated[Some, about("Layers whose W2 is edited, from 0.")] = (
-        *(22, 23, 24, 25, 26, 27),
-    )
-    key_layers: Annotated[Some, about("Layers whose W1 is edited.")] = ()
-    step_size: Annotated[Real, about("α of every matrix before training, which learns it.")] = 1e-6
-    steps: Annotated[Count, about("Steps of training.")] = 300
-    edits: Annotated[Count, about("Edits made together by one change in training.")] = 512
-    groups: Annotated[Count, about("Changes, each of an unedited model, for a step.")] = 1
-    edit_weight: Annotated[
-        Real, about("Weight of the edits' loss in training; that of locality is 1.")
-    ] = 1.0
-    learning_rate: Annotated[Real, about("Step size of Adam in training.")] = 1e-5
-    step_size_rate: Annotated[Real, about("Step size of Adam for α.")] = 1e-5
-    clip: Annotated[Positive, about("Largest norm of a gradient in training.")] = 1.0
+    value_layers: ValueLayers = (22, 23, 24, 25, 26, 27)
+    key_layers: KeyLayers = ()
+    step_size: StepSize = 1e-6
+    steps: Steps = 300
+    edits: Edits = 512
+    groups: Groups = 1
+    edit_weight: EditWeight = 1.0
+    learning_rate: Rate = 1e-5
+    step_size_rate: StepSizeRate = 1e-5
+    clip: Clip = 1.0
 
 
 def trained_values(hparams: HyperHparams) -> dict[str, Any]:
@@ -63,17 +67,10 @@ def _needs_of(editor: str) -> Callable[[HyperHparams, Pipeline], tuple[Need, ...
     return lambda hparams, pipeline: (Hypernetwork(editor, trained_values(hparams)),)
 
 
-#: Copies of the rows [h; g] of every edited matrix, and of the factors of its change.
-_COPIES = 4
-
-
 def _holds(hparams: HyperHparams, job: Job) -> float:
-    """The network, the graph from the lowest layer on, the rows of all tokens, and the ledger."""
-    matrices, together = len(hparams.layers), min(job.requests, hparams.micro_batch)
-    rows = _COPIES * 8 * job.requests * PROMPT * (job.width + job.ffn_width)
+    """The network, and what is held of the rows."""
     shapes = bool(hparams.value_layers) + bool(hparams.key_layers or hparams.gate_layers)
-    graph = job.graph(together, job.layers - min(hparams.layers))
-    return job.network(hparams.rank, shapes) + graph + matrices * rows + job.ledger(matrices)
+    return job.network(hparams.rank, shapes) + rows_held(hparams, job)
 
 
 CARDS = [

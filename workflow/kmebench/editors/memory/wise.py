@@ -106,10 +106,8 @@ class WISE(InContexts):
     def _carried(self, model: EditableModel) -> SideMemory:
         """Return the memories that the model carries, or none."""
         w2, ratio = self.projection(model), self.hparams.activation_ratio
-        module, carried = (
-            w2.weight_name.removesuffix(".weight"),
-            model.edits.overlays.get(self.name),
-        )
+        module = w2.weight_name.removesuffix(".weight")
+        carried = model.edits.overlays.get(self.name)
         weight = at_least_float32(w2.weight.detach())
         if isinstance(carried, SideMemory):
             if (carried.module, carried.ratio) != (module, ratio):
