@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from kmebench.data.records import read_requests
 from kmebench.edits.edit import Edit
 from tests.workflow.conftest import copied, count
 
@@ -366,6 +367,28 @@ def test_bad_data_end_in_one_sentence_and_leave_nothing(copy_of_finished):
     )
     assert "broken/set.json is not valid JSON at line 1, column 26" in output
     assert not (copy_of_finished.folder / "results/data/mine.jsonl").exists()
+
+
+def test_a_data_set_leaves_out_what_others_were_tuned_on(copy_of_finished):
+    """The raw records are those of the data set that is left out in part."""
+    own = {"source": "openfacts", "kind": "zsre", "seed": 0}
+    spec = {"source": own, "schema": "mend", "n": 60}
+    overlay = copy_of_finished.overlay(
+        "long",
+        datasets={
+            "every": spec,
+            "apart": spec | {"leave_out": ["openfacts-zsre.development"]},
+        },
+    )
+    names = ("openfacts-zsre.development", "every", "apart")
+    targets = [f"results/data/{name}.jsonl" for name in names]
+    copy_of_finished.run(*targets, configs=("config/ci.yaml", overlay))
+    held_out, every, apart = (
+        {r.subject for r in read_requests(copy_of_finished.folder / target)} for target in targets
+    )
+    assert held_out & every
+    assert not held_out & apart
+    assert len(read_requests(copy_of_finished.folder / targets[2])) == 60
 
 
 TOY = """

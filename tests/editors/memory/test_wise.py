@@ -304,7 +304,10 @@ def test_an_open_gate_of_some_rows_leaves_the_others_their_bits(make_model, requ
     before = model.answer_logits(batch)
     heard = activations(model, memory, pairs(requests))
     model.apply(Edit(overlays={"wise": opens_for_two(memory, heard)}))
-    after = model.answer_logits(batch)
+    passage = Passage(batch.prompt_last, batch.rows)
+    after = model.answer_logits(batch, passage=passage)
+    assert model.gated
+    assert passage.opened.tolist() == [x != min(heard) for x in heard]
     closed = batch.rows == heard.index(min(heard))
     assert torch.equal(before[closed], after[closed])
     for row in set(range(3)) - {heard.index(min(heard))}:
@@ -410,6 +413,8 @@ def test_ties_of_one_is_itself_and_of_disjoint_ones_their_sum():
     mask = torch.rand(4, 5, generator=generator) < 0.5
     apart = torch.stack([change[0] * mask, change[1] * ~mask])
     assert torch.equal(ties(apart, 1.0), apart.sum(dim=0))
+    even = torch.tensor([[1.0, -2.0], [-1.0, 2.0]])  # a sum of zero has the sign of plus
+    assert ties(even, 1.0).tolist() == [1.0, 2.0]
 
 
 # -- files, checkpoints, and what is refused ---------------------------------------------
