@@ -71,6 +71,19 @@ def test_main_cells_are_the_configured_edits_in_percent_in_the_order_of_the_conf
     assert main_cells(metrics(), LABELS, [], seed=7).empty
 
 
+def test_every_moment_has_a_name_of_its_own():
+    moments = {
+        ("final", 300): "after all edits",
+        ("write", 300): "right after each edit",
+        ("checkpoint", 100): "after 100 edits",
+        ("newest", 300): "right after each of the last 100 of 300 edits",
+    }
+    rows = [metric("pac", "efficacy", 0.5, moment=m, edits_done=n) for m, n in moments]
+    told = explorer(in_order(once(pd.DataFrame(rows)), LABELS), LABELS, seed=0)
+    when = [name for name, _ in told["columns"]].index("when")
+    assert [row[when] for row in told["rows"]] == list(moments.values())
+
+
 def test_the_table_of_all_numbers_holds_every_protocol_and_variant_once():
     told = explorer(in_order(once(metrics()), LABELS), LABELS, seed=0)
     names = [name for name, _ in told["columns"]]
