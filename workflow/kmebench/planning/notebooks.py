@@ -17,7 +17,10 @@ TABLE_NOTEBOOKS = {
     "04_ablations": "ablations",
     "05_compare_editors": "compared_editors",
 }
-MODEL_NOTEBOOKS = {"02_one_edit_under_the_microscope": "one_edit"}
+MODEL_NOTEBOOKS = {
+    "02_one_edit_under_the_microscope": "one_edit",
+    "06_why_does_it_end": "ends_of_runs",
+}
 NOTEBOOKS = TABLE_NOTEBOOKS | MODEL_NOTEBOOKS
 #: The method that notebook 02 looks at under the microscope.
 _LOOKED_AT = "pac"
@@ -37,7 +40,7 @@ class Notebooks:
         name = wildcards.notebook
         notebook = f"notebooks/{name}.ipynb"
         editors = []
-        if name in MODEL_NOTEBOOKS:
+        if NOTEBOOKS[name] == "one_edit":
             editors = [grid.card_of_method(self.config, _LOOKED_AT).module, "kmebench.api"]
         own = with_data(source_closure(notebook, *editors))
         return {
@@ -96,6 +99,26 @@ class Notebooks:
             **grid.load_of(config, model),
         }
         return parameters, [f"<results>/models/{model}", f"<results>/data/{dataset}.jsonl"]
+
+    def ends_of_runs(self) -> Told:
+        """Return consecutive runs of the main experiment, on its first model and data set."""
+        config, (model, (dataset, *_)) = self.config, self._first_model_and_datasets()
+        runs = {
+            "/".join([run.method, run.variant, f"seed{run.seed}"]): run.folder()
+            for run in grid.runs_of(config, self._main_experiment())
+            if (run.pipeline, run.model, run.dataset) == ("consecutive", model, dataset)
+        }
+        parameters = {
+            "model": model,
+            "dataset": dataset,
+            "runs": {name.removesuffix("/default/seed0"): path for name, path in runs.items()},
+            "statistics": config["statistics"],
+            **grid.load_of(config, model),
+        }
+        files = [f"<results>/models/{model}", f"<results>/data/{dataset}.jsonl"]
+        read = ("predictions.parquet", "run.json", "health.json")
+        files += [f"<results>/{path}/{name}" for path in runs.values() for name in read]
+        return parameters, files
 
     def paper_tables(self) -> Told:
         """Return the tables that have numbers of the paper beside them."""
