@@ -37,6 +37,7 @@ def metric(method, name, value, *, model="gpt-j", dataset="zsre", moment="final"
         "seed": 0,
         "protocol": "token",
         "moment": moment,
+        "edits_done": 20,
         "metric": name,
         "value": value,
         "low": value - 0.1,
@@ -179,6 +180,25 @@ def test_health_stands_in_columns_of_its_own_where_it_was_measured():
     assert all(x.count("&") - x.count(r"\&") == 1 + 12 for x in body)
     assert "Perplexity" not in to_markdown(TABLE, LAYOUT) + to_latex(TABLE, LAYOUT)
     assert not {"perplexity_ratio", "kl"} & set(TABLE)
+
+
+def test_long_runs_say_when_half_of_the_best_score_was_lost():
+    scores = {1: 0.5, 10: 0.8, 100: 0.41, 300: 0.39, 1000: 0.45}
+    moments = dict.fromkeys(scores, "checkpoint") | {1000: "final"}
+    rows = [
+        metric(method, "score", value, moment=moments[n], edits_done=n, n=300)
+        for method, values in {"pac": scores, "full-c": scores | {300: 0.4}}.items()
+        for n, value in values.items()
+    ]
+    table = wide_table(pd.DataFrame(rows), None, LAYOUT)
+    half = table.set_index(["model", "editor", "dataset"])["half_after"]
+    assert half["gpt-j", "pac", "zsre"] == 300
+    assert pd.isna(half["gpt-j", "full-c", "zsre"])  # half is not below half
+    markdown = to_markdown(table, LAYOUT)
+    assert "Half at: edits after which Score was below half of its best" in markdown
+    (line,) = [x for x in markdown.splitlines() if "PAC" in x and "45.0" in x]
+    assert [x.strip() for x in line.split("|")[-3:-1]] == ["300", "1.25"]
+    assert "half_after" not in TABLE
 
 
 def test_failed_edits_are_counted_in_the_caption():

@@ -9,11 +9,13 @@ import pandas as pd
 
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import HEALTH, Metric, table_columns
+from kmebench.evaluation.score import NEWEST
 from kmebench.evaluation.statistics import ENOUGH_EDITS
 from kmebench.modes import in_turns, split_mode
 from kmebench.reporting.paper import ORIGINAL
 
 MISSING = "–"
+_HALF = "Half at"
 DEFAULT = "default"  # planning.grid's, which depends on the editors
 Labels = Mapping[str, Mapping[str, str | None]]  # name -> {label, paper_name}
 
@@ -52,8 +54,9 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
     ``_difference`` (ours − paper), and ``_tied``: not the best, but not distinguishable from the
     best (of enough edits, the 95% paired interval of the difference holds zero);
     ``write_efficacy`` (consecutive: right after each edit); n, seconds_per_edit, failed_edits,
-    protocol, mode, variant, seed; and every tabled metric of the final model's state that any run
-    has, in its own unit.
+    protocol, mode, variant, seed; every tabled metric of the final model's state that any run
+    has, in its own unit; and, if a run is longer than :data:`NEWEST` edits, ``half_after``: the
+    edits after which Score was first below half of its best until then (NaN: never).
     Missing runs are rows of NaN. The paper's numbers stand beside the variant ``default`` only.
     """
     of_mode = metrics[metrics["mode"] == layout.mode]
@@ -75,7 +78,9 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
                     rows.append(name | {"dataset": dataset} | _cells(cell, published))
     table = pd.DataFrame(rows).assign(protocol=layout.protocol, mode=layout.mode)
     states = [metric.name for metric in table_columns("state")]
-    return table.drop(columns=[name for name in states if table[name].isna().all()])
+    empty = [name for name in states if table[name].isna().all()]
+    short = [] if table["n"].max() > NEWEST else ["half_after"]
+    return table.drop(columns=[*empty, *short])
 
 
 def _runs(of_editor: pd.DataFrame) -> list[tuple[tuple[str, int | None], pd.DataFrame]]:
@@ -104,10 +109,19 @@ def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]
     row["n"] = int(requests["n"].max()) if len(requests) else 0
     row["seconds_per_edit"] = final["seconds_per_edit"].max()
     row["failed_edits"] = final["failed_edits"].max()
+    row["half_after"] = _half_after(cell)
     for metric in table_columns("state"):
         values = final["value"].reindex([metric.name])
         row[metric.name] = metric.scale * values.item()
     return row
+
+
+def _half_after(cell: pd.DataFrame) -> float:
+    """The first milestone at which Score is below half of the best one until then."""
+    asked = cell["moment"].isin(["checkpoint", "final"]) & (cell["metric"] == "score")
+    scores = cell[asked].set_index("edits_done")["value"].sort_index()
+    below = scores < scores.cummax() / 2
+    return float(below.idxmax()) if below.any() else float("nan")
 
 
 def _published(
@@ -143,6 +157,8 @@ def caption(table: pd.DataFrame, layout: Layout) -> str:
         text += f"; no best is marked among fewer than {ENOUGH_EDITS} edits"
     if table[[f"{m.name}_paper" for m in table_columns("request")]].notna().any(axis=None):
         text += "; in brackets the paper's number"
+    if "half_after" in table:
+        text += f"; {_HALF}: edits after which Score was below half of its best"
     for metric in _states(table):
         text += f"; {metric.label}: {metric.meaning} ({metric.unit})"
     return f"{text}.{_failures(table, layout)}"
@@ -201,7 +217,7 @@ def to_markdown(table: pd.DataFrame, layout: Layout) -> str:
     """Render for people: one block per data set, aligned for a terminal too."""
     marks = {metric: _best(table, metric, layout) for metric in table_columns("request")}
     header = ["Model", "Editor", *(metric.label for metric in marks)]
-    header += ["Write"] * layout.consecutive
+    header += ["Write"] * layout.consecutive + [_HALF] * ("half_after" in table)
     header += [*map(_state_label, _states(table)), "s/edit"]
     blocks = [f"**{caption(table, layout)}**"]
     for dataset, names in layout.datasets.items():
@@ -210,6 +226,8 @@ def to_markdown(table: pd.DataFrame, layout: Layout) -> str:
             cells = [_markdown_cell(row, m.name, bool(best[index])) for m, best in marks.items()]
             if layout.consecutive:
                 cells.append(_number(row["write_efficacy"]))
+            if "half_after" in table:
+                cells.append(_number(row["half_after"], 0))
             cells += [_number(row[metric.name], metric.digits) for metric in _states(table)]
             cells.append(_number(row["seconds_per_edit"], 2))
             model = str(layout.models[row["model"]]["label"])
