@@ -1,7 +1,10 @@
 """The public forms, their bad records, and data files as people save them."""
 
+import bz2
 import copy
+import gzip
 import json
+import lzma
 import tempfile
 from pathlib import Path
 
@@ -209,8 +212,10 @@ BAD = {
         MEND | {"alt": ["a", "b"]},
         "the key 'alt' holds 2 texts",
     ),
+    "unseen": ("mend", MEND | {"alt": "\u3164\ufe0f"}, "the key 'alt' is empty"),
     "half an emoji": ("mend", MEND | {"loc": "x \ud83d"}, "the key 'loc' holds half a surrogate"),
     "half a case_id": ("rome", ROME | {"case_id": "\ud83d"}, "case_id holds half a surrogate pair"),
+    "a case_id of many": ("rome", ROME | {"case_id": [9]}, "case_id is no text but a list"),
     "subject absent": ("mend", MEND | {"subject": "Eve"}, "'Eve' does not stand in the prompt"),
     "other case": ("mend", MEND | {"subject": "ADA"}, "'ADA' does not stand in the prompt"),
     "looks alike": (
@@ -308,6 +313,35 @@ def test_a_case_id_that_stands_twice_is_bad(tmp_path):
         read_records(write(tmp_path, [EASYEDIT, EASYEDIT]), "easyedit")
 
 
+def test_records_without_a_case_id_are_called_by_their_number(tmp_path):
+    nameless = [EASYEDIT | {"case_id": none} for none in (None, float("nan"))]
+    records, _ = read_records(write(tmp_path, nameless), "easyedit")
+    assert [request.case_id for _, request in records] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "key"),
+    [
+        ("easyedit", "target_new"),
+        ("easyedit", "case_id"),
+        ("rome", "subject"),
+        ("rome", "requested_rewrite"),
+        ("rome", "relation_id"),
+        ("rome", "paraphrase_prompts"),
+        ("mend", "portability"),
+        ("wikibigedit", "personas"),
+    ],
+)
+def test_a_key_that_stands_twice_is_bad_if_it_is_read(schema, key, tmp_path):
+    path = write(tmp_path, [RECORDS[schema] | {"note": 1}])
+    content = path.read_text(encoding="utf-8")
+    path.write_text(content.replace('"note":', '"note": 0, "note":'), encoding="utf-8")
+    assert read_records(path, schema)[0]
+    path.write_text(content.replace(f'"{key}":', f'"{key}": "other", "{key}":'), encoding="utf-8")
+    _, bad = read_records(path, schema, "skip")
+    assert [problem.reason for problem in bad] == [f"the key {key!r} stands in it twice"]
+
+
 def test_an_own_name_of_the_file_is_what_messages_say(tmp_path):
     path = write(tmp_path, [ROME | {"case_id": None, "requested_rewrite": 5}])
     for schema, content in (("rome", None), ("mend", "["), ("mend", "5"), ("mend", b"\xff\xfe[")):
@@ -350,6 +384,10 @@ def test_other_unicode_encodings_are_named(encoding, tmp_path):
     ("text", "complaint"),
     [
         ("", "not valid JSON at line 1, column 1"),
+        (
+            "\nsubject,src",
+            r"line 2, column 1 .*; it must hold a list of records, or a record on each",
+        ),
         ("[1 2]", r"not valid JSON at line 1, column 4 \(Expecting ',' delimiter\)\.$"),
         ('{"a": 1}\n{"a" 2}\n', r"at line 2, column 6 \(Expecting ':' delimiter\)\.$"),
         ("5", "holds neither a list of records nor a record on each line"),
@@ -379,6 +417,14 @@ def test_only_a_file_that_ends_early_may_be_truncated(tmp_path):
         with pytest.raises(DataError) as caught:
             read_records(path, "easyedit")
         assert "truncated" not in str(caught.value)
+
+
+def test_a_compressed_file_is_named(tmp_path):
+    path = tmp_path / "set.json"
+    for pack in (gzip.compress, bz2.compress, lzma.compress):
+        path.write_bytes(pack(f"[{RECORD}]".encode()))
+        with pytest.raises(DataError, match=r"set\.json is a compressed file; unpack it\.$"):
+            read_records(path, "easyedit")
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):

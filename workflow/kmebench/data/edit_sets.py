@@ -2,13 +2,16 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from kmebench.data.forms import parse
+from kmebench.data.forms import Twice, parse
 from kmebench.data.records import BadRecord, EditRequest
 from kmebench.errors import DataError
 
+#: How compressed files begin: gzip, zip, bzip2, xz, zstd.
+_PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _BLANKS = re.compile(r"[ \t\n\r]*")  # of JSON
 #: What a parser cannot read at the end of JSON that is cut off inside a word, number or escape.
 _CUT = re.compile(r"t|tr|tru|f|fa|fal|fals|n|nu|nul|-|\.|[eE][-+]?|\\?u?[0-9a-fA-F]{0,4}")
@@ -29,14 +32,15 @@ def read_records(
     name = str(path if name is None else name)
     records, bad, seen = [], [], set()
     for index, raw in enumerate(_raw_records(path, name)):
-        case_id = str(raw.get("case_id", index)) if isinstance(raw, dict) else str(index)
         try:
-            request = parse(raw, schema, case_id)
+            request = parse(raw, schema, index)
             if request.case_id in seen:
                 raise ValueError("its case_id stands in the file twice")
             seen.add(request.case_id)
             records.append((index, request))
         except ValueError as error:
+            given = raw.get("case_id") if isinstance(raw, dict) else None
+            case_id = given if isinstance(given, str) else str(index)
             case_id = case_id.encode(errors="backslashreplace").decode()
             bad.append(BadRecord(index, case_id, str(error)))
             if on_bad_record == "error":
@@ -53,12 +57,14 @@ def _raw_records(path: str | Path, name: str) -> list[Any]:
     try:
         values = _json_values(text)
     except json.JSONDecodeError as error:
-        ends = (
-            "; it ends early and may be truncated" if _ends_early(text[error.pos :], error) else ""
-        )
+        hint = ""
+        if _ends_early(text[error.pos :], error):
+            hint = "; it ends early and may be truncated"
+        elif error.pos == _after_blanks(text, 0):
+            hint = "; it must hold a list of records, or a record on each line"
         raise DataError(
             f"{name} is not valid JSON at line {error.lineno}, column {error.colno} "
-            f"({error.msg}){ends}."
+            f"({error.msg}){hint}."
         ) from error
     except RecursionError as error:
         raise DataError(f"{name} is nested too deeply, expected a list of records.") from error
@@ -71,6 +77,8 @@ def _raw_records(path: str | Path, name: str) -> list[Any]:
 
 def _decoded(content: bytes, name: str) -> str:
     """Decode UTF-8, with or without a byte order mark."""
+    if content.startswith(_PACKED):
+        raise DataError(f"{name} is a compressed file; unpack it.")
     # JSON begins with a character of ASCII, which UTF-16 and UTF-32 fill up with zeros.
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:2]:
         raise DataError(f"{name} is UTF-16 or UTF-32 text; save it as UTF-8.")
@@ -84,7 +92,7 @@ def _decoded(content: bytes, name: str) -> str:
 
 def _json_values(text: str) -> list[Any]:
     """Parse one JSON value after another; numbers become texts, as they are written."""
-    decoder = json.JSONDecoder(parse_int=str, parse_float=str)
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str, object_pairs_hook=_record)
     values: list[Any] = []
     place = _after_blanks(text, 0)
     while not values or place < len(text):
@@ -92,6 +100,15 @@ def _json_values(text: str) -> list[Any]:
         values.append(value)
         place = _after_blanks(text, place)
     return values
+
+
+def _record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; plain JSON would lose the first value of a key that stands twice."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        record |= {key: Twice() for key, count in counts.items() if count > 1}
+    return record
 
 
 def _after_blanks(text: str, place: int) -> int:

@@ -20,8 +20,12 @@ class Form(NamedTuple):
     paper_dataset: str | None = None
 
 
-def parse(raw: Any, schema: str, case_id: str) -> EditRequest:
-    """Read one record of a form of :data:`SCHEMAS`.
+class Twice:
+    """Stands at a key that a record holds twice: nobody knows which of the values is meant."""
+
+
+def parse(raw: Any, schema: str, number: int) -> EditRequest:
+    """Read one record of a form of :data:`SCHEMAS`, called by its ``number`` if it has no name.
 
     Raises:
         ValueError: it cannot be used; names the key, or the form it looks like instead.
@@ -35,7 +39,8 @@ def parse(raw: Any, schema: str, case_id: str) -> EditRequest:
             f"it looks like {other}, but schema: {schema} wants the keys {', '.join(form.keys)}; "
             f"{mend}"
         )
-    return form.read(raw, case_id)
+    named = _given(raw, "case_id")
+    return form.read(raw, clean(_value(raw, "case_id"), "case_id") if named else str(number))
 
 
 def _other_form(raw: Mapping[str, Any], schema: str) -> str | None:
@@ -54,7 +59,13 @@ def _value(raw: Mapping[str, Any], key: str) -> Any:
         if not isinstance(value, Mapping) or part not in value:
             raise ValueError(f"the key {key!r} is missing")
         value = value[part]
+        if isinstance(value, Twice):
+            raise ValueError(f"the key {part!r} stands in it twice")
     return value
+
+
+def _optional(raw: Mapping[str, Any], key: str) -> Any:
+    return _value(raw, key) if key in raw else None
 
 
 def _stands(raw: Mapping[str, Any], key: str) -> bool:
@@ -92,7 +103,7 @@ def _texts_at(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 def _list_at(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
     """Return the texts of a list that may be missing."""
-    values = raw.get(key) or []
+    values = _optional(raw, key) or []
     if not isinstance(values, list):
         raise ValueError(f"the key {key!r} is no list of texts")
     return tuple(clean(text, f"the key {key!r}") for text in values)
@@ -154,7 +165,7 @@ def _from_easyedit(raw: Mapping[str, Any], case_id: str) -> EditRequest:
 
 def _from_mend(raw: Mapping[str, Any], case_id: str) -> EditRequest:
     subject = _text_at(raw, "subject")
-    further = raw.get("portability") or []
+    further = _optional(raw, "portability") or []
     portability = [
         pair
         for item in (further if isinstance(further, list) else [further])
@@ -187,7 +198,7 @@ def _from_rome(raw: Mapping[str, Any], case_id: str) -> EditRequest:
         target_true=true,
         paraphrases=_list_at(raw, "paraphrase_prompts"),
         locality=tuple(zip(neighbours, answers, strict=True)),
-        relation=raw["requested_rewrite"].get("relation_id") or None,
+        relation=_optional(raw["requested_rewrite"], "relation_id") or None,
     )
 
 
@@ -210,7 +221,7 @@ def _from_wikibigedit(raw: Mapping[str, Any], case_id: str) -> EditRequest:
 
 def _given(raw: Mapping[str, Any], key: str) -> bool:
     """Whether anything stands at an optional key; null and NaN, as pandas writes them, do not."""
-    value = raw.get(key)
+    value = _optional(raw, key)
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 #: Characters of no width that stand at the ends of copied texts: soft hyphen, zero-width space,
 #: direction marks, word joiner, byte order mark.
 _WIDTHLESS = "\u00ad\u200b\u200e\u200f\u2060\ufeff"
+#: Letters, symbols and marks that are drawn as a blank or not at all.
+_UNSEEN = "\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0"
 #: What joins the characters before and behind it into one, whatever they are.
 _JOINERS = "\u200c\u200d"
 #: Skin colours change the emoji before them, as marks change the letter.
@@ -39,7 +41,7 @@ def clean(text: Any, name: str) -> str:
     if odd := next((c for c in text if _refused(c)), None):
         kind = "half a surrogate pair" if "\ud800" <= odd <= "\udfff" else "a control character"
         raise ValueError(f"{name} holds {kind} (U+{ord(odd):04X})")
-    if all(unicodedata.category(c)[0] in "ZC" for c in text):
+    if all(unicodedata.category(c)[0] in "ZC" or c in _UNSEEN for c in text):
         raise ValueError(f"{name} is empty")
     return text
 
@@ -59,9 +61,9 @@ def _stripped(text: str) -> str:
 def word_places(text: str, word: str) -> list[int]:
     """Return where ``word`` stands in ``text`` as a whole word, overlapping places too.
 
-    It does not where it touches a letter, digit or mark that belongs to the same word or
-    number. Scripts without blanks between words have no such border inside: there it stands
-    wherever its characters do.
+    It does not where it touches a letter, digit or mark that belongs to the same word or number,
+    or has ``+`` or ``#`` right behind it. Scripts without blanks between words have no such border
+    inside: there it stands wherever its characters do.
     """
     places, start = [], text.find(word)
     while start >= 0:
@@ -79,6 +81,8 @@ def _joined(text: str, border: int) -> bool:
     if left.isspace() or right.isspace():
         return False
     if unicodedata.category(right)[0] == "M" or right in _MODIFIERS:
+        return True
+    if right in "+#" and _in_word(left):  # C++ and C# are other names than C
         return True
     if left in _JOINERS or right in _JOINERS:
         return True
