@@ -138,7 +138,7 @@ def check_layers(editor: str, layers: tuple[int, ...], model: EditableModel) -> 
     if not layers or any(not 0 <= layer < model.n_layers for layer in layers):
         raise ConfigError(
             f"{editor}: layers {list(layers)} are not all among the model's 0 to "
-            f"{model.n_layers - 1}."
+            f"{model.n_layers - 1}; set its layers for this model."
         )
 
 
