@@ -130,6 +130,18 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         EditableModel.load(tmp_path / "nothing")
 
 
+def test_weights_that_are_not_all_there_are_refused(make_model, tmp_path):
+    model = make_model("gptj", torch.float32)
+    model.model.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    model.model.config.n_layer += 1
+    model.model.config.save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"lack \d+ tensors of the model .* as transformer\.h\.3\."
+    ):
+        EditableModel.load(tmp_path)
+
+
 def test_pickled_weights_are_never_loaded(make_model, tmp_path):
     model = make_model("llama", torch.float32)
     model.model.config.save_pretrained(tmp_path)

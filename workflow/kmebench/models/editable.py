@@ -87,8 +87,9 @@ class EditableModel:
         try:
             layout_of(AutoConfig.from_pretrained(folder))  # fail before gigabytes are read
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
+                output_loading_info=True,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
                 device_map=None if place else device,
@@ -101,6 +102,11 @@ class EditableModel:
                 f"No model could be loaded from {folder} ({reason}); if the workflow made that "
                 "folder, delete it and run the same command again."
             ) from error
+        if lacking := sorted(found["missing_keys"]):  # transformers would make them up
+            raise ModelError(
+                f"The weights in {folder} lack {len(lacking)} tensors of the model that its "
+                f"config.json describes, such as {lacking[0]}; copy or save the model again."
+            )
         if place:
             model = model.to(place)
         logger.info("loaded %s: %s on %s", folder, dtype, model.device)
