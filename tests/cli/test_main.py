@@ -336,8 +336,8 @@ def test_check_config_explains_where_values_come_from(tmp_path, capsys, monkeypa
     assert main([*explain, "smollm2-135m/memit/batch"]) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["steps", "7", str(mine), "models.smollm2-135m.hparams.memit.steps"] in shown
-    key = "models.smollm2-135m.hparams.memit.kl_factor"
-    assert ["kl_factor", "0.0625", "config/tuned/locate-memit.yaml", key] in shown
+    key = "models.smollm2-135m.hparams.memit.stop_loss"
+    assert ["stop_loss", "0.001", "config/tuned/smollm2-135m.memit.yaml", key] in shown
     assert ["clamp_factor", "4.0", *["default", "of", "the", "editor", "memit"]] in shown
     refused([*explain, "smollm2-135m/memmit/batch"], "did you mean 'memit'", capsys)
 
