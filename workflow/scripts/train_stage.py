@@ -21,4 +21,5 @@ with script_log(snakemake):
     model = EditableModel.load(snakemake.input.model, **snakemake.params.load)
     requests = read_requests(snakemake.input.requests)
     asked = askable(model, requests, **snakemake.params.asked)
-    train(snakemake.output.trained, model, asked, snakemake.params.stage["settings"])
+    further = {key: path for key, path in snakemake.input.items() if key == "encoder"}
+    train(snakemake.output.trained, model, asked, snakemake.params.stage["settings"], **further)

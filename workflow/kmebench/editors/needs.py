@@ -229,11 +229,13 @@ class Trained(Need):
     """What an editor has learnt from the development split, once for all runs of a model.
 
     ``function`` ("module:function") is called as ``function(path, model, requests, settings)``
-    with the unedited model and the development requests, and writes the file.
+    with the unedited model and the development requests, and writes the file. If it
+    ``reads_encoder``, it is given the folder of the sentence encoder too, as ``encoder=folder``.
     """
 
     function: str
     settings: Mapping[str, Any] = field(hash=False)
+    reads_encoder: bool = False
 
     asset: ClassVar[str] = "trained"
     rule: ClassVar[str] = "train_stage"
@@ -241,14 +243,18 @@ class Trained(Need):
     @property
     def name(self) -> str:
         """Name of the file: module, function and settings."""
-        return JOIN.join(filter(None, [self.function.replace(":", "."), spell_all(self.settings)]))
+        flag = {"reads_encoder": True} if self.reads_encoder else {}
+        values = spell_all({**flag, **self.settings})
+        return JOIN.join(filter(None, [self.function.replace(":", "."), values]))
 
     @classmethod
     def parse(cls, name: str) -> "Trained":
         """Read a name back."""
         function, _, settings = name.partition(JOIN)
         module, _, attribute = function.rpartition(".")
-        return cls(f"{module}:{attribute}", read_all(settings))
+        values = read_all(settings)
+        flag = values.pop("reads_encoder", False)
+        return cls(f"{module}:{attribute}", values, flag)
 
     def path(self, model: str, dataset: str) -> str:
         """Return where the file lies below the results: a tuning run reads the same as a report."""

@@ -159,17 +159,19 @@ class Inputs:
         return origins.parameter(self.config["covariance"]["text"].get("path"), note)
 
     def stage(self, wildcards: Any) -> dict[str, Any]:
-        """Return what a trained stage reads: the model, the development split, its own code."""
-        module = Trained.parse(wildcards.trained).function.partition(":")[0]
+        """Return what a trained stage reads: model, development split, its code, the encoder."""
+        need = Trained.parse(wildcards.trained)
+        encoder = Encoder().path(wildcards.model, wildcards.dataset)
         return {
             "model": f"<results>/models/{wildcards.model}",
             "requests": f"<results>/data/{wildcards.dataset}{grid.DEVELOPMENT}.jsonl",
-            "code": code("train_stage", module),
-        }
+            "code": code("train_stage", need.function.partition(":")[0]),
+        } | ({"encoder": f"<results>/{encoder}"} if need.reads_encoder else {})
 
     def trained(self, wildcards: Any) -> dict[str, Any]:
         """Return the function of a trained stage and its settings."""
-        return asdict(Trained.parse(wildcards.trained))
+        need = Trained.parse(wildcards.trained)
+        return {"function": need.function, "settings": need.settings}
 
     def training_split(self, wildcards: Any) -> dict[str, Any]:
         """Return what a hyper-network is trained on and by: model, training split, code."""
@@ -271,7 +273,8 @@ class Inputs:
 
     def training_memory(self, wildcards: Any, attempt: int) -> int:
         """Return the memory of training what an editor learns."""
-        return _megabytes(memory.asked_by_training(self.config, wildcards.model), attempt)
+        need = Trained.parse(wildcards.trained)
+        return _megabytes(memory.asked_by_training(self.config, wildcards.model, need), attempt)
 
     def hypernetwork_memory(self, wildcards: Any, attempt: int) -> int:
         """Return the memory of training a hyper-network."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from kmebench.editors.cards import card_of
-from kmebench.editors.needs import Hypernetwork, Spectrum
+from kmebench.editors.needs import Hypernetwork, Spectrum, Trained
 from kmebench.editors.sizes import (
     METRIC_LAYERS,
     METRIC_LENGTH,
@@ -27,6 +27,8 @@ _PROCESS = 0.6e9
 _PLACES = 2
 #: Copies of [M, M] in float64 while C is inverted, and while its eigenvectors are computed.
 _INVERTING, _DECOMPOSING = 4, 6
+#: Bytes of the sentence encoder while it is fine-tuned, on texts of a dozen requests.
+_TUNED_ENCODER = 1e9
 #: Copies of what an edit holds while a network is trained: itself, its gradient, Adam's moments.
 _LEARNING = 4
 #: A model whose shape the config does not say is taken for one of half a billion parameters.
@@ -90,10 +92,14 @@ def asked_by_targets(config: Mapping[str, Any], model: str, layer: int) -> float
     return asked_by_model(config, model) + target_graph(job, STAGE, layer)
 
 
-def asked_by_training(config: Mapping[str, Any], model: str) -> float:
-    """Return the bytes of a process that trains what an editor learns: the weights once more."""
+def asked_by_training(config: Mapping[str, Any], model: str, need: Trained) -> float:
+    """Return the bytes of a process that trains what an editor learns: the weights once more.
+
+    A stage that reads the sentence encoder may fine-tune it.
+    """
     job = job_of(config, model)
-    return asked_by_model(config, model) + as_much_again(None, job)
+    encoder = _TUNED_ENCODER if need.reads_encoder else 0.0
+    return asked_by_model(config, model) + as_much_again(None, job) + encoder
 
 
 def asked_by_network(config: Mapping[str, Any], model: str, need: Hypernetwork) -> float:
