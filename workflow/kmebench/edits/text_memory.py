@@ -1,4 +1,4 @@
-"""Text memories: facts as text before questions (IKE, Zheng et al. 2023; untrained SERAC).
+"""Text memories: facts as text before questions (IKE, Zheng et al. 2023; SERAC).
 
 A question is answered behind the context of one fact, or as it is: no bit changes then. In the
 scope ``oracle`` every request is asked behind its own fact, as IKE was published. In the scope
@@ -8,7 +8,7 @@ that is at least the threshold. Whose question it is must not matter then, and i
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -78,7 +78,7 @@ class TextMemory(Overlay):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the keys, and everything else as JSON in bytes; the encoder by its hash."""
-        encoder = (self.encoder.folder, self.encoder.sha256)
+        encoder = [part for part in astuple(self.encoder) if part]  # most are not tuned
         told = json.dumps([self.scope, self.threshold, encoder, self.facts]).encode()
         keys = {} if self.keys is None else {"keys": self.keys}
         return {**keys, "facts": torch.frombuffer(bytearray(told), dtype=torch.uint8)}
