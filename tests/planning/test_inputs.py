@@ -91,6 +91,30 @@ def test_settings_of_a_run_are_complete(config):
     assert settings["load"] == {"dtype": "float32", "device": "auto"}
 
 
+def test_what_is_trained_reads_the_development_split_and_no_reported_record(config):
+    rules = asked(config)
+    files = stages(rules.edit(run("serac-trained")))
+    assert files.keys() == {"encoder", "trained"}
+    name = Path(files["trained"]).name.removesuffix(".safetensors")
+    assert files["trained"] == f"<results>/trained/tiny-gptj/openfacts-zsre/{name}.safetensors"
+    job = wildcards(model="tiny-gptj", dataset="openfacts-zsre", trained=name)
+    found = rules.stage(job)
+    assert "workflow/kmebench/editors/memory/scope.py" in found.pop("code")
+    assert found == {
+        "model": "<results>/models/tiny-gptj",
+        "requests": "<results>/data/openfacts-zsre.development.jsonl",
+        "encoder": "<results>/encoder",
+    }
+    assert rules.trained(job) == {
+        "function": "kmebench.editors.memory.scope:train",
+        "settings": {"learning_rate": 3e-5, "steps": 96},
+    }
+    plain = wildcards(model="tiny-gptj", dataset="openfacts-zsre", trained="kmebench.values.read")
+    assert rules.stage(plain).keys() == {"model", "requests", "code"}
+    more = rules.training_memory(job, attempt=1) - rules.training_memory(plain, attempt=1)
+    assert more >= 4 * 90  # megabytes: weights, gradient and Adam's moments of the encoder
+
+
 def test_a_changed_default_is_a_changed_parameter_of_its_own_editor_alone(config, monkeypatch):
     rules = asked(config)
     before = {name: rules.settings(run(name)) for name in ("memit", "prune", "rome", "pac")}

@@ -1,4 +1,4 @@
-"""IKE and the untrained SERAC: their texts word for word, and retrieval one pair at a time."""
+"""IKE and SERAC: their texts word for word, and retrieval one pair at a time."""
 
 from dataclasses import replace
 from itertools import pairwise

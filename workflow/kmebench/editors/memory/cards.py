@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kmebench.editors.cards import Card, Count, Real, Whole, about, hyperparameters
-from kmebench.editors.needs import Development, Encoder, Need, Pipeline
+from kmebench.editors.needs import Development, Encoder, Need, Pipeline, Trained
 from kmebench.editors.sizes import PROMPT, Job
 
 #: Bytes of the sentence encoder and of its states, and tokens of a block of IKE's context.
@@ -56,11 +56,20 @@ class IKEHparams:
 
 @hyperparameters
 class SERACHparams:
-    """Hyper-parameters of the untrained SERAC."""
+    """Hyper-parameters of SERAC; its similarity s depends on the classifier."""
 
+    classifier: Annotated[
+        Literal["untrained", "trained"],
+        about(
+            "s = (1 + cosine) / 2 of embeddings as they are, or exp(−‖difference‖²) of embeddings "
+            "fine-tuned on the development split."
+        ),
+    ] = "untrained"
     threshold: Annotated[
-        Real, about("Similarity (1 + cosine) / 2 from which on a question is in scope.", le=1)
+        Real, about("Similarity s from which on a question is in scope.", le=1)
     ] = 0.8
+    learning_rate: Annotated[Real, about("Step size of Adam in training.")] = 3e-5
+    steps: Annotated[Count, about("Most steps of training.")] = 96
 
 
 @hyperparameters
@@ -104,7 +113,11 @@ def _ike_needs(hparams: IKEHparams, pipeline: Pipeline) -> tuple[Need, ...]:
 
 
 def _serac_needs(hparams: SERACHparams, pipeline: Pipeline) -> tuple[Need, ...]:
-    return (Encoder(),)
+    if hparams.classifier == "untrained":
+        return (Encoder(),)
+    settings = {"learning_rate": hparams.learning_rate, "steps": hparams.steps}
+    stage = Trained("kmebench.editors.memory.scope:train", settings, reads_encoder=True)
+    return Encoder(), stage
 
 
 def _wise_needs(hparams: WISEHparams, pipeline: Pipeline) -> tuple[Need, ...]:
@@ -171,7 +184,7 @@ CARDS = [
         "memory",
         "Mitchell et al. 2022, Memory-based model editing at scale",
         needs=_serac_needs,
-        summary="Asks questions in the scope of an edit behind it (untrained form).",
+        summary="Asks questions in the scope of an edit behind it.",
         holds=_serac,
     ),
     Card(

@@ -1,4 +1,4 @@
-"""What editors share that keep facts as text: IKE and the untrained SERAC."""
+"""What editors share that keep facts as text: IKE and SERAC."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
