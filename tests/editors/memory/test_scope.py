@@ -141,7 +141,7 @@ def test_the_loss_of_records_is_that_of_their_texts_one_by_one(network, requests
             without += [s(edits[case], q) for q in asked]
     loss = loss_of(lambda texts: embeddings(*network, texts), requests)
     expected = -sum(map(math.log, within)) / 6 - sum(math.log(1 - x) for x in without) / 21
-    assert float(loss) == pytest.approx(expected, rel=1e-10)
+    assert loss.item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_the_gradient_of_a_weight_is_by_finite_differences(network, requests):
