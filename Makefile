@@ -19,8 +19,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SNAKEMAKE = PATH="$(abspath $(BIN)):$$PATH" snakemake --cores all
 
-# What `make tables` makes again: a results folder, and the configs that it was made with.
-REFERENCE ?= results/reference/smollm2-135m-editors
+# What `make tables` makes again: a results folder, and the configs that it was made with. README.md
+# shows a picture of the first.
+EDITORS := results/reference/smollm2-135m-editors
+REFERENCE ?= $(EDITORS)
 CONFIGS ?= config/real.yaml config/reference-editors.yaml
 REPORT_RULES := all metrics tables figures notebooks score table compare costs findings \
 	node_importance figure notebook index
@@ -45,7 +47,7 @@ tables: BIN := .venv-report/bin
 tables: .venv-report/.ready
 	$(SNAKEMAKE) --forceall --allowed-rules $(REPORT_RULES) --configfile $(CONFIGS) \
 		--config 'pathvars={results: $(REFERENCE)}'
-	cp $(REFERENCE)/figures/overview.svg $(REFERENCE)/figures/overview.png docs/images/
+	$(if $(filter $(EDITORS),$(REFERENCE)),cp $(addprefix $(EDITORS)/figures/overview.,svg png) docs/images/)
 
 # What is worth most comes first.
 LONG := results/runs/smollm2-135m/zsre-long/consecutive

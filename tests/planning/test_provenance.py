@@ -39,7 +39,7 @@ def test_a_value_comes_from_the_last_file_at_the_most_special_place(tmp_path):
     assert batch["on_failed_edit"] == ("error", "default of the workflow", "")
     consecutive = explained([one, two], "smollm2-135m/pac/consecutive")
     assert consecutive["steps"] == (7, str(one), "methods.pac.hparams.steps")
-    assert consecutive["learning_rate"][1] == "config/tuned/tune-pac.yaml"
+    assert consecutive["learning_rate"][1] == "config/tuned/smollm2-135m.pac.yaml"
 
 
 def test_a_value_may_have_its_name_in_python_at_any_place(tmp_path):
