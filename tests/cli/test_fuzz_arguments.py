@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kmebench.cli import inputs
@@ -123,6 +123,7 @@ def model_folder(monkeypatch, tmp_path):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(vectors)
+@example(("edit", True, [["--configfile", "\0"]], []))
 def test_any_arguments_are_taken_or_refused_in_one_sentence(model_folder, vector):
     command, complete, chosen, loose = vector
     arguments = [command, *(COMPLETE.get(command, []) if complete else [])]

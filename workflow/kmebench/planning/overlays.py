@@ -69,6 +69,8 @@ def read_overlay(path: str | Path) -> dict[str, Any]:
             and the mend.
     """
     path = Path(path)
+    if "\0" in str(path):  # Python's own word for it would be of another kind
+        raise ConfigError(f"There is no config {str(path)!r}.")
     try:
         found = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
