@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.library import Library
+from torch import library
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import Gemma3TextConfig, GPTJConfig, LlamaConfig
@@ -120,13 +120,13 @@ def refuse_mixed(name, args, tensors) -> None:
         raise RuntimeError(f"{name} is handed tensors of two devices: {shapes}")
 
 
-def register() -> Library:
+def register() -> library.Library:
     """Make ``card`` a device of this process, for as long as what is returned is kept."""
     _setup_privateuseone_for_python_backend("card")
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="card") copies, as we do
-    library = Library("_", "IMPL")
-    library.fallback(run, "PrivateUse1")
-    return library
+    held = library.Library("_", "IMPL")
+    held.fallback(run, "PrivateUse1")
+    return held
 
 
 # -- every editor on it ---------------------------------------------------------------

@@ -205,6 +205,18 @@ def test_every_notebook_is_told_something_and_reads_files(config):
         assert f"notebooks/{name}.ipynb" in found["code"]
 
 
+def test_ends_are_of_consecutive_runs_on_one_model_and_data_set(config):
+    spec = config["experiments"]["table2"]
+    told, files = Notebooks(config, "results").ends_of_runs()
+    assert (told["model"], told["dataset"]) == (spec["models"][0], spec["datasets"][0])
+    assert sorted(told["runs"]) == sorted(spec["methods"])
+    for folder in told["runs"].values():
+        assert f"/{told['dataset']}/consecutive/" in folder
+        assert f"<results>/{folder}/health.json" in files
+    spec["mode"] = "batch"  # nothing ends in a batch
+    assert Notebooks(config, "results").ends_of_runs()[0]["runs"] == {}
+
+
 def test_an_unknown_notebook_is_refused(config):
     config["notebooks"] = ["03_paper_tabels"]
     with pytest.raises(ConfigError, match="did you mean '03_paper_tables'"):

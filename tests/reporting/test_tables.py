@@ -199,6 +199,8 @@ def test_long_runs_say_when_half_of_the_best_score_was_lost():
     (line,) = [x for x in markdown.splitlines() if "PAC" in x and "45.0" in x]
     assert [x.strip() for x in line.split("|")[-3:-1]] == ["300", "1.25"]
     assert "half_after" not in TABLE
+    batch = wide_table(pd.DataFrame(rows).assign(mode="batch"), None, replace(LAYOUT, mode="batch"))
+    assert "half_after" not in batch  # its edits are made at once
 
 
 def test_failed_edits_are_counted_in_the_caption():

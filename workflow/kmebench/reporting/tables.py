@@ -55,8 +55,8 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
     best (of enough edits, the 95% paired interval of the difference holds zero);
     ``write_efficacy`` (consecutive: right after each edit); n, seconds_per_edit, failed_edits,
     protocol, mode, variant, seed; every tabled metric of the final model's state that any run
-    has, in its own unit; and, if a run is longer than :data:`NEWEST` edits, ``half_after``: the
-    edits after which Score was first below half of its best until then (NaN: never).
+    has, in its own unit; and, of consecutive runs of more than :data:`NEWEST` edits,
+    ``half_after``: the edits after which Score was first below half of its best (NaN: never).
     Missing runs are rows of NaN. The paper's numbers stand beside the variant ``default`` only.
     """
     of_mode = metrics[metrics["mode"] == layout.mode]
@@ -79,7 +79,8 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
     table = pd.DataFrame(rows).assign(protocol=layout.protocol, mode=layout.mode)
     states = [metric.name for metric in table_columns("state")]
     empty = [name for name in states if table[name].isna().all()]
-    short = [] if table["n"].max() > NEWEST else ["half_after"]
+    long = layout.consecutive and table["n"].max() > NEWEST
+    short = [] if long else ["half_after"]
     return table.drop(columns=[*empty, *short])
 
 
