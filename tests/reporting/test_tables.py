@@ -183,7 +183,7 @@ def test_health_stands_in_columns_of_its_own_where_it_was_measured():
 
 
 def test_long_runs_say_when_half_of_the_best_score_was_lost():
-    scores = {1: 0.5, 10: 0.8, 100: 0.41, 300: 0.39, 1000: 0.45}
+    scores = {1: 0.3, 10: 0.8, 100: 0.41, 300: 0.39, 1000: 0.45}  # a first edit may fail
     moments = dict.fromkeys(scores, "checkpoint") | {1000: "final"}
     rows = [
         metric(method, "score", value, moment=moments[n], edits_done=n, n=300)
