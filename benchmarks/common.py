@@ -27,8 +27,9 @@ from kmebench.data.records import EditRequest, write_requests
 from kmebench.editors.base import build_editor
 from kmebench.editors.gradient.moments import Moments as Deviations
 from kmebench.editors.locate.anchor import FORMAT
-from kmebench.editors.needs import Hypernetwork
+from kmebench.editors.needs import Hypernetwork, Trained
 from kmebench.editors.pac.neutral import Moments, save_metric
+from kmebench.edits.sentences import TUNED, SentenceEncoder
 from kmebench.io.tensors import write_tensors
 from kmebench.models.editable import EditableModel, pick_device
 from kmebench.models.tiny import END, train_tokenizer
@@ -113,9 +114,14 @@ def openfacts_requests(count: int) -> list[EditRequest]:
     return found
 
 
-def made_up_anchor(path: Path) -> Path:
-    """Write what NAS reads: a length that every value gets."""
-    write_tensors(path, {"lengths": torch.ones(1)}, FORMAT, {})
+def made_up_trained(path: Path, need: Trained, encoder: Path) -> Path:
+    """Write what NAS reads, a length that every value gets, or SERAC, an encoder as it was."""
+    if need.reads_encoder:
+        base = SentenceEncoder.open(encoder)
+        weights = dict(base.loaded[0].named_parameters())
+        write_tensors(path, weights, TUNED, {"encoder": base.sha256})
+    else:
+        write_tensors(path, {"lengths": torch.ones(1)}, FORMAT, {})
     return path
 
 
@@ -124,6 +130,7 @@ def made_up_texts(folder: Path) -> dict[str, Path]:
     tokenizer = train_tokenizer([f"{p} {t}" for p, t in fact_sentences(OPENFACTS)])
     shape = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
     encoder = folder / "encoder"
+    torch.manual_seed(0)  # twice the same: tuned weights know the encoder by its checksum
     BertModel(BertConfig(vocab_size=30522, **shape)).save_pretrained(encoder)
     tokenizer.save_pretrained(encoder)
     records = [

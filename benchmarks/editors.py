@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from common import (
     build,
-    made_up_anchor,
     made_up_metric,
     made_up_network,
     made_up_texts,
+    made_up_trained,
     openfacts_requests,
     parser,
     peak_memory,
@@ -115,7 +115,8 @@ def rows(arguments: argparse.Namespace, scratch: Path) -> list[list[str]]:
                 made = Path("results", need.path(name, ""))
                 assets[need.key] = made_up if arguments.architecture else made
             if isinstance(need, Trained):
-                assets[need.key] = made_up_anchor(scratch / "anchor.safetensors")
+                learnt = scratch / f"{method}.safetensors"
+                assets[need.key] = made_up_trained(learnt, need, texts["encoder"])
             if isinstance(need, Hypernetwork):
                 assets[need.key] = scratch / f"{method}.network"
                 made_up_network(assets[need.key], model, need)

@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace, method: str, size: int) -> int:
 def made_up(folder: Path, need: Need, model: Any) -> Path:
     """Write what an editor reads; a factor is of a diagonal C, seven tenths unused."""
     import torch
-    from common import made_up_anchor, made_up_metric, made_up_network, made_up_texts
+    from common import made_up_metric, made_up_network, made_up_texts, made_up_trained
 
     from kmebench.editors.locate.covariance.factors import FORMAT
     from kmebench.io.tensors import write_tensors
@@ -93,8 +93,8 @@ def made_up(folder: Path, need: Need, model: Any) -> Path:
         return path
     if kind in (Encoder.asset, Development.asset):
         return made_up_texts(folder)[kind]
-    if kind == Trained.asset:
-        return made_up_anchor(path)
+    if isinstance(need, Trained):
+        return made_up_trained(path, need, made_up_texts(folder)["encoder"])
     if kind == NeutralMetric.asset:
         made_up_metric(path, model)
         return path
