@@ -130,15 +130,22 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         EditableModel.load(tmp_path / "nothing")
 
 
-def test_weights_that_are_not_all_there_are_refused(make_model, tmp_path):
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (1, r"lack \d+ tensors of the model .* as transformer\.h\.3\."),
+        (-1, r"hold more layers than its config.json describes .1 more, such as that of transformer\.h\.2\."),
+    ],
+)
+def test_weights_that_are_not_the_layers_of_the_config_are_refused(
+    more, said, make_model, tmp_path
+):
     model = make_model("gptj", torch.float32)
     model.model.save_pretrained(tmp_path)
     model.tokenizer.save_pretrained(tmp_path)
-    model.model.config.n_layer += 1
+    model.model.config.n_layer += more
     model.model.config.save_pretrained(tmp_path)
-    with pytest.raises(
-        ModelError, match=r"lack \d+ tensors of the model .* as transformer\.h\.3\."
-    ):
+    with pytest.raises(ModelError, match=said):
         EditableModel.load(tmp_path)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -40,7 +40,7 @@ from kmebench.models.encoding import (
     encode_subjects,
 )
 from kmebench.models.hooks import hooked, on_output
-from kmebench.models.layouts import FFN, context_of, ffn_layers, layout_of, windows_of
+from kmebench.models.layouts import FFN, Layout, context_of, ffn_layers, layout_of, windows_of
 from kmebench.models.prefixes import Prefix, keys_and_values
 from kmebench.precision import promoted
 
@@ -85,7 +85,7 @@ class EditableModel:
         transformers_logging.disable_progress_bar()
         place = None if device in SPREAD else pick_device(device)
         try:
-            layout_of(AutoConfig.from_pretrained(folder))  # fail before gigabytes are read
+            layout = layout_of(AutoConfig.from_pretrained(folder))  # fail before gigabytes are read
             tokenizer = AutoTokenizer.from_pretrained(folder)
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -102,11 +102,7 @@ class EditableModel:
                 f"No model could be loaded from {folder} ({reason}); if the workflow made that "
                 "folder, delete it and run the same command again."
             ) from error
-        if lacking := sorted(found["missing_keys"]):  # transformers would make them up
-            raise ModelError(
-                f"The weights in {folder} lack {len(lacking)} tensors of the model that its "
-                f"config.json describes, such as {lacking[0]}; copy or save the model again."
-            )
+        _check_fit(folder, layout, **found)
         if place:
             model = model.to(place)
         logger.info("loaded %s: %s on %s", folder, dtype, model.device)
@@ -429,3 +425,24 @@ def describe(model: EditableModel) -> dict[str, Any]:
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "device": str(model.device),
     }
+
+
+def _check_fit(
+    folder: str | Path,
+    layout: Layout,
+    missing_keys: Collection[str],
+    unexpected_keys: Collection[str],
+    **_: Any,
+) -> None:
+    """Refuse weights that are not the layers of config.json, where transformers only warns."""
+    if lacking := sorted(missing_keys):  # transformers would make them up
+        raise ModelError(
+            f"The weights in {folder} lack {len(lacking)} tensors of the model that its "
+            f"config.json describes, such as {lacking[0]}; copy or save the model again."
+        )
+    value = f".{layout.value_projection}.weight"  # heads and buffers may go unused, layers not
+    if further := sorted(key for key in unexpected_keys if key.endswith(value)):
+        raise ModelError(
+            f"The weights in {folder} hold more layers than its config.json describes "
+            f"({len(further)} more, such as that of {further[0]}); copy or save the model again."
+        )
