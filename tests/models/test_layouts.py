@@ -134,7 +134,10 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     ("more", "said"),
     [
         (1, r"lack \d+ tensors of the model .* as transformer\.h\.3\."),
-        (-1, r"hold more layers than its config.json describes .1 more, such as that of transformer\.h\.2\."),
+        (
+            -1,
+            r"hold more layers than its config.json describes .1 more, such as that of transformer\.h\.2\.",
+        ),
     ],
 )
 def test_weights_that_are_not_the_layers_of_the_config_are_refused(
