@@ -208,6 +208,15 @@ def test_savepoints_nest_and_hold_when_the_block_fails():
     assert_same(outer, state_of(live, ledger))
 
 
+@pytest.mark.parametrize("order", ["abc", "cab"])
+def test_the_total_has_the_models_order_whatever_was_touched_first(order):
+    """A run that goes on from a checkpoint has touched all at once."""
+    ledger = Ledger({name: nn.Parameter(torch.zeros(2), requires_grad=False) for name in "abc"})
+    for name in order:
+        ledger.apply(WeightDelta({name: Dense(torch.ones(2))}))
+    assert list(ledger.total().weights.norms()) == ["a", "b", "c"]
+
+
 def test_a_savepoint_copies_what_is_touched_and_no_more():
     live = {name: nn.Parameter(torch.zeros(64, 64), requires_grad=False) for name in "abcd"}
     ledger = Ledger(live)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -117,6 +118,15 @@ def copied(source: Path, target: Path) -> Checkout:
     checkout = Checkout.__new__(Checkout)
     checkout.folder = Path(shutil.copytree(source, target, dirs_exist_ok=True))
     return checkout
+
+
+def wait_for(job, condition):
+    """Wait for something that a process does before it ends."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert job.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

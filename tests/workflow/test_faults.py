@@ -1,10 +1,14 @@
 """What goes wrong on real machines: killed jobs, damaged caches, two commands in one folder."""
 
 import os
+import random
+import signal
+import subprocess
+import time
 
 import pytest
 
-from tests.workflow.conftest import Checkout
+from tests.workflow.conftest import Checkout, wait_for
 
 RUNS = "results/runs/tiny-gptj/openfacts-zsre"
 RUN = f"{RUNS}/consecutive/pac/default/seed0"
@@ -97,6 +101,54 @@ def test_every_stage_is_killed_and_goes_on(finished, tmp_path):
     assert "resumed after 4 edits" in log.read_text()
     assert list(checkout.folder.glob("results/**/.*.partial")) == []
     assert "Nothing to be done" in checkout.run(configs=configs)
+
+
+#: A run as long as 200 edits, with milestones, of an editor that is quick.
+LONG = {
+    "checkpoint_every": 20,
+    "milestone_sample": 30,
+    "methods": {"pac": {"hparams": {"steps": 2}}},
+    "datasets": {"openfacts-zsre": {"n": 200, "development": 10}},
+}
+
+
+@pytest.mark.slow
+def test_two_hundred_edits_killed_at_random_places_give_the_same_bytes(copy_of_finished):
+    """All processes are told to end (TERM), as at a shutdown, or die at once (KILL)."""
+    checkout, places = copy_of_finished, random.Random(0)
+    configs = ("config/ci.yaml", checkout.overlay("long", **LONG))
+    folder, target = checkout.folder / RUN, f"{RUN}/predictions.parquet"
+    checkout.run(target, configs=configs)
+    names = ("predictions.parquet", "delta.safetensors", "health.json")
+    straight = {name: (folder / name).read_bytes() for name in names}
+    for path in folder.iterdir():
+        path.unlink()
+    for reached, how in ((20, signal.SIGTERM), (80, signal.SIGKILL), (140, signal.SIGKILL)):
+        _end_after(checkout, [target], configs, reached, how, places.uniform(0, 1))
+        assert not (folder / "predictions.parquet").exists()
+    checkout.run("--unlock", configs=configs)
+    checkout.run(target, configs=configs)
+    assert {name: (folder / name).read_bytes() for name in names} == straight
+    assert not (folder / "checkpoints").exists()
+
+
+def _end_after(checkout, targets, configs, reached, how, seconds):
+    """Start the workflow, and end it some seconds after a checkpoint of ``reached`` edits."""
+    checkout.run("--unlock", configs=configs)
+    job = subprocess.Popen(
+        checkout.command(*targets, configs=configs),
+        cwd=checkout.folder,
+        env=checkout.environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    kept = checkout.folder / RUN / "checkpoints"
+    wait_for(job, lambda: any(int(p.name) >= reached for p in kept.glob("[0-9]*")))
+    time.sleep(seconds)
+    assert job.poll() is None, "it ended before it was to be killed"
+    os.killpg(job.pid, how)
+    job.wait()
 
 
 FULL_C = "results/runs/tiny-gptj/openfacts-counterfact/batch/full-c/default/seed0"

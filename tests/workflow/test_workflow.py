@@ -15,7 +15,7 @@ import yaml
 
 from kmebench.data.records import read_requests
 from kmebench.edits.edit import Edit
-from tests.workflow.conftest import copied, count
+from tests.workflow.conftest import copied, count, wait_for
 
 RUN = "results/runs/tiny-gptj/openfacts-zsre/consecutive/pac/default/seed0"
 
@@ -283,15 +283,6 @@ def test_tables_are_rebuilt_without_torch(copy_of_finished, tmp_path):
     )
     assert table.read_bytes() == before
     assert all(path.is_file() for path in others)
-
-
-def wait_for(job, condition):
-    """Wait for something that a process does before it ends."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert job.poll() is None, "it ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_a_second_command_is_refused_and_a_killed_run_resumes_with_the_same_bytes(copy_of_finished):

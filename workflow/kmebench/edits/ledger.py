@@ -80,8 +80,12 @@ class Ledger:
             self._before[name] = None if entry is None else copy.copy(entry).cloned()
 
     def total(self) -> Edit:
-        """Return all edits so far as one: master − original, and the overlays."""
-        weights = {name: entry.total() for name, entry in self._entries.items()}
+        """Return all edits so far as one: master − original, and the overlays.
+
+        Parameters have the model's order; what was touched first a resumed run does not know.
+        """
+        touched = [name for name in self._parameters if name in self._entries]
+        weights = {name: self._entries[name].total() for name in touched}
         return Edit(WeightDelta(weights), self.overlays)
 
     @property
