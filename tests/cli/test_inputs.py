@@ -3,6 +3,8 @@
 import pytest
 
 from kmebench.cli import arguments
+from kmebench.errors import ConfigError
+from kmebench.planning.by_hand import fact
 from kmebench.planning.workflow import reason
 
 
@@ -42,3 +44,18 @@ def test_why_the_workflow_failed_is_found_in_what_it_wrote(log, why):
     found = reason(log)
     assert found.endswith(why)
     assert "Building" not in found
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (("France", "The capital of {} is", " "), "target is empty"),
+        (("France", "The capital of {} is", "Ro\x07me"), "target holds a control character"),
+        (("France", "The capital is", "Rome"), "prompt 'The capital is' holds no {}"),
+    ],
+)
+def test_a_fact_that_cannot_be_edited_is_refused_in_the_words_of_the_command(values, said):
+    with pytest.raises(ConfigError) as refused:
+        fact(*values)
+    assert said in str(refused.value)
+    assert "target_new" not in str(refused.value)

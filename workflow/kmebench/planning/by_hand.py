@@ -155,7 +155,8 @@ def fact(subject: str, prompt: str, target: str) -> EditRequest:
     try:
         request = EditRequest("fact", subject, prompt, target)
     except ValueError as error:
-        raise ConfigError(f"This fact cannot be edited: {error}.") from error
+        reason = str(error).replace("target_new", "target")  # what it is called here
+        raise ConfigError(f"This fact cannot be edited: {reason}.") from error
     return replace(request, case_id=subject)
 
 
