@@ -48,6 +48,15 @@ def test_a_quoted_mean_is_what_make_tables_prints(metric):
             assert quote(f"editors {run} n") == str(row["n"])
 
 
+def test_a_quote_may_name_one_of_several_models():
+    table = pd.read_csv("results/reference/sizes/tables/table2.csv").query("editor == 'pac'")
+    for row in table.to_dict("records"):
+        source = f"sizes/{row['model']} {row['dataset']}/{row['mode']}/pac score"
+        cell = [row[f"score{end}"] for end in ("", "_low", "_high")]
+        assert numbers(quote(source)) == pytest.approx(cell, abs=0.051), source
+    assert len(set(table["model"])) == 2
+
+
 def test_a_quoted_difference_is_what_make_tables_prints():
     found = pd.read_csv(EDITORS / "tables/findings.csv")["found"].astype(str)
     (printed,) = found[found.str.startswith("R-ROME − ROME")]

@@ -5,6 +5,9 @@ names the reference results, the run that it is computed from, and the metric::
 
     <!--= editors zsre/batch/pac score -->79.7 [76.1, 83.1]<!--/-->
 
+``editors`` is results/reference/smollm2-135m-editors. Where a folder holds several models, one is
+named: ``sizes/qwen2.5-coder-0.5b`` is that model in results/reference/sizes.
+
 ``a - b`` in place of the run is the paired difference of two runs, ``n`` in place of the metric the
 number of edits. All are of protocol ``token`` and the final model, in percent, with 95% bootstrap
 intervals. A table stands likewise between two comments: its name in :data:`TABLES` and its folder.
@@ -57,13 +60,14 @@ def quote(source: str) -> str:
     match source.split():
         case [name, folder] if name in TABLES:
             return f"\n\n{TABLES[name](Path(folder))}\n\n"
-        case [folder, run, "n"]:
-            return str(_runs(folder).mean(_path(run), "efficacy")[3])
-        case [folder, run, metric] if metric in _metrics():
-            mean, low, high, _ = _runs(folder).mean(_path(run), metric)
+        case [place, run, "n"]:
+            return str(_runs(place).mean(_path(place, run), "efficacy")[3])
+        case [place, run, metric] if metric in _metrics():
+            mean, low, high, _ = _runs(place).mean(_path(place, run), metric)
             return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-        case [folder, a, "-", b, metric] if metric in _metrics():
-            return shown_difference(*_runs(folder).difference(_path(a), _path(b), metric)[:3])
+        case [place, a, "-", b, metric] if metric in _metrics():
+            a, b = (_path(place, run) for run in (a, b))
+            return shown_difference(*_runs(place).difference(a, b, metric)[:3])
     raise KMEBenchError(
         f"Nothing is quoted by {source!r}: name a folder, one or two runs, a metric."
     )
@@ -74,15 +78,16 @@ def _metrics() -> set[str]:
 
 
 @cache
-def _runs(folder: str) -> Runs:
-    """``editors`` -> those of results/reference/smollm2-135m-editors."""
-    return Runs(REFERENCE / f"{MODEL}-{folder}", STATISTICS)
+def _runs(place: str) -> Runs:
+    folder, _, model = place.partition("/")
+    return Runs(REFERENCE / (folder if model else f"{MODEL}-{folder}"), STATISTICS)
 
 
-def _path(run: str) -> str:
+def _path(place: str, run: str) -> str:
     """``zsre/batch/pac`` -> ``runs/smollm2-135m/zsre/batch/pac/default/seed0``."""
+    model = place.partition("/")[2] or MODEL
     variant = "" if run.count("/") > 2 else f"/{DEFAULT}"
-    return f"runs/{MODEL}/{run}{variant}/seed0"
+    return f"runs/{model}/{run}{variant}/seed0"
 
 
 def scores(folder: Path) -> str:

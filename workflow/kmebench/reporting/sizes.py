@@ -148,7 +148,8 @@ def _series(axes: Axes, points: pd.DataFrame, style: Style, label: str) -> None:
         label=label,
     )
     if style is _OTHERS:
-        for x, y, name in zip(points["place"], points["mean"], points["editor"], strict=True):
+        tops = points["high"].fillna(points["mean"])
+        for x, y, name in zip(points["place"], tops, points["editor"], strict=True):
             text = {"textcoords": "offset points", "fontsize": 6, "ha": "center", "color": "0.35"}
             axes.annotate(name, (x, y), (0, 4), **text)
 
