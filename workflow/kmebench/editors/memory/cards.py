@@ -14,6 +14,9 @@ _ENCODER, _BLOCK = 0.3e9, 40
 _QUESTIONS = 32
 #: Texts of a request that WISE and MEMOIR train on: the bare prompt and ten contexts.
 WISE_TEXTS = 11
+#: Texts of MEMOIR's background, and tokens of each: as long as a prompt, since a text's first token
+#: is unlike all others and must weigh as much.
+BACKGROUND = (100, PROMPT)
 
 
 @hyperparameters
@@ -177,9 +180,15 @@ def _wise(hparams: WISEHparams, job: Job) -> float:
 
 
 def _memoir(hparams: MEMOIRHparams, job: Job) -> float:
-    """W_r before and after, its gradient and step; columns of all edits, compared as numbers."""
+    """W_r before and after, its gradient and step; columns of all edits, compared as numbers.
+
+    And the background while it is written, with what W2 is given of it.
+    """
     masks = (1 + 4) * job.edits * job.ffn_width
-    return 5 * job.matrix + masks + job.graph(WISE_TEXTS, max(job.layers - hparams.layer, 1))
+    rows, length = BACKGROUND
+    written = rows * (job.logits + 4 * length * job.ffn_width)
+    graph = job.graph(WISE_TEXTS, max(job.layers - hparams.layer, 1))
+    return 5 * job.matrix + masks + written + graph
 
 
 CARDS = [

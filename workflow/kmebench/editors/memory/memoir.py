@@ -22,7 +22,7 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.base import check_layers
 from kmebench.editors.contexts import InContexts, prefixes
 from kmebench.editors.losses import check_finite, row_losses
-from kmebench.editors.memory.cards import MEMOIRHparams
+from kmebench.editors.memory.cards import BACKGROUND, MEMOIRHparams
 from kmebench.editors.memory.wise import STILL
 from kmebench.edits.edit import Edit
 from kmebench.edits.sparse_memory import SparseMemory, masked_product, mean_input
@@ -36,9 +36,6 @@ from kmebench.models.sampling import sample
 from kmebench.models.suffix_cache import Replay
 from kmebench.precision import at_least_float32
 
-#: Texts of the background, and tokens of each: as long as a prompt, since a text's first token is
-#: unlike all others and must weigh as much.
-BACKGROUND = (100, 16)
 #: Longest gradient.
 NORM = 1.0
 
