@@ -81,7 +81,7 @@ def literal(model, editor, request, mask, start):
             (loss / len(contexts)).backward()
         norm = change.grad.norm()
         if norm > 1:
-            change.grad /= norm
+            change.grad /= norm + 1e-6  # as torch cuts it
             clipped += 1
         sgd.step()
     return change.detach(), clipped
@@ -101,7 +101,7 @@ def test_a_fact_is_written_into_the_columns_of_its_prompt(family, make_model, re
     with torch.enable_grad():
         start = torch.zeros_like(memory.change)
         change, clipped = literal(model, editor, requests[0], mask.double(), start)
-    assert clipped
+    assert bool(clipped) == (family in ("gptj", "gpt2", "qwen3"))  # both kinds of steps
     torch.testing.assert_close(memory.change, change, rtol=1e-7, atol=1e-9)
 
 
