@@ -73,8 +73,8 @@ def test_editors_prints_a_row_for_every_configured_method(benchmark, capsys, tmp
             hparams["layers"] = [1]
         if "value_layers" in fields:
             hparams |= {"value_layers": [0], "key_layers": []}
-        if editor.name == "npac":
-            hparams["layers"] = [0]  # no later token reads the last layer at the subject
+        if editor.name in ("npac", "crispedit"):
+            hparams["layers"] = [0]  # for NPAC: no later token reads the last at the subject
         method["hparams"] = method.get("hparams", {}) | hparams
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     arguments = ("--architecture", "llama", "--sizes", "1", "2")

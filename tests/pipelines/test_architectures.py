@@ -62,6 +62,7 @@ EDITORS = {
     "ft-l": {"layer": 1, "steps": 2},
     "ft-m": {"layer": 1, "steps": 2, "mini_batch": 2, "norm_constraint": 1e-4},
     "locft-bf": {"layer": 1, "steps": 2, "parameters": "layer"},
+    "crispedit": {"layers": [0, 1], "steps": 2},
     "rome": {"layer": 1, "steps": 2},
     "r-rome": {"layer": 1, "steps": 2},
     "memit": BOTH_LAYERS,
@@ -78,6 +79,7 @@ EDITORS = {
     "lora-merge": {"steps": 2},
     "grace": {"layer": 1, "steps": 2},
     "wise": {"layer": 1, "steps": 2, "shard_edits": 1},
+    "memoir": {"layer": 1, "steps": 2},
     "ike": {"demonstrations": 2},
     "serac": {},
     "ultraedit": {"value_layers": [1], "key_layers": [1], "gate_layers": [0]},
@@ -89,7 +91,7 @@ EDITORS = {
 
 
 #: These run by every pipeline.
-EVERY_MODE = ("pac", "pac-released", "full-c", "ft-l", "ft-m", "locft-bf")
+EVERY_MODE = ("pac", "pac-released", "full-c", "ft-l", "ft-m", "locft-bf", "crispedit")
 
 
 def test_every_editor_is_among_them():

@@ -117,6 +117,7 @@ class Overlay(ABC):
 _MODULES = {
     "codebook": "kmebench.edits.codebook",
     "side_memory": "kmebench.edits.side_memory",
+    "sparse_memory": "kmebench.edits.sparse_memory",
     "text_memory": "kmebench.edits.text_memory",
 }
 #: Installed packages name the kinds of their overlays under this entry point group.

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kmebench.editors.cards import Card, Count, Layers, Real, Whole, about, hyperparameters
+from kmebench.editors.needs import Need, NeutralMetric, Pipeline, Spectrum
 from kmebench.editors.sizes import Job
 
 Rate = Annotated[Real, about("Step size of Adam.")]
@@ -70,6 +71,30 @@ class LocFTBFHparams:
 
 
 @hyperparameters
+class CrispEditHparams:
+    """Hyper-parameters of CrispEdit; the layers are for Llama-3-8B and Mistral-7B."""
+
+    layers: Annotated[Layers, about("Layers whose W2 is trained, from 0.")] = (19, 20, 21, 22, 23)
+    gamma: Annotated[
+        Real,
+        about("γ, share of the curvature whose directions, the steepest, are left alone."),
+        Field(le=1),
+    ] = 0.8
+    project: Annotated[
+        Literal["gradient", "update"],
+        about("What is projected: gradients before Adam, as published, or Adam's own updates."),
+    ] = "gradient"
+    neutral_tokens: Annotated[
+        Count, about("Tokens of self-written text of which F, one of two factors, is made.")
+    ] = 12_288
+    learning_rate: Rate = 5e-4
+    steps: Passes = 25
+    mini_batch: Annotated[Count, about("Requests in one step, in random order.")] = 32
+    tolerance: MeanTolerance = 0.01
+    micro_batch: MicroBatch = 50
+
+
+@hyperparameters
 class AdapterHparams:
     """Hyper-parameters of low-rank adapters that are trained by Adam."""
 
@@ -106,6 +131,18 @@ class LoRAMergeHparams(AdapterHparams):
     ] = 0.25
 
 
+def _crispedit_needs(hparams: CrispEditHparams, pipeline: Pipeline) -> tuple[Need, ...]:
+    """The factors A and F of every layer, if there is a use for them."""
+    if not hparams.gamma:
+        return ()
+    metric = NeutralMetric(hparams.layers, hparams.neutral_tokens)
+    return metric, *map(Spectrum, hparams.layers)
+
+
+#: Copies of [D, M] in float64 while curvatures are ranked.
+_RANKED = 5
+
+
 def _trained(matrices: float, job: Job) -> float:
     """Where training starts, gradients and Adam's two moments; W0 too, once there were edits."""
     return (5 if job.consecutive else 4) * matrices * job.matrix
@@ -130,6 +167,15 @@ def _locft_bf(hparams: LocFTBFHparams, job: Job) -> float:
     matrices = ffn + attention if hparams.parameters == "layer" else 1
     texts = min(job.requests, hparams.mini_batch, hparams.micro_batch)
     return _trained(matrices, job) + job.graph(texts, max(job.layers - hparams.layer, 1))
+
+
+def _crispedit(hparams: CrispEditHparams, job: Job) -> float:
+    """The matrices, the eigenvectors of every layer, and what curvatures are ranked with."""
+    layers = len(hparams.layers)
+    spaces = layers * (job.factor / 2 + job.matrix / 4) + job.factor + 2 * _RANKED * job.matrix
+    texts = min(job.requests, hparams.mini_batch, hparams.micro_batch)
+    graph = job.graph(texts, max(job.layers - min(hparams.layers), 1))
+    return _trained(layers, job) + layers * job.matrix + bool(hparams.gamma) * spaces + graph
 
 
 def _adapted(job: Job, texts: int) -> float:
@@ -201,5 +247,16 @@ CARDS = [
         "Yang et al. 2026, Fine-tuning done right in model editing",
         summary="Fine-tunes one matrix in passes of mini-batches over all facts.",
         holds=_locft_bf,
+    ),
+    Card(
+        "crispedit",
+        "kmebench.editors.finetune.crispedit:CrispEdit",
+        CrispEditHparams,
+        "finetune",
+        "Ikram et al. 2026, CrispEdit: low-curvature projections for scalable non-destructive LLM "
+        "editing",
+        needs=_crispedit_needs,
+        summary="Fine-tunes matrices in directions that hardly change what is said of other text.",
+        holds=_crispedit,
     ),
 ]

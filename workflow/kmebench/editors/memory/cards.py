@@ -12,8 +12,11 @@ from kmebench.editors.sizes import PROMPT, Job
 _ENCODER, _BLOCK = 0.3e9, 40
 #: Questions that are asked together behind a context (evaluation.batch_size).
 _QUESTIONS = 32
-#: Texts of a request that WISE trains on: the bare prompt and ten contexts.
+#: Texts of a request that WISE and MEMOIR train on: the bare prompt and ten contexts.
 WISE_TEXTS = 11
+#: Texts of MEMOIR's background, and tokens of each: as long as a prompt, since a text's first token
+#: is unlike all others and must weigh as much.
+BACKGROUND = (100, PROMPT)
 
 
 @hyperparameters
@@ -108,6 +111,26 @@ class WISEHparams:
     micro_batch: Annotated[Count, about("Requests in one forward pass, in 11 contexts each.")] = 4
 
 
+@hyperparameters
+class MEMOIRHparams:
+    """Hyper-parameters of MEMOIR, as published for Llama-3-8B-Instruct and questions."""
+
+    layer: Annotated[Whole, about("Layer whose W2 gets the memory, from 0.")] = 27
+    mask_density: Annotated[
+        Real, about("Share of the memory's columns that a fact may use."), Field(le=1)
+    ] = 0.2857
+    threshold: Annotated[
+        Real,
+        about("Share of a stored fact's columns that a prompt must select to be about it."),
+        Field(le=1),
+    ] = 0.4
+    learning_rate: Annotated[Real, about("Size of a gradient step.")] = 1.0
+    steps: Annotated[Whole, about("Most gradient steps of an edit.")] = 30
+    tolerance: Annotated[
+        Real, about("Loss below which training ends once it stands still.", "nats per target token")
+    ] = 0.02
+
+
 def _ike_needs(hparams: IKEHparams, pipeline: Pipeline) -> tuple[Need, ...]:
     return (Encoder(), Development()) if hparams.demonstrations else (Encoder(),)
 
@@ -156,6 +179,18 @@ def _wise(hparams: WISEHparams, job: Job) -> float:
     return (2 * memories + 3) * job.matrix + inputs + graph
 
 
+def _memoir(hparams: MEMOIRHparams, job: Job) -> float:
+    """W_r before and after, its gradient and step; columns of all edits, compared as numbers.
+
+    And the background while it is written, with what W2 is given of it.
+    """
+    masks = (1 + 4) * job.edits * job.ffn_width
+    rows, length = BACKGROUND
+    written = rows * (job.logits + 4 * length * job.ffn_width)
+    graph = job.graph(WISE_TEXTS, max(job.layers - hparams.layer, 1))
+    return 5 * job.matrix + masks + written + graph
+
+
 CARDS = [
     Card(
         "grace",
@@ -197,5 +232,15 @@ CARDS = [
         needs=_wise_needs,
         summary="Writes edits into a copy of one matrix, and sends texts there that differ in it.",
         holds=_wise,
+    ),
+    Card(
+        "memoir",
+        "kmebench.editors.memory.memoir:MEMOIR",
+        MEMOIRHparams,
+        "memory",
+        "Wang et al. 2025, MEMOIR: lifelong model editing with minimal overwrite and informed "
+        "retention for LLMs",
+        summary="Writes each edit into columns of a matrix beside W2, for prompts like its own.",
+        holds=_memoir,
     ),
 ]
