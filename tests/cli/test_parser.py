@@ -44,7 +44,7 @@ printf "%s\\n" "${{COMPREPLY[@]}}"
     [
         ("ed", {"edit", "editors"}),
         ("edit --met", {"--method"}),
-        ("edit --method mem", {"memit", "memit-seq"}),
+        ("edit --method mem", {"memit", "memit-seq", "memoir"}),
         ("editors gr", {"grace"}),
         ("completion f", {"fish"}),
     ],
