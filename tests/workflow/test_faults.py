@@ -105,6 +105,7 @@ def test_every_stage_is_killed_and_goes_on(finished, tmp_path):
 
 #: A run as long as 200 edits, with milestones, of an editor that is quick.
 LONG = {
+    "evaluation": {"wild_max_tokens": 1},
     "checkpoint_every": 20,
     "milestone_sample": 30,
     "methods": {"pac": {"hparams": {"steps": 2}}},
