@@ -20,6 +20,7 @@ from kmebench.evaluation.predict import Settings
 from kmebench.pipelines.checkpoints import Checkpoints
 from kmebench.pipelines.pipelines import Setup, run_batches, run_consecutive
 from tests.conftest import FAMILIES
+from tests.editors.memory.asking import logits, memory_of
 from tests.editors.memory.damage import save_damaged
 
 HPARAMS = {"layer": 1, "radius": 1e-3, "steps": 12, "learning_rate": 0.3}
@@ -27,17 +28,6 @@ HPARAMS = {"layer": 1, "radius": 1e-3, "steps": 12, "learning_rate": 0.3}
 
 def grace(**hparams):
     return build_editor("grace", HPARAMS | hparams, {})
-
-
-def logits(model, pairs):
-    """The logits of each pair by itself, [tokens, vocabulary]."""
-    return [model.answer_logits(model.collate([e])) for e in model.encode(pairs)]
-
-
-def edited(model, editor, requests):
-    """Apply the edit; return the codebook."""
-    model.apply(editor(model, requests).edit)
-    return model.edits.overlays["grace"]
 
 
 def module_path(model, projection, layer=1):
@@ -89,7 +79,7 @@ def plain_values(model, request, hparams):
 def test_values_are_those_of_plain_training(family, projection, replacement, make_model, requests):
     model = make_model(family)
     hparams = HPARAMS | {"projection": projection, "replacement": replacement, "steps": 4}
-    book = edited(model, grace(**hparams), requests)
+    book = memory_of(model, grace(**hparams), requests)
     model.revert()
     for place, request in enumerate(requests):
         query, value = plain_values(model, request, hparams)
@@ -99,7 +89,7 @@ def test_values_are_those_of_plain_training(family, projection, replacement, mak
 
 def test_the_edit_prompt_selects_its_value_bit_by_bit(make_model, requests):
     model = make_model("llama")
-    book = edited(model, grace(), requests)
+    book = memory_of(model, grace(), requests)
     request = requests[1]
     (item,) = model.encode([(request.filled_prompt, request.target_new)])
     last, seen = len(item.ids) - item.n_target - 1, []
@@ -127,7 +117,7 @@ def test_outside_all_balls_and_without_entries_no_bit_changes(family, make_model
     pairs = [r.locality[0] for r in requests[:2]]
     before = logits(model, pairs)
     weights = {n: p.clone() for n, p in model.model.named_parameters()}
-    book = edited(model, grace(radius=1e-9), requests[:2])
+    book = memory_of(model, grace(radius=1e-9), requests[:2])
     for old, new in zip(before, logits(model, pairs), strict=True):
         assert torch.equal(old, new)
     none = slice(0, 0)
@@ -149,7 +139,7 @@ def test_an_open_gate_of_one_row_leaves_the_others_their_bits(make_model, reques
     pairs = [(requests[0].filled_prompt, "Rome"), ("Mount Fuji stands in", "Paris")]
     batch = model.collate(model.encode(pairs))
     before = model.answer_logits(batch)
-    edited(model, grace(radius=1e-9), requests[:1])
+    memory_of(model, grace(radius=1e-9), requests[:1])
     after = model.answer_logits(batch)
     other = batch.rows == 1
     assert torch.equal(before[other], after[other])
@@ -159,7 +149,7 @@ def test_an_open_gate_of_one_row_leaves_the_others_their_bits(make_model, reques
 @pytest.mark.parametrize("replacement", ["last", "prompt", "all"])
 def test_padding_and_company_do_not_shift_the_query(replacement, make_model, requests):
     model = make_model("llama")
-    edited(model, grace(replacement=replacement), requests)
+    memory_of(model, grace(replacement=replacement), requests)
     pairs = [(r.filled_prompt, r.target_new) for r in requests]
     together = model.answer_logits(model.collate(model.encode(pairs)))
     alone = torch.cat(logits(model, pairs))
@@ -189,10 +179,10 @@ def test_the_gate_opens_inside_the_ball_of_the_nearest_key_and_nowhere_else(repl
 
 def test_a_batch_is_what_one_by_one_is(make_model, requests):
     model = make_model("gpt2")
-    together = edited(model, grace(micro_batch=2), requests)
+    together = memory_of(model, grace(micro_batch=2), requests)
     model.revert()
     for request in requests:
-        alone = edited(model, grace(), [request])
+        alone = memory_of(model, grace(), [request])
     torch.testing.assert_close(together.values, alone.values, rtol=1e-10, atol=1e-10)
     assert torch.equal(together.radii, alone.radii)
     assert together.labels == alone.labels
@@ -201,8 +191,8 @@ def test_a_batch_is_what_one_by_one_is(make_model, requests):
 def by_itself(model, first, second, radius):
     """Edit two requests in turn; return distance, codebook before and after the second."""
     editor = grace(radius=radius, steps=2)
-    before = edited(model, editor, [first])
-    after = edited(model, editor, [second])
+    before = memory_of(model, editor, [first])
+    after = memory_of(model, editor, [second])
     queries = [edited_query(model, r) for r in (first, second)]
     return float((queries[0] - queries[1]).norm()), before, after
 
@@ -232,10 +222,10 @@ def test_a_ball_never_grows_by_a_conflict(make_model, requests):
     _, _, after = by_itself(model, requests[0], requests[2], radius)
     assert after.radii.tolist() == pytest.approx([distance / 2 - GAP, distance / 2])
     model.revert()
-    book = edited(model, grace(radius=0.1 * distance, steps=1), requests[:1])
+    book = memory_of(model, grace(radius=0.1 * distance, steps=1), requests[:1])
     model.revert()
     model.apply(Edit(overlays={"grace": book}))
-    far = edited(model, grace(radius=0.95 * distance, steps=1), [requests[2]])
+    far = memory_of(model, grace(radius=0.95 * distance, steps=1), [requests[2]])
     assert far.radii.tolist() == pytest.approx([0.1 * distance, distance / 2])
 
 
@@ -253,9 +243,9 @@ def test_the_same_answer_stretches_the_ball_and_needs_no_entry(make_model, reque
 def test_a_fact_that_is_edited_again_takes_its_entry_over(make_model, requests):
     model = make_model("llama")
     editor = grace()
-    edited(model, editor, requests)
+    memory_of(model, editor, requests)
     again = replace(requests[0], target_new="Fuji")
-    book = edited(model, editor, [again])
+    book = memory_of(model, editor, [again])
     (item,) = model.encode([(again.filled_prompt, "Fuji")])
     assert book.entries == 3
     assert book.labels[0] == item.target_ids
@@ -265,10 +255,10 @@ def test_a_fact_that_is_edited_again_takes_its_entry_over(make_model, requests):
 def test_facts_that_share_an_entry_are_edited_one_after_another(make_model, requests):
     model = make_model("llama")
     same = replace(requests[2], target_new=requests[0].target_new)
-    together = edited(model, grace(radius=1e3, steps=3), [requests[0], same])
+    together = memory_of(model, grace(radius=1e3, steps=3), [requests[0], same])
     model.revert()
     for request in (requests[0], same):
-        apart = edited(model, grace(radius=1e3, steps=3), [request])
+        apart = memory_of(model, grace(radius=1e3, steps=3), [request])
     torch.testing.assert_close(together.values, apart.values, rtol=1e-10, atol=1e-10)
     assert together.entries == apart.entries == 1
 
@@ -278,7 +268,7 @@ def test_facts_that_share_an_entry_are_edited_one_after_another(make_model, requ
 def test_generation_decides_once_on_the_prompt(family, replacement, make_model, requests):
     """Cached decoding against whole passes over the growing text, without a cache."""
     model = make_model(family)
-    book = edited(model, grace(replacement=replacement, radius=1e-6), requests)
+    book = memory_of(model, grace(replacement=replacement, radius=1e-6), requests)
     prompts = [requests[0].filled_prompt, "Mount Fuji stands in", requests[1].filled_prompt]
     ids = model.encode_prompts(prompts)
     said = model.generate(ids, 4)
@@ -322,14 +312,14 @@ def test_saved_and_loaded_the_model_says_the_same(make_model, requests, tmp_path
 
 def test_a_savepoint_takes_overlays_back(make_model, requests):
     model = make_model("llama")
-    first = edited(model, grace(), requests[:1])
+    first = memory_of(model, grace(), requests[:1])
     with model.edits.savepoint():
-        edited(model, grace(), requests[1:])
+        memory_of(model, grace(), requests[1:])
     assert model.edits.overlays["grace"] is first
 
 
 def test_a_model_without_the_layer_is_refused(make_model, requests):
-    book = edited(make_model("llama"), grace(), requests)
+    book = memory_of(make_model("llama"), grace(), requests)
     with pytest.raises(ModelError, match=r"a codebook beside 'model.layers.1.mlp.down_proj'"):
         make_model("gptj").apply(Edit(overlays={"grace": book}))
     with pytest.raises(ConfigError, match=r"grace: layers .7. are not all"):
@@ -381,7 +371,7 @@ def test_a_fact_is_learnt_and_neighbours_stay(trained, capital_requests):
     request: EditRequest = capital_requests[0]
     editor = build_editor("grace", {"layer": 1, "radius": 0.5, "steps": 40}, {})
     (item,) = trained.encode([(request.filled_prompt, request.target_new)])
-    edited(trained, editor, [request])
+    memory_of(trained, editor, [request])
     try:
         said = trained.answer_logits(trained.collate([item])).argmax(dim=1)
         assert said.tolist() == list(item.target_ids)
@@ -392,7 +382,7 @@ def test_a_fact_is_learnt_and_neighbours_stay(trained, capital_requests):
 @pytest.mark.parametrize("other", [{"layer": 0}, {"projection": "key"}, {"replacement": "all"}])
 def test_a_codebook_of_other_values_is_not_added_to(other, make_model, requests):
     model = make_model("llama")
-    book = edited(model, grace(), requests[:1])
+    book = memory_of(model, grace(), requests[:1])
     with pytest.raises(EditError, match=r"carries a codebook beside .* ask for another one"):
         grace(**other)(model, requests[1:])
     assert model.edits.overlays["grace"] is book
@@ -413,7 +403,7 @@ def test_two_codebooks_beside_one_layer_decide_apart(replacement, make_model, re
     """The second is of another fact: what it decides must not open or close the first."""
     model = make_model("gptj")
     editor = grace(replacement=replacement)
-    book = edited(model, editor, requests)
+    book = memory_of(model, editor, requests)
     ids = model.encode_prompts([r.filled_prompt for r in requests])
     alone = model.generate(ids, 4)
     shut = replace(book, keys=book.keys[:1] + 1e3, values=book.values[:1], radii=book.radii[:1])

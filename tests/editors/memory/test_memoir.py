@@ -14,6 +14,7 @@ from kmebench.edits.sparse_memory import SparseMemory
 from kmebench.errors import ConfigError, EditError, KMEBenchError, ModelError
 from kmebench.models.sampling import sample
 from tests.conftest import SOME_FAMILIES
+from tests.editors.memory.asking import logits, memory_of, module_of, pairs
 from tests.editors.memory.damage import save_damaged
 from tests.pipelines.runs import killed_and_resumed
 
@@ -24,25 +25,6 @@ ACTIVE = 6  # of 24
 
 def memoir(**hparams):
     return build_editor("memoir", HPARAMS | hparams, {})
-
-
-def memory_of(model, editor, requests):
-    """Apply the edit; return the memory."""
-    model.apply(editor(model, requests).edit)
-    return model.edits.overlays["memoir"]
-
-
-def pairs(requests):
-    return [(r.filled_prompt, r.target_new) for r in requests]
-
-
-def logits(model, asked):
-    """The logits of each pair by itself, [tokens, vocabulary]."""
-    return [model.answer_logits(model.collate([e])) for e in model.encode(asked)]
-
-
-def module_of(model):
-    return model.model.get_submodule(model.ffn[1].value.weight_name.removesuffix(".weight"))
 
 
 def whole_pass(model, ids, added=None):

@@ -29,6 +29,7 @@ from kmebench.evaluation.predict import Settings, predict
 from kmebench.evaluation.prompts import prompts_of
 from kmebench.io.files import sha256_of
 from kmebench.io.tensors import TensorFile, write_tensors
+from tests.editors.memory.asking import memory_of
 
 ROOMY = {"max_position_embeddings": 2048}
 PLACES = (
@@ -249,11 +250,6 @@ def test_the_stage_is_named_by_what_decides_it():
 
 
 # -- the gate ---------------------------------------------------------------------------
-
-
-def memory_of(model, editor, requests):
-    model.apply(editor(model, requests).edit)
-    return model.edits.overlays["serac"]
 
 
 def test_the_gate_opens_where_the_nearest_edit_is_similar_enough(make_model, serac, requests):

@@ -18,6 +18,7 @@ from kmebench.errors import EditError, KMEBenchError
 from kmebench.evaluation.predict import Settings
 from kmebench.pipelines.checkpoints import Checkpoints
 from kmebench.pipelines.pipelines import Setup, run_batches, run_consecutive
+from tests.editors.memory.asking import memory_of
 
 ROOMY = {"max_position_embeddings": 2048}
 VALUES = {"ike": {"demonstrations": 8}, "serac": {}}
@@ -44,11 +45,6 @@ def assets(encoder_folder, development, tmp_path):
 @pytest.fixture
 def ike(assets):
     return lambda **hparams: build_editor("ike", {"demonstrations": 8} | hparams, assets)
-
-
-def memory_of(model, editor, requests):
-    model.apply(editor(model, requests).edit)
-    return model.edits.overlays[editor.name]
 
 
 def cosine(encoder, one, other):

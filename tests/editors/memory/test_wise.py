@@ -19,6 +19,7 @@ from kmebench.evaluation.predict import Settings
 from kmebench.pipelines.checkpoints import Checkpoints
 from kmebench.pipelines.pipelines import Setup, run_batches
 from tests.conftest import FAMILIES
+from tests.editors.memory.asking import logits, memory_of, module_of, pairs
 from tests.editors.memory.damage import save_damaged
 from tests.pipelines.runs import killed_and_resumed
 
@@ -43,25 +44,6 @@ def development(tmp_path):
 @pytest.fixture
 def wise(development):
     return lambda **hparams: build_editor("wise", HPARAMS | hparams, {"development": development})
-
-
-def memory_of(model, editor, requests):
-    """Apply the edit; return the memories."""
-    model.apply(editor(model, requests).edit)
-    return model.edits.overlays["wise"]
-
-
-def pairs(requests):
-    return [(r.filled_prompt, r.target_new) for r in requests]
-
-
-def logits(model, asked):
-    """The logits of each pair by itself, [tokens, vocabulary]."""
-    return [model.answer_logits(model.collate([e])) for e in model.encode(asked)]
-
-
-def module_of(model, layer=1):
-    return model.model.get_submodule(model.ffn[layer].value.weight_name.removesuffix(".weight"))
 
 
 def w2_of(model):

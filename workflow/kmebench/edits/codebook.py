@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from kmebench.edits.overlays import Hook, Overlay, Passage
-from kmebench.errors import ModelError
+from kmebench.edits.overlays import Hook, Overlay, Passage, check_beside
 from kmebench.precision import at_least_float32
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Codebook(Overlay):
     def _replaced(self, passage: Passage, inputs: Tensor, output: Tensor) -> Tensor:
         if not self.entries or (passage.phase == "decode" and self.replacement != "all"):
             return output
-        opened, entry = self._decision(passage, inputs)
+        opened, entry = passage.decided(self, lambda: self._decision(passage, inputs))
         rows = opened.nonzero().flatten()
         if not len(rows):
             return output
@@ -75,28 +74,18 @@ class Codebook(Overlay):
         return replaced
 
     def _decision(self, passage: Passage, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which rows' gates are open and their entries, [R] both; a prefill's is kept."""
-        if passage.phase == "decode":
-            opened, entry = passage.decisions[id(self)]
-            return opened, entry
+        """Return which rows' gates are open and their entries, [R] both."""
         rows = torch.arange(len(inputs), device=inputs.device)
         queries = inputs[rows, passage.prompt_last.to(rows)].detach()
         distance, entry = self.nearest(queries)
         opened = distance <= self.radii.to(distance)[entry]
-        passage.decisions[id(self)] = opened, entry
         passage.note_opened(opened)
         return opened, entry
 
     def check(self, model: "EditableModel") -> None:
         """Refuse a model without this layer, or with one of another width."""
-        modules = dict(model.model.named_modules())
-        weight = getattr(modules.get(self.module), "weight", None)
-        sizes = (self.keys.shape[1], self.values.shape[1])
-        if weight is None or sorted(weight.shape) != sorted(sizes):
-            raise ModelError(
-                f"The edit has a codebook beside {self.module!r} with keys and values of width "
-                f"{sizes}, which this model lacks; name the model that it was made from."
-            )
+        widths = (self.keys.shape[1], self.values.shape[1])
+        check_beside(model, self.module, widths, "a codebook")
 
     def tensors(self) -> dict[str, Tensor]:
         """Return keys, values, radii, and everything else as JSON in bytes."""

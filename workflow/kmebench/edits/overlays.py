@@ -10,14 +10,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
+import torch
 from torch import Tensor
 
-from kmebench.errors import KMEBenchError
+from kmebench.errors import KMEBenchError, ModelError
 
 if TYPE_CHECKING:
     from kmebench.models.editable import EditableModel
+
+
+Decision = TypeVar("Decision")
 
 
 class Text(NamedTuple):
@@ -50,6 +54,19 @@ class Passage:
     decisions: dict[int, Any] = field(default_factory=dict)  # by id() of the overlay
     opened: Tensor | None = None  # [R] bool; None: no gate was asked
     prompt_first: Tensor | None = None  # [R] int64; None: the first column
+
+    def prompt_columns(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each row's first and last column of the prompt, [R] both, where ``inputs`` lie."""
+        last = self.prompt_last.to(inputs.device)
+        first = torch.zeros_like(last) if self.prompt_first is None else self.prompt_first.to(last)
+        return first, last
+
+    def decided(self, overlay: "Overlay", decide: Callable[[], Decision]) -> Decision:
+        """Return what ``decide`` says; while a text is written, what it said of the prompt."""
+        if self.phase != "decode":
+            self.decisions[id(overlay)] = decide()
+        decision: Decision = self.decisions[id(overlay)]
+        return decision
 
     def note_opened(self, rows: Tensor) -> None:
         """Note the rows, bool [R], whose gate an overlay has found open."""
@@ -111,6 +128,22 @@ class Overlay(ABC):
             KeyError: a tensor is missing.
             ValueError: tensors do not belong together.
         """
+
+
+def check_beside(model: "EditableModel", module: str, shape: Sequence[int], overlay: str) -> None:
+    """Refuse a model without a linear layer at the path ``module`` whose weight has ``shape``.
+
+    Weights may be stored either way round.
+
+    Raises:
+        ModelError: so it is; calls what the edit holds ``overlay``.
+    """
+    weight = getattr(dict(model.model.named_modules()).get(module), "weight", None)
+    if weight is None or sorted(weight.shape) != sorted(shape):
+        raise ModelError(
+            f"The edit has {overlay} beside {module!r} of shape {tuple(shape)}, which this model "
+            "lacks; name the model that it was made from."
+        )
 
 
 #: Kinds of this library, with the module that defines each.

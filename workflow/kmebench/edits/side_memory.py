@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kmebench.edits.overlays import Hook, Overlay, Passage
-from kmebench.errors import ModelError
+from kmebench.edits.overlays import Hook, Overlay, Passage, check_beside
 from kmebench.precision import at_least_float32
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class SideMemory(Overlay):
     def _routed(self, passage: Passage, inputs: Tensor, output: Tensor) -> Tensor:
         if not self.entries:
             return output
-        chosen = self._decision(passage, inputs)
+        chosen = passage.decided(self, lambda: self._decision(passage, inputs))
         taken = chosen[chosen >= 0].unique().tolist()
         if not taken:
             return output
@@ -83,15 +82,10 @@ class SideMemory(Overlay):
         return routed
 
     def _decision(self, passage: Passage, inputs: Tensor) -> Tensor:
-        """Return the memory that takes each row over, [R], or −1; a prefill's is kept."""
-        if passage.phase == "decode":
-            kept: Tensor = passage.decisions[id(self)]
-            return kept
-        last = passage.prompt_last.to(inputs.device)
-        begin = passage.prompt_first
-        first = torch.zeros_like(last) if begin is None else begin.to(last)
+        """Return the memory that takes each row over, [R], or −1."""
+        first, last = passage.prompt_columns(inputs)
         found = [activation(movement(inputs, change), first, last) for change in self.changes]
-        passage.decisions[id(self)] = chosen = self.routes(torch.stack(found))
+        chosen = self.routes(torch.stack(found))
         passage.note_opened(chosen >= 0)
         return chosen
 
@@ -104,14 +98,7 @@ class SideMemory(Overlay):
 
     def check(self, model: "EditableModel") -> None:
         """Refuse a model without this layer, or with one of another width."""
-        modules = dict(model.model.named_modules())
-        weight = getattr(modules.get(self.module), "weight", None)
-        sizes = tuple(self.changes.shape[1:])
-        if weight is None or sorted(weight.shape) != sorted(sizes):
-            raise ModelError(
-                f"The edit has side memories beside {self.module!r} of shape {sizes}, which this "
-                "model lacks; name the model that it was made from."
-            )
+        check_beside(model, self.module, self.changes.shape[1:], "side memories")
 
     def tensors(self) -> dict[str, Tensor]:
         """Return changes, thresholds, mask, and everything else as JSON in bytes."""

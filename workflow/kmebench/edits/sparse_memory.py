@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kmebench.edits.overlays import Hook, Overlay, Passage
-from kmebench.errors import ModelError
+from kmebench.edits.overlays import Hook, Overlay, Passage, check_beside
 from kmebench.precision import at_least_float32
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class SparseMemory(Overlay):
     def _routed(self, passage: Passage, inputs: Tensor, output: Tensor) -> Tensor:
         if not len(self.masks):
             return output
-        chosen = self._decision(passage, inputs)
+        chosen = passage.decided(self, lambda: self._decision(passage, inputs))
         rows = (chosen >= 0).nonzero().flatten()
         if not len(rows):
             return output
@@ -87,29 +86,16 @@ class SparseMemory(Overlay):
         return routed
 
     def _decision(self, passage: Passage, inputs: Tensor) -> Tensor:
-        """Return whose columns each row uses, [R], or −1; a prefill's is kept."""
-        if passage.phase == "decode":
-            kept: Tensor = passage.decisions[id(self)]
-            return kept
-        last = passage.prompt_last.to(inputs.device)
-        begin = passage.prompt_first
-        first = torch.zeros_like(last) if begin is None else begin.to(last)
-        overlap, entry = self.nearest(self.masks_of(mean_input(inputs, first, last)))
+        """Return whose columns each row uses, [R], or −1."""
+        means = mean_input(inputs, *passage.prompt_columns(inputs))
+        overlap, entry = self.nearest(self.masks_of(means))
         opened = overlap >= self.threshold
-        passage.decisions[id(self)] = chosen = entry.where(opened, -1)
         passage.note_opened(opened)
-        return chosen
+        return entry.where(opened, -1)
 
     def check(self, model: "EditableModel") -> None:
         """Refuse a model without this layer, or with one of another width."""
-        modules = dict(model.model.named_modules())
-        weight = getattr(modules.get(self.module), "weight", None)
-        if weight is None or sorted(weight.shape) != sorted(self.change.shape):
-            raise ModelError(
-                f"The edit has a sparse memory beside {self.module!r} of shape "
-                f"{tuple(self.change.shape)}, which this model lacks; name the model that it was "
-                "made from."
-            )
+        check_beside(model, self.module, self.change.shape, "a sparse memory")
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors, and everything else as JSON in bytes."""

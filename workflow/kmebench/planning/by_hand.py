@@ -155,7 +155,7 @@ def fact(subject: str, prompt: str, target: str) -> EditRequest:
     try:
         request = EditRequest("fact", subject, prompt, target)
     except ValueError as error:
-        reason = str(error).replace("target_new", "target")  # what it is called here
+        reason = re.sub("^target_new", "target", str(error))  # what it is called here
         raise ConfigError(f"This fact cannot be edited: {reason}.") from error
     return replace(request, case_id=subject)
 
