@@ -91,7 +91,12 @@ def test_lines_go_from_small_to_large_and_grey_marks_are_named():
     assert ((0.0, 70.0), (1.0, 30.0)) in lines
     ticks = [text.get_text() for text in figure.axes[2].get_xticklabels()]
     assert ticks == ["135M", "500M", "6.5B"]
-    assert [text.get_text() for text in figure.axes[2].texts] == ["MEMIT", "ROME", "MEMIT"]
+    names = figure.axes[2].texts
+    assert [text.get_text() for text in names] == ["MEMIT", "ROME", "MEMIT"]
+    others = table().query("series == @BEST and metric == 'Score'")
+    ends = others["high"].fillna(others["mean"])  # names stand above intervals
+    assert [text.xy[1] for text in names] == ends.tolist()
+    assert ends.iloc[0] > others["mean"].iloc[0]
 
 
 OVERLAY = """

@@ -6,6 +6,7 @@ A test that asks for a finished run is one of ``integration``: `make quick` leav
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -86,6 +87,17 @@ class Checkout:
         output = said.read_text(encoding="utf-8")
         assert succeeded == check, output
         return output
+
+    def start(self, *arguments: str, configs=("config/ci.yaml",)) -> subprocess.Popen:
+        """Start a run that says nothing, in a process group of its own."""
+        return subprocess.Popen(
+            self.command(*arguments, configs=configs),
+            cwd=self.folder,
+            env=self.environment(),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
     def planned(self, *arguments: str, configs=("config/ci.yaml",)) -> dict[str, int]:
         """Return rule -> number of jobs of a dry run (without ``all`` and other collections)."""

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import time
 
 import pytest
@@ -136,14 +135,7 @@ def test_two_hundred_edits_killed_at_random_places_give_the_same_bytes(copy_of_f
 def _end_after(checkout, targets, configs, reached, how, seconds):
     """Start the workflow, and end it some seconds after a checkpoint of ``reached`` edits."""
     checkout.run("--unlock", configs=configs)
-    job = subprocess.Popen(
-        checkout.command(*targets, configs=configs),
-        cwd=checkout.folder,
-        env=checkout.environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    job = checkout.start(*targets, configs=configs)
     kept = checkout.folder / RUN / "checkpoints"
     wait_for(job, lambda: any(int(p.name) >= reached for p in kept.glob("[0-9]*")))
     time.sleep(seconds)

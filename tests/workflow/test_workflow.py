@@ -292,14 +292,7 @@ def test_a_second_command_is_refused_and_a_killed_run_resumes_with_the_same_byte
     for path in folder.iterdir():
         path.unlink()
     target = f"{RUN}/predictions.parquet"
-    job = subprocess.Popen(
-        copy_of_finished.command(target),
-        cwd=copy_of_finished.folder,
-        env=copy_of_finished.environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    job = copy_of_finished.start(target)
     locks = copy_of_finished.folder / ".snakemake/locks"  # of the inputs first, then the outputs
     wait_for(job, lambda: any(target in path.read_text() for path in locks.glob("*.output.lock")))
     job.send_signal(signal.SIGSTOP)  # so that no edit begins before the second command has ended
