@@ -35,8 +35,9 @@ from kmebench.editors.cards import card_of
 from kmebench.editors.locate.covariance.keys import Written
 from kmebench.editors.locate.covariance.stage import Sums
 from kmebench.editors.locate.covariance.store import write_covariance
-from kmebench.editors.needs import Pipeline
+from kmebench.editors.needs import Covariance, Need, NeutralMetric, Pipeline
 from kmebench.editors.pac.cards import PACHparams
+from kmebench.editors.pac.neutral import write_metric
 from kmebench.editors.pac.pac import PAC
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Batch
@@ -91,16 +92,18 @@ LAYERS = (4, 5, 6, 7, 8)
 RIDGE = 1e-3  # added to C, which has not its full rank
 _FIXED = {"tolerance": 0.0}
 _TARGETS = {"learning_rate": 1e-4}
-#: Editor -> hyper-parameters that are not its defaults. AlphaEdit decomposes C, which takes long.
+#: Editor -> hyper-parameters that are not its defaults. AlphaEdit decomposes C, and natural PAC
+#: inverts it, which takes long: both edit one layer. The tiny shape ends with the last of these.
 EDITORS: dict[str, dict[str, Any]] = {
     "full-c": {"layers": (5,)} | _FIXED,
     "rome": {"layer": 5} | _TARGETS,
     "memit": {"layers": LAYERS} | _TARGETS,
     "lora": _FIXED,
     "alphaedit": {"layers": LAYERS[-1:]} | _TARGETS,
+    "npac": {"layers": LAYERS[-2:-1], "neutral_tokens": 2048} | _FIXED,
 }
 #: Editors that make one edit of many requests; the others take them one by one.
-TOGETHER = ("memit", "lora", "alphaedit")
+TOGETHER = ("memit", "lora", "alphaedit", "npac")
 
 
 class Bench:
@@ -156,6 +159,18 @@ class Bench:
             made = few_moments(self.model(name), LAYERS, self.shape.moment_tokens)
             write_covariance(path, made, self.shape.moment_tokens, {"source": "random tokens"})
         return path
+
+    def assets(self, name: str, needs: Sequence[Need]) -> dict[str, str]:
+        """Return the files that an editor needs; C stands for what is computed of it, too."""
+        made = {}
+        for need in needs:
+            if isinstance(need, NeutralMetric):
+                path = self.scratch / f"{name}.{need.name}.safetensors"
+                write_metric(path, self.model(name), need)
+                made[need.key] = str(path)
+            else:
+                made[Covariance.asset] = str(self.moments(name))
+        return made
 
 
 @torch.no_grad()
@@ -340,8 +355,7 @@ def other_editor(bench: Bench, name: str, editor: str) -> Iterator[Piece]:
     """Measure another editor: its first edit, which makes what is made once, and later ones."""
     own = EDITORS[editor] | {"steps": bench.shape.editor_steps}
     card = card_of(editor)
-    needed = card.needs(card.values(own), Pipeline("consecutive", 1))
-    asks = {"covariance": bench.moments(name)} if needed else {}
+    asks = bench.assets(name, card.needs(card.values(own), Pipeline("consecutive", 1)))
     instance, model = build_editor(editor, own, asks), bench.model(name)
     repeats = bench.shape.repeats
     first, *facts = openfacts_requests(1 + repeats * bench.shape.batch)

@@ -6,9 +6,19 @@ import pytest
 import torch
 
 from kmebench.errors import DataError
-from kmebench.evaluation.frames import beside_original, original_frame, predicted_frame
+from kmebench.evaluation import frames
+from kmebench.evaluation.frames import (
+    beside_original,
+    original_frame,
+    predicted_frame,
+    write_frame,
+    write_original,
+)
 from kmebench.evaluation.predict import Settings, predict
 from kmebench.evaluation.prompts import Prompt, prompts_of
+from kmebench.evaluation.schema import ORIGINAL
+from kmebench.io.checked_files import read_parquet
+from kmebench.io.parts import Parts
 from kmebench.memory import NoMemoryError
 from tests.conftest import FAMILIES
 
@@ -125,6 +135,37 @@ def test_missing_true_target_gives_nan(trained):
     columns = predict(trained, [prompt], Settings(), decode=False)
     assert math.isnan(columns["target_true_logprob"][0])
     assert columns["wild"] == [None]
+
+
+def test_predictions_that_were_interrupted_go_on_to_the_same_bytes(
+    trained, capital_requests, tmp_path, monkeypatch
+):
+    requests, settings = capital_requests[:3], Settings(wild_max_tokens=3)
+    write_original(Parts(tmp_path / "whole", {}), trained, requests, settings)
+    write_frame(original_frame(trained, requests, settings), ORIGINAL, tmp_path / "at once")
+    monkeypatch.setattr(frames, "_REQUESTS_AT_ONCE", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(frames, "predicted_frame", only_from(0))
+        with pytest.raises(RuntimeError):
+            write_original(Parts(tmp_path / "parts", {}), trained, requests, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(frames, "predicted_frame", only_from(2))
+        write_original(Parts(tmp_path / "parts", {}), trained, requests, settings)
+    whole = (tmp_path / "whole").read_bytes()
+    assert whole == (tmp_path / "at once").read_bytes()
+    assert read_parquet(tmp_path / "parts").equals(read_parquet(tmp_path / "whole"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["at once", "parts", "whole"]
+
+
+def only_from(position):
+    """Predict the prompts of this request and those beside it; of no others."""
+
+    def predicted(model, prompts, settings, **options):
+        if prompts[0].position != position:
+            raise RuntimeError("power cut")
+        return predicted_frame(model, prompts, settings, **options)
+
+    return predicted
 
 
 def test_join_puts_the_unedited_model_beside_and_names_a_missing_prompt(trained, capital_requests):

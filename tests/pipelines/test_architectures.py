@@ -21,6 +21,7 @@ from kmebench.evaluation.frames import original_frame, write_frame
 from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.schema import ORIGINAL
 from kmebench.evaluation.score import read_predictions, score_experiment
+from kmebench.io.parts import Parts
 from kmebench.models.editable import EditableModel
 from kmebench.pipelines.run import run_cell
 
@@ -123,7 +124,7 @@ def test_a_paper_architecture_passes_through_every_stage(
 
     model, settings = load(), Settings(wild_max_tokens=4)
     write_frame(original_frame(model, requests, settings), ORIGINAL, tmp_path / "original.parquet")
-    cache_gradients(tmp_path / "gradients.safetensors", model, requests)
+    cache_gradients(Parts(tmp_path / "gradients.safetensors", {}), model, requests)
     cache = GradientCache.open(tmp_path / "gradients.safetensors")
     selection = {"score": "l2", "group": 1, "selection": "disjoint", "paths": 15, "negatives": 1}
     write_paths(tmp_path / "paths.safetensors", select_groups(cache, **selection), cache, selection)

@@ -13,8 +13,8 @@ RUNS = "results/runs/tiny-gptj/openfacts-zsre"
 RUN = f"{RUNS}/consecutive/pac/default/seed0"
 
 #: Every script kills itself at the worst of moments, once: when a result is complete and about to
-#: get its name. The consecutive run does so for each of its files, the others for their first
-#: (training, which takes long, when it reads the facts).
+#: get its name. The consecutive run does so for each of its files, the others for their first and
+#: for the first of its parts (training, which takes long, when it reads the facts).
 KILLER = """
 import os, re, signal, sys
 from pathlib import Path
@@ -29,7 +29,11 @@ def watch(event, arguments):
     if stage == "edit":
         stage = next(m for m in ("batch", "consecutive", "breadth_first") if f"/{m}/" in target)
     what = re.sub(r"\\d+", "N", Path(target).name) if stage == "consecutive" else "first"
+    if re.search(r"/[^./][^/]*\\.partial/", target):
+        what = "part"
     mark = Path(os.environ["KILLED"]) / f"{stage} {what}"
+    if what == "part" and target.endswith("identity.json"):
+        return
     if ("results/" in target or "openfacts/" in target) and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -74,6 +78,7 @@ KILLED = {
             *("notebook",),
         )
     ),
+    *(f"{stage} part" for stage in ("predict_original", "cache_gradients", "optimise_targets")),
 }
 
 
@@ -98,7 +103,10 @@ def test_every_stage_is_killed_and_goes_on(finished, tmp_path):
         assert (checkout.folder / name).read_bytes() == (finished.folder / name).read_bytes()
     log = checkout.folder / "logs/edit/tiny-gptj.openfacts-zsre.consecutive.pac.default.seed0.log"
     assert "resumed after 4 edits" in log.read_text()
-    assert list(checkout.folder.glob("results/**/.*.partial")) == []
+    for log in checkout.folder.glob("logs/predict_original/*.log"):
+        assert "resumed behind 1 of 1 parts" in log.read_text()
+    partial = ("results/**/.*.partial", "results/**/*.partial")
+    assert [path for pattern in partial for path in checkout.folder.glob(pattern)] == []
     assert "Nothing to be done" in checkout.run(configs=configs)
 
 

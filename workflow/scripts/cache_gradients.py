@@ -10,6 +10,7 @@ from kmebench.data.records import read_requests
 from kmebench.editors.pac.cache import cache_gradients
 from kmebench.evaluation.prompts import askable
 from kmebench.io.logs import script_log
+from kmebench.io.parts import Parts
 from kmebench.models.editable import EditableModel, seed_everything
 
 with script_log(snakemake):
@@ -18,4 +19,4 @@ with script_log(snakemake):
     model = EditableModel.load(snakemake.input.model, **snakemake.params.load)
     requests = read_requests(snakemake.input.requests)
     asked = askable(model, requests, **snakemake.params.asked)
-    cache_gradients(snakemake.output.gradients, model, asked)
+    cache_gradients(Parts.of_job(snakemake), model, asked)

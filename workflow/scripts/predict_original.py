@@ -7,11 +7,11 @@ hand_over("kmebench.pipelines.run")
 import torch
 
 from kmebench.data.records import read_requests
-from kmebench.evaluation.frames import original_frame, write_frame
+from kmebench.evaluation.frames import write_original
 from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.prompts import askable
-from kmebench.evaluation.schema import ORIGINAL
 from kmebench.io.logs import script_log
+from kmebench.io.parts import Parts
 from kmebench.models.editable import EditableModel, seed_everything
 
 with script_log(snakemake):
@@ -21,5 +21,4 @@ with script_log(snakemake):
     requests = read_requests(snakemake.input.requests)
     settings = Settings(**snakemake.params.evaluation)
     asked = askable(model, requests, settings.wild_max_tokens, snakemake.params.on_bad_record)
-    frame = original_frame(model, asked, settings)
-    write_frame(frame, ORIGINAL, snakemake.output.predictions)
+    write_original(Parts.of_job(snakemake), model, asked, settings)

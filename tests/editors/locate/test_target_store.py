@@ -7,7 +7,9 @@ from kmebench.editors.base import build_editor
 from kmebench.editors.locate import target_store
 from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.target_store import cache_targets, stored_targets
+from kmebench.editors.locate.targets import optimise_targets
 from kmebench.errors import KMEBenchError
+from kmebench.io.parts import Parts
 
 SETTINGS = {
     "site": "layer",
@@ -22,7 +24,7 @@ SETTINGS = {
 
 @pytest.fixture
 def targets(make_model, requests, tmp_path):
-    cache_targets(tmp_path / "targets", make_model("llama"), requests, SETTINGS)
+    cache_targets(Parts(tmp_path / "targets", {}), make_model("llama"), requests, SETTINGS)
     return tmp_path / "targets"
 
 
@@ -52,6 +54,27 @@ def test_editors_write_the_same_with_cached_targets(
     assert cached.stopwatch.seconds["optimise"] > 0
 
 
+def test_targets_that_were_interrupted_go_on(targets, make_model, requests, tmp_path, monkeypatch):
+    monkeypatch.setattr(target_store, "_REQUESTS_AT_ONCE", 2)
+    asked, parts = [], Parts(tmp_path / "parts", {})
+
+    def cut(model, some, *rest):
+        asked.append([r.case_id for r in some])
+        if len(asked) == 2:
+            raise RuntimeError("power cut")
+        return optimise_targets(model, some, *rest)
+
+    monkeypatch.setattr(target_store, "optimise_targets", cut)
+    with pytest.raises(RuntimeError):
+        cache_targets(parts, make_model("llama"), requests, SETTINGS)
+    cache_targets(parts, make_model("llama"), requests, SETTINGS)
+    assert asked == [["a", "b"], ["c"], ["c"]]
+    expected, found = (stored_targets(path, ["c", "a"]) for path in (targets, parts.path))
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-9, atol=1e-12)
+    assert torch.equal(found.steps, expected.steps)
+    assert not (tmp_path / "parts.partial").exists()
+
+
 def test_the_time_of_a_batch_is_its_share_of_all(targets):
     one, three = stored_targets(targets, ["b"]), stored_targets(targets, ["a", "c", "b"])
     assert three.seconds == pytest.approx(3 * one.seconds)
@@ -71,7 +94,7 @@ def test_out_of_memory_half_as_many_are_optimised_at_once(
         return whole(model, requests, contexts, settings, editor)
 
     monkeypatch.setattr(target_store, "optimise_targets", limited)
-    cache_targets(tmp_path / "targets", make_model("gptj"), requests, SETTINGS)
+    cache_targets(Parts(tmp_path / "targets", {}), make_model("gptj"), requests, SETTINGS)
     assert tried == [20, 10]
     assert stored_targets(tmp_path / "targets", ["a"]).values.isfinite().all()
 

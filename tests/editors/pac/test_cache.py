@@ -15,6 +15,7 @@ from kmebench.editors.pac.impact import trace
 from kmebench.editors.pac.paths import select_paths
 from kmebench.errors import KMEBenchError
 from kmebench.io.checked_files import DamagedFileError
+from kmebench.io.parts import Parts
 
 SETTINGS = {"score": "l2", "group": 1, "selection": "disjoint", "paths": 3, "negatives": 1}
 
@@ -22,7 +23,7 @@ SETTINGS = {"score": "l2", "group": 1, "selection": "disjoint", "paths": 3, "neg
 @pytest.fixture
 def cache(make_model, requests, tmp_path):
     model = make_model("gptj")
-    cache_gradients(tmp_path / "gradients.safetensors", model, requests)
+    cache_gradients(Parts(tmp_path / "gradients.safetensors", {}), model, requests)
     return model, GradientCache.open(tmp_path / "gradients.safetensors")
 
 
@@ -82,14 +83,40 @@ def test_unknown_request_is_named(cache, tmp_path):
         PathFile(tmp_path / "p.safetensors").route("z")
 
 
-def test_a_failed_trace_leaves_no_file(make_model, requests, tmp_path, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("power cut")
+def test_a_cache_that_was_interrupted_goes_on_to_the_same(cache, requests, tmp_path, monkeypatch):
+    model, whole = cache
+    monkeypatch.setattr("kmebench.editors.pac.cache._REQUESTS_AT_ONCE", 2)
+    parts = Parts(tmp_path / "g", {})
+    with monkeypatch.context() as patch:
+        patch.setattr("kmebench.editors.pac.cache.trace", cut_at(requests[2]))
+        with pytest.raises(RuntimeError):
+            cache_gradients(parts, model, requests)
+    assert not parts.path.exists()
+    monkeypatch.setattr("kmebench.editors.pac.cache.trace", only(requests[2]))
+    cache_gradients(parts, model, requests)
+    expected, found = load_file(whole.path), load_file(parts.path)
+    for name in ("l2", "signed_sum", "answers"):
+        assert torch.equal(found[name], expected[name])
+    assert (found["seconds"] > 0).all()
+    assert GradientCache.open(parts.path).case_ids == whole.case_ids
+    assert not (tmp_path / "g.partial").exists()
 
-    monkeypatch.setattr("kmebench.editors.pac.cache.trace", fail)
-    with pytest.raises(RuntimeError):
-        cache_gradients(tmp_path / "g.safetensors", make_model("gptj"), requests)
-    assert list(tmp_path.iterdir()) == []
+
+def cut_at(request):
+    def fail(model, traced):
+        if traced == [request]:
+            raise RuntimeError("power cut")
+        return trace(model, traced)
+
+    return fail
+
+
+def only(request):
+    def tracing(model, traced):
+        assert traced == [request]  # the others are there
+        return trace(model, traced)
+
+    return tracing
 
 
 def test_a_path_file_is_no_cache(cache, tmp_path):

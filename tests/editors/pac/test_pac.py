@@ -12,6 +12,7 @@ from kmebench.editors.pac.cache import GradientCache, cache_gradients, select_gr
 from kmebench.editors.pac.impact import trace
 from kmebench.editors.pac.paths import select_paths
 from kmebench.errors import ConfigError, EditError
+from kmebench.io.parts import Parts
 from tests.conftest import FAMILIES, SOME_FAMILIES
 
 HPARAMS = {"paths": 3, "negatives": 2, "learning_rate": 0.01, "tolerance": 0.0, "steps": 5}
@@ -142,7 +143,7 @@ def test_only_segments_on_the_paths_change(make_model, requests):
 @pytest.mark.parametrize("scope", ["edit", "batch"])
 def test_cached_paths_give_the_same_edit_as_live_tracing(scope, make_model, requests, tmp_path):
     model = make_model("gptj")
-    cache_gradients(tmp_path / "g.safetensors", model, requests)
+    cache_gradients(Parts(tmp_path / "g.safetensors", {}), model, requests)
     cache = GradientCache.open(tmp_path / "g.safetensors")
     settings = {
         "score": "l2",

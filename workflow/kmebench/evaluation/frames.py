@@ -12,8 +12,10 @@ from kmebench.data.records import EditRequest
 from kmebench.errors import DataError
 from kmebench.evaluation.predict import Settings, predict
 from kmebench.evaluation.prompts import Prompt, prompts_of
+from kmebench.evaluation.schema import ORIGINAL
+from kmebench.io.checked_files import read_parquet
 from kmebench.io.files import atomic_path
-from kmebench.io.logs import track
+from kmebench.io.parts import Parts
 from kmebench.models.editable import EditableModel
 
 #: What identifies a prompt of a request.
@@ -33,16 +35,28 @@ def predicted_frame(
 
 
 def original_frame(
-    model: EditableModel, requests: Sequence[EditRequest], settings: Settings
+    model: EditableModel, requests: Sequence[EditRequest], settings: Settings, first: int = 0
 ) -> pd.DataFrame:
-    """Predict every prompt of ``requests`` with the unedited model."""
-    starts = range(0, len(requests), _REQUESTS_AT_ONCE)
-    frames = []
-    for start in track(starts, "prompts of the unedited model", len(starts)):
-        chunk = enumerate(requests[start : start + _REQUESTS_AT_ONCE], start=start)
-        prompts = [prompt for position, r in chunk for prompt in prompts_of(r, position)]
-        frames.append(predicted_frame(model, prompts, settings, decode=True))
-    return pd.concat(frames, ignore_index=True)
+    """Predict every prompt of ``requests``, of which the first is number ``first``."""
+    numbered = enumerate(requests, start=first)
+    prompts = [prompt for position, r in numbered for prompt in prompts_of(r, position)]
+    return predicted_frame(model, prompts, settings, decode=True)
+
+
+def write_original(
+    parts: Parts, model: EditableModel, requests: Sequence[EditRequest], settings: Settings
+) -> None:
+    """Write what the unedited model says of every prompt, going on behind ``parts``."""
+
+    def write(path: Path, items: slice) -> None:
+        frame = original_frame(model, requests[items], settings, items.start)
+        write_frame(frame, ORIGINAL, path)
+
+    what = "prompts of the unedited model"
+    files = parts.files(len(requests), _REQUESTS_AT_ONCE, write, what)
+    frame = pd.concat([read_parquet(file) for file in files], ignore_index=True)
+    write_frame(frame, ORIGINAL, parts.path)
+    parts.clear()
 
 
 def beside_original(after: pd.DataFrame, original: pd.DataFrame) -> pd.DataFrame:

@@ -80,7 +80,11 @@ def run_cell(
     checkpoints = Checkpoints(
         Path(output["predictions"]).parent / "checkpoints",
         settings["checkpoint_every"],
-        {"settings": dict(settings), "requests": _digest(requests), "inputs": _digest_of(inputs)},
+        {
+            "settings": dict(settings),
+            "requests": _digest(requests),
+            "inputs": origins.digest_of(inputs),
+        },
         "epochs" if settings["mode"] == "breadth_first" else "edits",
     )
     evaluation = Settings(**settings["evaluation"])
@@ -204,7 +208,3 @@ def _version(package: str) -> str | None:
 
 def _digest(requests: Sequence[EditRequest]) -> str:
     return hashlib.sha256("\n".join(map(repr, requests)).encode()).hexdigest()
-
-
-def _digest_of(paths: Sequence[str]) -> str:
-    return hashlib.sha256("".join(origins.digest(p) for p in sorted(paths)).encode()).hexdigest()

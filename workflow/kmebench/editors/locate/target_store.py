@@ -18,20 +18,22 @@ from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS, sample_contexts
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.errors import KMEBenchError
+from kmebench.io.parts import Parts
 from kmebench.io.tensors import TensorFile, write_tensors
 from kmebench.memory import halved_if_needed
 from kmebench.models.editable import EditableModel
 
 _FORMAT = "kmebench.targets.v2"
+_REQUESTS_AT_ONCE = 100
 
 
 def cache_targets(
-    path: str | Path,
+    parts: Parts,
     model: EditableModel,
     requests: Sequence[EditRequest],
     settings: Mapping[str, Any],
 ) -> None:
-    """Optimise the targets of all requests together and write them.
+    """Optimise the targets of all requests and write them, going on behind ``parts``.
 
     ``settings``: fields of :class:`TargetSettings`.
 
@@ -41,18 +43,29 @@ def cache_targets(
     """
     start = time.perf_counter()
     contexts = sample_contexts(model, MEMIT_LENGTHS, seed=0)
+    sampling = time.perf_counter() - start
     whole = TargetSettings(**settings)
-    targets = halved_if_needed(
-        lambda size: optimise_targets(
-            model, requests, contexts, replace(whole, micro_batch=size), "targets"
-        ),
-        whole.micro_batch,
-        "optimising targets",
-        "lower micro_batch, or choose a smaller dtype",
-    )
-    seconds = (time.perf_counter() - start) / len(requests)
+
+    def write(path: Path, items: slice) -> None:
+        start = time.perf_counter()
+        targets = halved_if_needed(
+            lambda size: optimise_targets(
+                model, requests[items], contexts, replace(whole, micro_batch=size), "targets"
+            ),
+            whole.micro_batch,
+            "optimising targets",
+            "lower micro_batch, or choose a smaller dtype",
+        )
+        facts = {"seconds": time.perf_counter() - start}
+        write_tensors(path, {"values": targets.values, "steps": targets.steps}, _FORMAT, facts)
+
+    written = parts.files(len(requests), _REQUESTS_AT_ONCE, write, "parts of the targets")
+    files = [TensorFile.open(path, _FORMAT) for path in written]
+    tensors = {name: torch.cat([f.tensor(name) for f in files]) for name in ("values", "steps")}
+    seconds = (sampling + sum(file.facts["seconds"] for file in files)) / len(requests)
     facts = {"case_ids": [r.case_id for r in requests], "seconds_per_request": seconds}
-    write_tensors(path, {"values": targets.values, "steps": targets.steps}, _FORMAT, facts)
+    write_tensors(parts.path, tensors, _FORMAT, facts)
+    parts.clear()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from kmebench.errors import KMEBenchError
 from kmebench.io.checked_files import set_aside, trusted
 from kmebench.io.files import atomic_path
 from kmebench.io.headers import read_header
-from kmebench.io.logs import track
+from kmebench.io.parts import Parts
 from kmebench.io.tensors import TensorFile, write_tensors
 from kmebench.models.editable import EditableModel
 
 _GRADIENTS = "kmebench.gradients.v2"
+_REQUESTS_AT_ONCE = 20
 #: Shape and dtype of the tensors of a file, by name.
 _Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
 _NAMES = {np.dtype("float32"): "F32", np.dtype("int32"): "I32", np.dtype("int64"): "I64"}
@@ -42,27 +44,34 @@ _NAMES = {np.dtype("float32"): "F32", np.dtype("int32"): "I32", np.dtype("int64"
 _SUMMED = ("l2", "signed_sum", "answers", "seconds")
 
 
-def cache_gradients(
-    path: str | Path, model: EditableModel, requests: Sequence[EditRequest]
-) -> None:
-    """Trace every request on ``model`` and write the gradient cache."""
+def cache_gradients(parts: Parts, model: EditableModel, requests: Sequence[EditRequest]) -> None:
+    """Trace every request on ``model`` and write the gradient cache, going on behind ``parts``."""
     encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
+    shape = (model.n_layers, model.ffn_width)
+    case_ids = [r.case_id for r in requests]
+    longest = max(e.n_target for e in encoded)
 
-    def impacts() -> Iterator[tuple[Impact, float]]:
-        # One request at a time: rows of a batch would only add padding, and the time of a
-        # request is what an edit in consecutive mode really spends on tracing.
-        for request in track(requests, "requests traced", len(requests)):
-            start = time.perf_counter()
-            impact = trace(model, [request])
-            yield impact, time.perf_counter() - start
+    def write(path: Path, items: slice) -> None:
+        write_gradients(path, case_ids[items], shape, longest, _impacts(model, requests[items]))
 
-    write_gradients(
-        path,
-        [r.case_id for r in requests],
-        (model.n_layers, model.ffn_width),
-        max(e.n_target for e in encoded),
-        impacts(),
-    )
+    files = parts.files(len(requests), _REQUESTS_AT_ONCE, write, "parts of the gradients")
+    rows = chain.from_iterable(GradientCache.open(file).rows() for file in files)
+    write_gradients(parts.path, case_ids, shape, longest, rows)
+    parts.clear()
+
+
+def _impacts(
+    model: EditableModel, requests: Sequence[EditRequest]
+) -> Iterator[tuple[Impact, float]]:
+    """Trace one request at a time, and measure it.
+
+    Rows of a batch would only add padding, and the time of a request is what an edit in
+    consecutive mode really spends on tracing.
+    """
+    for request in requests:
+        start = time.perf_counter()
+        impact = trace(model, [request])
+        yield impact, time.perf_counter() - start
 
 
 def write_gradients(
@@ -166,6 +175,15 @@ class GradientCache:
     def seconds(self) -> Tensor:
         """Return the tracing time of every request, [E]."""
         return self._rows("seconds", slice(None))
+
+    def rows(self) -> Iterator[tuple[Impact, float]]:
+        """Yield the impact and the tracing time of every request."""
+        for row in range(len(self.case_ids)):
+            l2, signed_sum, answers, seconds = (
+                self._rows(name, slice(row, row + 1)) for name in _SUMMED
+            )
+            said = tuple(answers[answers >= 0].tolist())
+            yield Impact(l2, signed_sum, [said]), float(seconds)
 
     def _rows(self, name: str, rows: slice) -> Tensor:
         """Read some rows of a tensor and compare their checksums."""
