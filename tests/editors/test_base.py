@@ -222,6 +222,13 @@ class Counting(Editor):
         self.calls = state.get("calls", torch.zeros(()))
 
 
+def test_a_singular_matrix_is_a_failed_edit_that_names_its_request(requests, monkeypatch):
+    editor, singular = Counting(None, {}), torch.ones(2, 2)
+    monkeypatch.setattr(editor, "edit", lambda *_: torch.linalg.solve(singular, singular))
+    with pytest.raises(EditError, match=r"edit of request 'a' .batch of 3. have no solution .*;"):
+        editor(None, requests)
+
+
 @pytest.mark.parametrize(
     ("returned", "complaint"),
     [

@@ -7,9 +7,9 @@ import torch
 
 from kmebench.edits import overlays
 from kmebench.edits.edit import Edit
-from kmebench.edits.overlays import Overlay, Text, overlay_class
+from kmebench.edits.overlays import Overlay, Text, check_beside, overlay_class
 from kmebench.edits.weights import Rows, WeightDelta
-from kmebench.errors import KMEBenchError
+from kmebench.errors import KMEBenchError, ModelError
 from kmebench.evaluation.predict import Settings, predict
 from kmebench.evaluation.prompts import Prompt
 from kmebench.models.encoding import Encoded
@@ -139,3 +139,14 @@ def test_without_overlays_nothing_is_registered(make_model, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "register_forward_pre_hook", refused)
     model.answer_logits(batch)
     assert model.rewritten([Text("x")]) == [Text("x")]
+
+
+def test_an_overlay_beside_a_module_needs_one_of_its_width(make_model):
+    model = make_model("llama")
+    module = model.ffn[1].value
+    name, (outputs, inputs) = module.weight_name.removesuffix(".weight"), module.weight.shape
+    check_beside(model, name, (outputs, inputs), "a memory")
+    check_beside(model, name, (inputs, outputs), "a memory")  # as Conv1D stores it
+    for asked, shape in ((name, (outputs, inputs + 1)), (f"{name}x", (outputs, inputs))):
+        with pytest.raises(ModelError, match=f"a memory beside '{asked}' .* this model lacks"):
+            check_beside(model, asked, shape, "a memory")

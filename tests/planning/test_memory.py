@@ -1,6 +1,7 @@
 """What jobs ask for, against what was measured on real models and the terms written out."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,32 @@ def test_factors_of_the_covariance_are_counted_by_layer():
     five, one = (card_of("memit").values({"layers": layers}) for layers in ([4, 5, 6, 7, 8], [8]))
     more = card_of("memit").holds(five, job) - card_of("memit").holds(one, job)
     assert more == pytest.approx(4 * (8 * 8960**2 + 3 * 4 * 1536 * 8960))
+
+
+@pytest.mark.parametrize(
+    ("method", "numbers"),
+    [
+        # Keys of five layers and of one that is solved, in float32; three times in float64.
+        ("alphaedit", lambda n: 4 * 6 * 8960 * n + 8 * (3 * 8960 * n + 3 * n**2)),
+        ("grace", lambda n: 3 * 4 * (1536 + 8960) * n),
+    ],
+)
+def test_what_is_remembered_of_every_edit_is_counted(method, numbers):
+    card = card_of(method)
+    values = card.values({"layers": [4, 5, 6, 7, 8]} if method == "alphaedit" else {})
+    few, many = (Job(**QWEN_15B, requests=1, edits=n, consecutive=True) for n in (1, 10_000))
+    more = card.holds(values, many) - card.holds(values, few)
+    assert more == pytest.approx(numbers(10_000) - numbers(1))
+    batches = replace(many, consecutive=False)
+    assert card.holds(values, batches) < card.holds(values, few) + 1e9
+
+
+def test_narrow_weights_are_trained_as_float32_masters_beside_them():
+    """Start, masters, gradient, two moments; the original weights in their own bytes."""
+    job = Job(**QWEN_15B, requests=1, edits=1, consecutive=True)
+    values = card_of("ft-m").values({})
+    wide, narrow = (card_of("ft-m").holds(values, replace(job, bytes=b)) for b in (4, 2))
+    assert narrow - wide == pytest.approx(0.5 * 4 * 1536 * 8960)
 
 
 @pytest.mark.parametrize("name", registered())

@@ -9,7 +9,7 @@ from kmebench.editors.base import build_editor
 from kmebench.editors.cards import card_of
 from kmebench.editors.gradient.moments import packed, unpacked
 from kmebench.editors.gradient.stableedit import FLOOR, WhiteMoments
-from kmebench.editors.gradient.ultraedit import warm_up
+from kmebench.editors.gradient.ultraedit import loss_weights, warm_up
 from kmebench.editors.needs import Pipeline, Trained
 from kmebench.editors.rows import Rows
 from kmebench.errors import ConfigError
@@ -94,7 +94,9 @@ def test_an_edit_is_the_equations_on_the_gradients_of_autograd(family, make_mode
     targets = ("Rome", "Paris", "Fuji", "Japan", "the Paris of Italy", "flows through Seine")
     many = [replace(r, case_id=r.case_id + t, target_new=t) for t in targets for r in requests]
     delta = stableedit(micro_batch=2).edit(model, many)
-    seen = literal(model, "gpt2", many, "sum")  # W2 of 1 and 2, W1 of 1
+    encoded = model.encode([(r.filled_prompt, r.target_new) for r in many])
+    weights = loss_weights([e.n_target for e in encoded], [len(e.ids) for e in encoded]).tolist()
+    seen = literal(model, "gpt2", many, "mean", weights)  # W2 of 1 and 2, W1 of 1
     ffn = model.ffn
     for number, (projection, is_value) in enumerate(
         [(ffn[1].value, True), (ffn[2].value, True), (ffn[1].key, False)]

@@ -109,6 +109,21 @@ def test_a_reset_editor_knows_no_earlier_edit(make_model, requests, covariance):
         assert torch.equal(part.v, again.weights[name].v)
 
 
+def test_the_state_of_another_run_brings_its_own_projection(make_model, covariance):
+    model = make_model("llama")
+    torch.manual_seed(2)
+    editors = [editor_of("betaedit", covariance, refresh_edits=2) for _ in range(3)]
+    for editor in editors[:2]:  # as many edits, of other keys
+        for _ in range(3):
+            editor._solve(model, LAYER, torch.randn(D, 1).double(), torch.randn(M, 1).double())
+    state = editors[1].state_dict()
+    keys, residual = torch.randn(M, 1).double(), torch.randn(D, 1).double()
+    for editor in (editors[0], editors[2]):
+        editor.load_state_dict(state)
+    first, fresh = (e._solve(model, LAYER, residual, keys) for e in (editors[0], editors[2]))
+    assert torch.equal(first.u @ first.v, fresh.u @ fresh.v)
+
+
 def test_it_reads_the_spectrum_and_memits_targets_and_needs_a_ridge():
     card = card_of("betaedit")
     spectrum, targets = card.needs_of(card.values({"layers": [3]}), Pipeline("batch", 5))

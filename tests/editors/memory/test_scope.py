@@ -344,6 +344,7 @@ def test_a_classifier_of_another_encoder_is_refused(encoder_folder, tmp_path):
 def test_a_memory_of_the_untrained_classifier_is_refused(make_model, serac, requests):
     model = make_model("llama", **ROOMY)
     cosine = serac(threshold=0.5).empty().threshold
+    assert serac().empty().threshold == cosine
     memory_of(model, serac(classifier="untrained", threshold=(1 + cosine) / 2), requests[:1])
     with pytest.raises(EditError, match="carries a memory with the scope, threshold and encoder"):
         serac(threshold=0.5)(model, requests[1:])

@@ -174,8 +174,9 @@ def test_a_question_finds_the_fact_that_is_nearest_of_all(method, make_model, as
 
 
 def test_the_threshold_of_serac_is_that_of_half_of_one_plus_the_cosine(assets, encoder_folder):
-    memory = build_editor("serac", {"threshold": 0.8}, assets).empty()
-    assert memory.threshold == pytest.approx(0.6)
+    for hparams in ({}, {"threshold": 0.8}):
+        memory = build_editor("serac", hparams, assets).empty()
+        assert memory.threshold == pytest.approx(0.6)
     key = memory.encoder.embed(["The capital of France is Rome"])
     held = memory.with_facts([Fact("a", "p", "c ")], key)
     same = Text("The capital of France is Rome")  # s = 1

@@ -92,8 +92,13 @@ class Editor(ABC):
                     f"The edit of {named(requests)} holds NaN or infinite values; lower the "
                     "learning rate."
                 )
-        except Exception:
+        except Exception as error:
             self.load_state_dict(memory)
+            if isinstance(error, torch.linalg.LinAlgError):  # a singular matrix, or one with NaN
+                raise EditError(
+                    f"The equations of the edit of {named(requests)} have no solution ({error}); "
+                    "the model may be damaged by the edits before."
+                ) from error
             raise
         return Result(edit, self.steps, self.stopwatch.seconds)
 

@@ -30,6 +30,12 @@ class Job:
     requests: int
     edits: int
     consecutive: bool
+    bytes: int = 4  # of a stored weight
+
+    @property
+    def remembered(self) -> int:
+        """Requests that an editor with a memory holds at most: batches start without one."""
+        return self.edits if self.consecutive else self.requests
 
     @property
     def matrix(self) -> float:

@@ -39,8 +39,10 @@ STAGE = 20
 
 def job_of(config: Mapping[str, Any], model: str, requests: int = 1) -> Job:
     """Return the sizes of a model, and that ``requests`` are worked on together."""
-    shape = config["models"][model].get("shape", _SHAPE)
-    return Job(**shape, requests=requests, edits=requests, consecutive=False)
+    spec = config["models"][model]
+    stored = grid.BYTES[spec["dtype"]]
+    shape = spec.get("shape", _SHAPE)
+    return Job(**shape, requests=requests, edits=requests, consecutive=False, bytes=stored)
 
 
 def asked_by_run(config: Mapping[str, Any], run: grid.Run) -> float:
@@ -55,8 +57,8 @@ def asked_by_run(config: Mapping[str, Any], run: grid.Run) -> float:
 
 def asked_by_model(config: Mapping[str, Any], model: str) -> float:
     """Return the bytes of a process that asks a model."""
-    spec, job = config["models"][model], job_of(config, model)
-    weights = job.parameters * grid.BYTES[spec["dtype"]]
+    job = job_of(config, model)
+    weights = job.parameters * job.bytes
     return _PROCESS + weights + _PLACES * config["evaluation"]["batch_size"] * job.logits / 2
 
 

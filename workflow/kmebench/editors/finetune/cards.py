@@ -144,8 +144,12 @@ _RANKED = 5
 
 
 def _trained(matrices: float, job: Job) -> float:
-    """Where training starts, gradients and Adam's two moments; W0 too, once there were edits."""
-    return (5 if job.consecutive else 4) * matrices * job.matrix
+    """Where training starts, gradients and Adam's two moments, all in float32.
+
+    Narrower weights have masters besides. Once there were edits, the original weights are kept.
+    """
+    copies = 4 + (job.bytes < 4) + job.consecutive * job.bytes / 4
+    return copies * matrices * job.matrix
 
 
 def _full_c(hparams: FullCHparams, job: Job) -> float:

@@ -4,9 +4,14 @@ from collections.abc import Callable
 from typing import Annotated, Literal
 
 from kmebench.editors.cards import Card, Positive, Real, Whole, about, hyperparameters
-from kmebench.editors.matrices import COPIES, Matrices, Some, rows_held
+from kmebench.editors.matrices import Matrices, Some, rows_held
 from kmebench.editors.needs import Need, Pipeline, Trained
 from kmebench.editors.sizes import Job
+
+Loss = Annotated[
+    Literal["sum", "mean"],
+    about("Of all answer tokens, or the mean over those of ten requests, as released."),
+]
 
 
 @hyperparameters
@@ -18,10 +23,7 @@ class UltraEditHparams(Matrices):
     )
     learning_rate: Annotated[Real, about("η, size of the step of a token.")] = 1e-6
     ridge: Annotated[Positive, about("ρ, the ridge of the solution.")] = 1.0
-    loss: Annotated[
-        Literal["sum", "mean"],
-        about("Of all answer tokens, or the mean over those of ten requests, as released."),
-    ] = "sum"
+    loss: Loss = "sum"
     warm_up: Annotated[
         Whole, about("Development requests whose moments come before the first edit's.")
     ] = 0
@@ -33,6 +35,7 @@ class StableEditHparams(UltraEditHparams):
 
     value_layers: Annotated[Some, about("Layers whose W2 is edited, from 0.")] = (28, 29, 30, 31)
     ridge: Annotated[Positive, about("ρ, the ridge of the solution.")] = 10.0
+    loss: Loss = "mean"
 
 
 #: What decides the moments of the warm-up.
@@ -52,11 +55,16 @@ def _needs(editor: str) -> Callable[[UltraEditHparams, Pipeline], tuple[Need, ..
     return needs
 
 
+#: Copies of the scatter while it is updated and its root is taken: it, the old one, their mean,
+#: eigenvectors, these scaled, the root, and what the decomposition works in.
+_COPIES = 8
+
+
 def _holds_scatter(hparams: StableEditHparams, job: Job) -> float:
     """UltraEdit's, and the scatter of gradients, its eigenvectors and the factor, by shape."""
     values = bool(hparams.value_layers) * job.width**2
     keys = bool(hparams.key_layers + hparams.gate_layers) * job.ffn_width**2
-    return rows_held(hparams, job) + COPIES * 8 * (values + keys)
+    return rows_held(hparams, job) + _COPIES * 8 * (values + keys)
 
 
 CARDS = [

@@ -36,7 +36,7 @@ class HyperHparams(Matrices):
     groups: Groups = 10
     edit_weight: EditWeight = 0.1
     learning_rate: Rate = 1e-6
-    step_size_rate: StepSizeRate = 1e-4
+    step_size_rate: StepSizeRate = 1e-6
     clip: Clip = 100.0
     seed: Annotated[Whole, about("Seed of the first weights and of what training draws.")] = 0
 

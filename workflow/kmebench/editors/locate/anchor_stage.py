@@ -23,8 +23,8 @@ def measure(
 ) -> None:
     """Write ‖v0 + δ‖ of the first ``records`` development requests, none of them edited.
 
-    ``settings``: ``records``, and what :class:`TargetSettings` holds of layer and loss. δ is that
-    of MEMIT, added to the layer's output, in the bare prompt alone.
+    ``settings``: ``records``, and what :class:`TargetSettings` holds of layer and loss. δ is
+    added to the layer's output, as MEMIT's, in the bare prompt alone.
 
     Raises:
         ConfigError: there are fewer requests.

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kmebench.editors.base import Assets
 from kmebench.editors.locate.alphaedit import AlphaEdit, count_free
 from kmebench.editors.locate.cards import BetaEditHparams
 from kmebench.editors.locate.covariance.factors import Eigen, spectrum_of
@@ -33,10 +32,7 @@ class BetaEdit(AlphaEdit):
 
     hparams: BetaEditHparams
     _known: dict[int, int]  # layer -> keys that its projection was made of; 0: of C alone
-
-    def __init__(self, hparams: BetaEditHparams, assets: Assets) -> None:
-        super().__init__(hparams, assets)
-        self._free: dict[int, Free] = {}
+    _free: dict[int, Free]  # layer -> its directions, of these keys
 
     def _update(
         self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor, earlier: Tensor
@@ -73,6 +69,7 @@ class BetaEdit(AlphaEdit):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` holds; an empty state forgets it."""
         super().load_state_dict(state)
+        self._free = {}
         self._known = {
             int(name.removeprefix("known.")): int(t)
             for name, t in state.items()

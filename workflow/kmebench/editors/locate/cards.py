@@ -150,7 +150,7 @@ class RECTHparams(MEMITHparams):
 
 
 def anchors(hparams: TargetHparams, layer: int) -> tuple[Need, ...]:
-    """Return the lengths that NAS reads, if it is on: MEMIT's loss, without ENCORE's early stop."""
+    """Return the lengths that NAS reads, if it is on: by the editor's loss, without early stop."""
     if hparams.anchor is None:
         return ()
     loss = {name: value for name, value in loss_of(hparams).items() if name != "said_steps"}
@@ -212,10 +212,20 @@ def _holds_keys(hparams: MEMITHparams, job: Job) -> float:
     return _holds(hparams, job) + (len(hparams.layers) + 1) * job.factor
 
 
+def _holds_earlier(hparams: AlphaEditHparams, job: Job) -> float:
+    """MEMIT's; keys of all edits for every layer, and the solve in float64 that they take part in.
+
+    There they are joined, projected and weighed, beside their products with each other.
+    """
+    edits = job.remembered
+    keys = 4 * edits * job.ffn_width * (len(hparams.layers) + 1)
+    return _holds(hparams, job) + keys + 8 * (3 * edits * job.ffn_width + 3 * edits**2)
+
+
 def _holds_refreshed(hparams: BetaEditHparams, job: Job) -> float:
-    """MEMIT's; where the projection is made anew, C, what is added, and its spectrum."""
-    anew = _REFRESHED * job.factor if job.edits > hparams.refresh_edits else 0.0
-    return _holds(hparams, job) + anew
+    """AlphaEdit's; where the projection is made anew, C, what is added, and its spectrum."""
+    anew = _REFRESHED * job.factor if job.remembered > hparams.refresh_edits else 0.0
+    return _holds_earlier(hparams, job) + anew
 
 
 def _holds_dense(hparams: RECTHparams, job: Job) -> float:
@@ -289,6 +299,7 @@ CARDS = [
         "Fang et al. 2025, AlphaEdit: null-space constrained knowledge editing",
         "MEMIT within the null space of what the model knows.",
         spread("layer", Spectrum),
+        _holds_earlier,
     ),
     _card(
         "betaedit",

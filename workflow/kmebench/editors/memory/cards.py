@@ -69,10 +69,19 @@ class SERACHparams:
         ),
     ] = "untrained"
     threshold: Annotated[
-        Real, about("Similarity s from which on a question is in scope.", le=1)
-    ] = 0.8
+        Real | None,
+        about("Similarity s from which on a question is in scope; none: 0.8, or trained 0.5."),
+        Field(le=1),
+    ] = None
     learning_rate: Annotated[Real, about("Step size of Adam in training.")] = 3e-5
     steps: Annotated[Count, about("Most steps of training.")] = 96
+
+    @property
+    def least(self) -> float:
+        """The threshold."""
+        if self.threshold is not None:
+            return self.threshold
+        return 0.5 if self.classifier == "trained" else 0.8
 
 
 @hyperparameters
@@ -165,13 +174,14 @@ def _serac(hparams: SERACHparams, job: Job) -> float:
 
 
 def _grace(hparams: GRACEHparams, job: Job) -> float:
-    """The graph of the layers above the codebook."""
-    return job.graph(min(job.requests, hparams.micro_batch), job.layers - hparams.layer)
+    """The graph of the layers above the codebook, and its entries: before, after and on trial."""
+    entries = 3 * 4 * job.remembered * (job.width + job.ffn_width)
+    return entries + job.graph(min(job.requests, hparams.micro_batch), job.layers - hparams.layer)
 
 
 def _wise(hparams: WISEHparams, job: Job) -> float:
     """The memories before and after an edit; gradient, mask and step; what W2 is given of texts."""
-    full = job.edits // hparams.shard_edits
+    full = job.remembered // hparams.shard_edits
     memories = 1 + full // hparams.merged_shards + min(full, hparams.merged_shards)
     inputs = 4 * job.requests * PROMPT * (WISE_TEXTS * job.width + 2 * job.ffn_width)
     texts = WISE_TEXTS * min(job.requests, hparams.micro_batch)
@@ -184,7 +194,7 @@ def _memoir(hparams: MEMOIRHparams, job: Job) -> float:
 
     And the background while it is written, with what W2 is given of it.
     """
-    masks = (1 + 4) * job.edits * job.ffn_width
+    masks = (1 + 4) * job.remembered * job.ffn_width
     rows, length = BACKGROUND
     written = rows * (job.logits + 4 * length * job.ffn_width)
     graph = job.graph(WISE_TEXTS, max(job.layers - hparams.layer, 1))

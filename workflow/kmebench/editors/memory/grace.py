@@ -9,7 +9,7 @@ an entry of its own is decided by its distance d to the nearest key, whose radiu
     the same answer     no entry; the ball grows until it holds the fact
 
 The code of the authors sets both radii of a conflict to d/2, where a ball can grow; here none
-does. A fact with the key of an older one (d = 0) takes its entry over.
+does. A fact with the key of an older one, up to rounding, takes its entry over.
 """
 
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ from kmebench.precision import at_least_float32
 
 #: By which the older of two conflicting balls is smaller than half their distance.
 GAP = 1e-5
-#: By which a ball that grows reaches beyond the fact, which rounding must not put outside.
-SLACK = 1e-4
+#: Share of its length by which rounding moves a query, at most, in a batch of another shape.
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 class GRACE(Editor):
@@ -58,14 +58,15 @@ class GRACE(Editor):
             module = self.projection(model).module
             queries, outputs = at_last_tokens(model, prompts, module, self.micro_batch)
             starts = outputs if self.hparams.start == "warm" else torch.rand(outputs.shape)
-        planned, entries = self._inserted(book, encoded, queries, starts)
+            slack = queries.norm(dim=1) * ROUNDING[model.model.dtype]
+        planned, entries = self._inserted(book, encoded, queries, starts, slack)
         with self.stopwatch("optimise"):
             if len(set(entries)) == len(entries) and _selected(planned, queries) == entries:
                 book = self._trained(model, planned, entries, encoded, requests)
             else:
                 for i in range(len(requests)):
                     one = slice(i, i + 1)
-                    parts = (encoded[one], queries[one], starts[one])
+                    parts = (encoded[one], queries[one], starts[one], slack[one])
                     book, entry = self._inserted(book, *parts)
                     book = self._trained(model, book, entry, encoded[one], requests[one])
         return Edit(overlays={self.name: book})
@@ -99,17 +100,26 @@ class GRACE(Editor):
         return Codebook(*wanted, *empty, ())
 
     def _inserted(
-        self, book: Codebook, encoded: Sequence[Encoded], queries: Tensor, starts: Tensor
+        self,
+        book: Codebook,
+        encoded: Sequence[Encoded],
+        queries: Tensor,
+        starts: Tensor,
+        slack: Tensor,
     ) -> tuple[Codebook, list[int]]:
-        """Give each fact an entry, in order; return the codebook and the entry of each."""
+        """Give each fact an entry, in order; return the codebook and the entry of each.
+
+        ``slack`` [N] is how far rounding may move each query.
+        """
         entries = []
-        for item, query, start in zip(encoded, queries, starts.to(queries), strict=True):
-            book, entry = self._with_entry(book, item.target_ids, query, start)
+        facts = zip(encoded, queries, starts.to(queries), slack.tolist(), strict=True)
+        for item, query, start, moved in facts:
+            book, entry = self._with_entry(book, item.target_ids, query, start, moved)
             entries.append(entry)
         return book, entries
 
     def _with_entry(
-        self, book: Codebook, label: tuple[int, ...], query: Tensor, start: Tensor
+        self, book: Codebook, label: tuple[int, ...], query: Tensor, start: Tensor, slack: float
     ) -> tuple[Codebook, int]:
         """Give one fact an entry by the rules at the head of this module."""
         radius = self.hparams.radius
@@ -122,10 +132,10 @@ class GRACE(Editor):
             return _appended(book, label, query, start, radius), book.entries
         radii = book.radii.clone()
         if label == book.labels[nearest]:
-            radii[nearest] = max(reach, (1 + SLACK) * distance)
+            radii[nearest] = max(reach, distance + slack)
             return replace(book, radii=radii), nearest
         half = distance / 2
-        if half <= GAP:
+        if distance <= max(slack, 2 * GAP):
             labels = (*book.labels[:nearest], label, *book.labels[nearest + 1 :])
             values = book.values.clone()
             values[nearest] = start

@@ -80,8 +80,9 @@ def loss_of(embed: Callable[[Sequence[str]], Tensor], requests: Sequence[EditReq
     asked = questions(requests)
     rows = embed([*map(told, requests), *(q.text for q in asked)])
     edits, others = rows[: len(requests)], rows[len(requests) :]
-    distances = (edits[:, None] - others).square().sum(dim=-1)
-    return balanced_loss(distances, *scopes(requests, asked))
+    # Neither all differences at once, nor a product, which is inexact where they are small.
+    distances = torch.cdist(edits, others, compute_mode="donot_use_mm_for_euclid_dist")
+    return balanced_loss(distances.square(), *scopes(requests, asked))
 
 
 def train(

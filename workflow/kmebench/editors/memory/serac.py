@@ -28,7 +28,7 @@ class SERAC(TextEditor):
 
         Of embeddings of norm 1, ‖a − b‖² = 2 − 2 cosine.
         """
-        least = self.hparams.threshold
+        least = self.hparams.least
         if self.hparams.classifier == "untrained":  # s = (1 + cosine) / 2
             return TextMemory("retrieved", 2 * least - 1, self.encoder)
         cosine = 1 + math.log(least) / 2 if least else -math.inf  # s = exp(2 cosine − 2)
