@@ -271,7 +271,7 @@ def paired_matrix(table: pd.DataFrame) -> Figure:
     """Every editor (row) minus every later one (column) on the same requests.
 
     Columns: model, dataset, a, b, difference, low, high (percentage points); one row per pair,
-    a before b. Cells whose 95% interval holds zero have no colour.
+    a before b. Cells whose 95% interval contains zero have no colour.
     """
     editors = list(dict.fromkeys([*table["a"], *table["b"]]))
     rows, columns = editors[:-1], editors[1:]

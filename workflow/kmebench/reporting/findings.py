@@ -91,6 +91,14 @@ class Runs:
         """Mean in percent, its 95% interval, and n."""
         return self._interval(100 * self.values(folder)[metric].dropna().to_numpy())
 
+    def forgotten(self, folder: str) -> Interval:
+        """Efficacy at the end minus right after each edit, in points, its interval, and n."""
+        frame = self.predictions(folder)
+        written = request_values(frame[frame["moment"] == "write"], "token")
+        sides = self.values(folder), written
+        mean, low, high, n = paired_difference(*sides, "efficacy", **self._statistics)
+        return 100 * mean, 100 * low, 100 * high, n
+
     def seconds(self, folder: str) -> np.ndarray:
         """Seconds of every call of the editor."""
         timing = read_json(self._results / folder / "timing.json")

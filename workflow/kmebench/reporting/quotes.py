@@ -8,8 +8,8 @@ names the reference results, the run that it is computed from, and the metric::
 ``editors`` is results/reference/smollm2-135m-editors. Where a folder holds several models, one is
 named: ``sizes/qwen2.5-coder-0.5b`` is that model in results/reference/sizes.
 
-``a - b`` in place of the run is the paired difference of two runs, ``n`` in place of the metric the
-number of edits. All are of protocol ``token`` and the final model, in percent, with 95% bootstrap
+``a - b`` in place of the run is the paired difference of two runs. In place of the metric, ``n`` is
+the number of edits, and ``forgotten`` the Efficacy now minus that right after each edit. All are of protocol ``token`` and the final model, in percent, with 95% bootstrap
 intervals. A table stands likewise between two comments: its name in :data:`TABLES` and its folder.
 After a change of the reference results:
 
@@ -62,6 +62,8 @@ def quote(source: str) -> str:
             return f"\n\n{TABLES[name](Path(folder))}\n\n"
         case [place, run, "n"]:
             return str(_runs(place).mean(_path(place, run), "efficacy")[3])
+        case [place, run, "forgotten"]:
+            return shown_difference(*_runs(place).forgotten(_path(place, run))[:3])
         case [place, run, metric] if metric in _metrics():
             mean, low, high, _ = _runs(place).mean(_path(place, run), metric)
             return f"{mean:.1f} [{low:.1f}, {high:.1f}]"

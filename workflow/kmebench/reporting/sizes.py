@@ -119,11 +119,15 @@ def against_size(table: pd.DataFrame, styles: Mapping[str, Style]) -> Figure:
     """
     sizes = sorted(table["billions"].unique())
     table = table.assign(place=table["billions"].map(sizes.index))
+    names = {}
+    for (source, series), points in table.groupby(["source", "series"]):
+        editors = points["editor"].unique()  # the best of the others may be one everywhere
+        names[source, series] = editors[0] if len(editors) == 1 else series
     figure, drawn = panels(table, "metric", "cell", sharex=True, sharey=True, high=0.9)
     for axes, part in drawn:
         for (source, series), points in part.groupby(["source", "series"], sort=False):
             style = styles.get(series, _OTHERS)
-            _series(axes, points.sort_values("place"), style, f"{series}, {source}")
+            _series(axes, points.sort_values("place"), style, f"{names[source, series]}, {source}")
         axes.set_xticks(range(len(sizes)), [_parameters(size) for size in sizes])
         axes.set(xlabel="Parameters", ylabel="Percent", ylim=(-6, 112))
         axes.set_xlim(-0.5, len(sizes) - 0.5)

@@ -52,7 +52,7 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
 
     Columns: for every tabled metric of requests its value, ``_low``, ``_high``, ``_paper`` and
     ``_difference`` (ours − paper), and ``_tied``: not the best, but not distinguishable from the
-    best (of enough edits, the 95% paired interval of the difference holds zero);
+    best (of enough edits, the 95% paired interval of the difference contains zero);
     ``write_efficacy`` (consecutive: right after each edit); n, seconds_per_edit, failed_edits,
     protocol, mode, variant, seed; every tabled metric of the final model's state that any run
     has, in its own unit; and, of consecutive runs of more than :data:`NEWEST` edits,
