@@ -78,8 +78,8 @@ def test_factors_of_the_covariance_are_counted_by_layer():
 @pytest.mark.parametrize(
     ("method", "numbers"),
     [
-        # Keys of five layers and of one that is solved, in float32; three times in float64.
-        ("alphaedit", lambda n: 4 * 6 * 8960 * n + 8 * (3 * 8960 * n + 3 * n**2)),
+        # Of five layers, and of one again: keys in float32 and float64, a factor in float64.
+        ("alphaedit", lambda n: 6 * ((4 + 8) * 8960 * n + 8 * n**2)),
         ("grace", lambda n: 3 * 4 * (1536 + 8960) * n),
     ],
 )

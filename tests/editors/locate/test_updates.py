@@ -9,6 +9,7 @@ import torch
 from kmebench.editors.locate.covariance.factors import inverse_of, spectrum_of
 from kmebench.editors.locate.updates import (
     DependentKeysError,
+    KeptKeys,
     alphaedit_update,
     emmet_update,
     largest_relative,
@@ -115,8 +116,8 @@ def test_emmet_takes_keys_of_very_different_lengths(given):
     torch.testing.assert_close(u @ v @ keys, given["residual"], rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("n_earlier", [0, 4])
-def test_alphaedit_solves_its_equation_and_spares_the_preserved_directions(given, n_earlier):
+@pytest.mark.parametrize("calls", [(), (4,), (1, 3), (1, 1, 1, 1)])
+def test_alphaedit_solves_its_equation_and_spares_the_preserved_directions(given, calls):
     keys, residual, moment = given["keys"], given["residual"], given["moment"]
     values, vectors = torch.linalg.eigh(moment)
     threshold = float((values[4] + values[5]) / 2)
@@ -124,8 +125,10 @@ def test_alphaedit_solves_its_equation_and_spares_the_preserved_directions(given
     basis = spectrum.vectors[spectrum.values < threshold].T
     projector = vectors[:, :5] @ vectors[:, :5].T
     close(basis @ basis.T, projector)
-    earlier = torch.randn(M, n_earlier, dtype=torch.float64)
-    u, v = alphaedit_update(residual, keys, earlier, basis, 10.0)
+    earlier, kept = torch.randn(M, sum(calls), dtype=torch.float64), KeptKeys.none(basis)
+    for part in (*earlier.split(calls, dim=1), keys):
+        kept = kept.appended(part, basis, 10.0)
+    u, v = alphaedit_update(residual, basis, kept)
     left = projector @ (keys @ keys.T + earlier @ earlier.T)
     left += 10.0 * torch.eye(M, dtype=torch.float64)
     close(u @ v, torch.linalg.solve(left, projector @ keys @ residual.T).T)

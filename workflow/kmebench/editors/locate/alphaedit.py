@@ -6,7 +6,7 @@ along consecutive edits, is kept as well.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from kmebench.editors.base import Assets
 from kmebench.editors.locate.cards import AlphaEditHparams
 from kmebench.editors.locate.memit import MEMIT
-from kmebench.editors.locate.updates import Factors, alphaedit_update
+from kmebench.editors.locate.updates import Factors, KeptKeys, alphaedit_update
 from kmebench.errors import EditError
 from kmebench.io.logs import announce
 from kmebench.models.editable import EditableModel
@@ -32,23 +32,31 @@ class AlphaEdit(MEMIT):
 
     hparams: AlphaEditHparams
     _earlier: dict[int, Tensor]  # layer -> keys of earlier edits, [M, E]
+    _calls: dict[int, Tensor]  # layer -> how many of them each call brought
+    _kept: dict[int, KeptKeys]  # layer -> what an update reads of them; made of them when missing
 
     def __init__(self, hparams: AlphaEditHparams, assets: Assets) -> None:
         super().__init__(hparams, assets)
         self._bases: dict[int, Tensor] = {}  # layer -> [M, n]
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
+        basis, ridge = self._basis(model, layer), self.hparams.ridge
+        if layer not in self._kept:
+            self._kept[layer] = KeptKeys.none(basis)
+            for part in self._parts(layer):
+                self._kept[layer] = self._kept[layer].appended(part, basis, ridge)
+        self._kept[layer] = self._kept[layer].appended(keys, basis, ridge)
         earlier = self._earlier.get(layer, keys[:, :0]).to(keys)
-        update = self._update(model, layer, residual, keys, earlier)
+        calls = self._calls.get(layer, torch.zeros(0, dtype=torch.long))
         self._earlier[layer] = torch.cat([earlier, keys], dim=1)
-        return update
+        self._calls[layer] = torch.cat([calls, torch.tensor(keys.shape[1:])])
+        return alphaedit_update(residual, basis, self._kept[layer])
 
-    def _update(
-        self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor, earlier: Tensor
-    ) -> Factors:
-        """Return Δ for residuals [D, B], keys [M, B] and the keys of earlier edits [M, E]."""
-        basis = self._basis(model, layer)
-        return alphaedit_update(residual, keys, earlier, basis, self.hparams.ridge)
+    def _parts(self, layer: int) -> Sequence[Tensor]:
+        """Return the keys of earlier edits as calls brought them, so that sums have their bits."""
+        if layer not in self._earlier:
+            return ()
+        return self._earlier[layer].split(self._calls[layer].tolist(), dim=1)
 
     def _basis(self, model: EditableModel, layer: int) -> Tensor:
         if layer not in self._bases:
@@ -60,18 +68,22 @@ class AlphaEdit(MEMIT):
         return self._bases[layer]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the contexts and the keys of earlier edits."""
+        """Return the contexts, the keys of earlier edits, and how many each call brought."""
         keys = {f"keys.{layer}": keys for layer, keys in self._earlier.items()}
-        return super().state_dict() | keys
+        calls = {f"calls.{layer}": calls for layer, calls in self._calls.items()}
+        return super().state_dict() | keys | calls
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore contexts and keys; an empty state forgets them."""
         super().load_state_dict(state)
-        self._earlier = {
-            int(name.removeprefix("keys.")): keys
-            for name, keys in state.items()
-            if name.startswith("keys.")
-        }
+        self._earlier, self._calls = by_layer(state, "keys."), by_layer(state, "calls.")
+        self._kept = {}
+
+
+def by_layer(state: Mapping[str, Tensor], prefix: str) -> dict[int, Tensor]:
+    """Return the tensors of a state whose names are a prefix and a layer."""
+    found = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
+    return {int(layer): tensor for layer, tensor in found.items()}
 
 
 def count_free(values: Tensor, threshold: float, where: str) -> int:

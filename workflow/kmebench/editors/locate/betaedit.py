@@ -5,26 +5,17 @@ preserved keys are weighed in as well, and every so many edits the projection is
 of the keys of earlier edits: [P (K Kᵀ + K_p K_pᵀ + λ C) + α I] X = P K Rᵀ, Δ = Xᵀ.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from kmebench.editors.locate.alphaedit import AlphaEdit, count_free
+from kmebench.editors.locate.alphaedit import AlphaEdit, by_layer, count_free
 from kmebench.editors.locate.cards import BetaEditHparams
 from kmebench.editors.locate.covariance.factors import Eigen, spectrum_of
-from kmebench.editors.locate.updates import Factors, alphaedit_update
+from kmebench.editors.locate.updates import Factors
 from kmebench.models.editable import EditableModel
 from kmebench.precision import exact, exact_place
-
-
-class Free(NamedTuple):
-    """The directions that may be changed, and how much each is held there."""
-
-    basis: Tensor  # [M, n], U
-    held: Tensor  # [n], the diagonal of what of λC + K_p K_pᵀ is diagonal in U
-    known: int  # keys of the edits that the projection was made of
 
 
 class BetaEdit(AlphaEdit):
@@ -32,34 +23,41 @@ class BetaEdit(AlphaEdit):
 
     hparams: BetaEditHparams
     _known: dict[int, int]  # layer -> keys that its projection was made of; 0: of C alone
-    _free: dict[int, Free]  # layer -> its directions, of these keys
+    _weighed: dict[int, Tensor]  # layer -> its directions, each by how little it is held, [M, n]
 
-    def _update(
-        self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor, earlier: Tensor
-    ) -> Factors:
-        if earlier.shape[1] - self._known.get(layer, 0) >= self.hparams.refresh_edits:
-            self._known[layer] = earlier.shape[1]
-        free, t = self._directions(model, layer, earlier), self._known.get(layer, 0)
-        if t:  # 1 / t of these keys is held already
-            earlier = torch.cat([(1 - 1 / t) ** 0.5 * earlier[:, :t], earlier[:, t:]], dim=1)
-        ridge = self.hparams.ridge
-        return alphaedit_update(residual, keys, earlier, free.basis, ridge, free.held)
+    def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
+        edits = self._earlier[layer].shape[1] if layer in self._earlier else 0
+        if edits - self._known.get(layer, 0) >= self.hparams.refresh_edits:
+            self._known[layer] = edits
+            self._weighed.pop(layer, None)
+            self._kept.pop(layer, None)
+        return super()._solve(model, layer, residual, keys)
 
-    def _directions(self, model: EditableModel, layer: int, earlier: Tensor) -> Free:
+    def _parts(self, layer: int) -> Sequence[Tensor]:
+        """Return AlphaEdit's; first those that the projection was made of, 1 / t of it each."""
+        t = self._known.get(layer, 0)
+        if not t:
+            return super()._parts(layer)
+        earlier, calls = self._earlier[layer], self._calls[layer]
+        later = calls[calls.cumsum(0) > t].tolist()
+        return (1 - 1 / t) ** 0.5 * earlier[:, :t], *earlier[:, t:].split(later, dim=1)
+
+    def _basis(self, model: EditableModel, layer: int) -> Tensor:
         """Return the eigenvectors below the threshold, of C or of (λC + K_p K_pᵀ / t) / (λ + 1).
 
-        They stay until t, the number of earlier keys that count, is another.
+        Each is weighed by how much of λC + K_p K_pᵀ it holds: see :func:`alphaedit_update`.
         """
-        t, h = self._known.get(layer, 0), self.hparams
-        if layer not in self._free or self._free[layer].known != t:
+        if layer not in self._weighed:
+            t, h = self._known.get(layer, 0), self.hparams
             place = exact_place(model.ffn[layer].value.weight.device)
             spectrum, scale = self.spectrum(model, layer).to(place), h.moment_weight
             if t:
-                spectrum, scale = refreshed(spectrum, earlier[:, :t], scale), scale + 1
+                spectrum = refreshed(spectrum, self._earlier[layer][:, :t], scale)
+                scale += 1
             n = count_free(spectrum.values, h.threshold, f"{self.name}: layer {layer}")
-            held = scale * spectrum.values[:n]
-            self._free[layer] = Free(spectrum.vectors[:n].T, held, t)
-        return self._free[layer]
+            held = 1 + scale * spectrum.values[:n] / h.ridge
+            self._weighed[layer] = spectrum.vectors[:n].T * held.rsqrt()
+        return self._weighed[layer]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return contexts, keys, and how many of these each projection was made of."""
@@ -69,12 +67,8 @@ class BetaEdit(AlphaEdit):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` holds; an empty state forgets it."""
         super().load_state_dict(state)
-        self._free = {}
-        self._known = {
-            int(name.removeprefix("known.")): int(t)
-            for name, t in state.items()
-            if name.startswith("known.")
-        }
+        self._weighed = {}
+        self._known = {layer: int(t) for layer, t in by_layer(state, "known.").items()}
 
 
 def refreshed(covariance: Eigen, keys: Tensor, weight: float) -> Eigen:

@@ -213,13 +213,13 @@ def _holds_keys(hparams: MEMITHparams, job: Job) -> float:
 
 
 def _holds_earlier(hparams: AlphaEditHparams, job: Job) -> float:
-    """MEMIT's; keys of all edits for every layer, and the solve in float64 that they take part in.
+    """MEMIT's; for every layer the keys of all edits, projected, too, and their products' factor.
 
-    There they are joined, projected and weighed, beside their products with each other.
+    Those of one layer twice, when an edit's are added.
     """
-    edits = job.remembered
-    keys = 4 * edits * job.ffn_width * (len(hparams.layers) + 1)
-    return _holds(hparams, job) + keys + 8 * (3 * edits * job.ffn_width + 3 * edits**2)
+    edits, layers = job.remembered, len(hparams.layers)
+    keys = 4 * edits * job.ffn_width + 8 * edits * job.ffn_width + 8 * edits**2
+    return _holds(hparams, job) + (layers + 1) * keys
 
 
 def _holds_refreshed(hparams: BetaEditHparams, job: Job) -> float:

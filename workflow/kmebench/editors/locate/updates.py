@@ -113,31 +113,47 @@ def _check_independent(gram: Tensor) -> None:
         raise DependentKeysError((first, second), condition)
 
 
-def alphaedit_update(
-    residual: Tensor,
-    keys: Tensor,
-    earlier: Tensor,
-    basis: Tensor,
-    ridge: float,
-    held: Tensor | None = None,
-) -> Factors:
+class KeptKeys(NamedTuple):
+    """E keys K whose outputs stay, in the coordinates of a ``basis`` U, [M, n], of what may change.
+
+    They are appended as calls bring them, so that a call costs M n + n E + E² operations for a key.
+    """
+
+    along: Tensor  # [n, E], Uᵀ K
+    factor: Tensor  # [E, E], L, lower, with L Lᵀ = Kᵀ U Uᵀ K + α I
+
+    @classmethod
+    def none(cls, basis: Tensor) -> "KeptKeys":
+        """Return no keys."""
+        return cls(basis.new_zeros(basis.shape[1], 0), basis.new_zeros(0, 0))
+
+    def appended(self, keys: Tensor, basis: Tensor, ridge: float) -> "KeptKeys":
+        """Return these and further keys [M, B]; ``ridge`` is α."""
+        before, along = len(self.factor), basis.T @ exact(keys)
+        cross = torch.linalg.solve_triangular(self.factor, self.along.T @ along, upper=False)
+        own = along.T @ along - cross.T @ cross
+        own.diagonal().add_(ridge)
+        factor = self.factor.new_zeros(before + len(own), before + len(own))
+        factor[:before, :before] = self.factor
+        factor[before:, :before] = cross.T
+        factor[before:, before:] = torch.linalg.cholesky(own)
+        return KeptKeys(torch.cat([self.along, along], dim=1), factor)
+
+
+def alphaedit_update(residual: Tensor, basis: Tensor, kept: KeptKeys) -> Factors:
     """Return Δ = Xᵀ with [P (K Kᵀ + K_p K_pᵀ) + α I] X = P K Rᵀ (Fang et al. 2025, eq. 14).
 
-    P = ``basis`` ``basis``ᵀ projects on what no preserved key uses; ``earlier`` K_p [M, n] are the
-    keys of earlier edits; α = ``ridge``. With K̂ = [K, K_p] this is R Eᵀ (α I + K̂ᵀ P K̂)⁻¹ K̂ᵀ P,
-    E the first B columns of I: no solve of size M. ``held`` [n] adds U diag(held) Uᵀ to the inner
-    sum, U the ``basis``: how much each of its directions is held besides (BetaEdit).
+    P = U Uᵀ, with U the ``basis`` [M, n], projects on what no preserved key uses. ``kept`` are the
+    keys K_p of earlier edits and behind them the B keys K of this one. With K̂ = [K_p, K] this is
+    R Eᵀ (α I + K̂ᵀ P K̂)⁻¹ K̂ᵀ P, E the last B columns of I. A basis U (I + diag(h) / α)^(−1/2) adds
+    U diag(h) Uᵀ to the inner sum: how much each direction is held besides (BetaEdit).
     """
-    every = exact(torch.cat([keys, earlier], dim=1))  # K̂
-    along = basis.T @ every
-    if held is not None:
-        along = along / (1 + held / ridge)[:, None]
-    projected = basis @ along  # P K̂, or P (I + U diag(held) Uᵀ / α)⁻¹ K̂
-    gram = every.T @ projected
-    gram.diagonal().add_(ridge)
-    first = torch.eye(len(gram), keys.shape[1], dtype=gram.dtype, device=gram.device)
-    weights = torch.linalg.solve(gram, first)  # symmetric, so its rows are these columns
-    return Factors(exact(residual), weights.T @ projected.T)
+    count = residual.shape[1]
+    last = kept.factor.new_zeros(len(kept.factor), count)
+    own = kept.factor[-count:, -count:]
+    last[-count:] = torch.linalg.solve_triangular(own, torch.eye(count).to(own), upper=False)
+    weights = torch.linalg.solve_triangular(kept.factor.T, last, upper=True)
+    return Factors(exact(residual), (basis @ (kept.along @ weights)).T)
 
 
 def spread(target: Tensor, current: Tensor, layers_left: int, *, root: bool = False) -> Tensor:
