@@ -10,7 +10,8 @@ named: ``sizes/qwen2.5-coder-0.5b`` is that model in results/reference/sizes.
 
 ``a - b`` in place of the run is the paired difference of two runs. In place of the metric, ``n`` is
 the number of edits, and ``forgotten`` the Efficacy now minus that right after each edit. All are of
-protocol ``token`` and the final model, in percent, with 95% bootstrap intervals. A table stands likewise between two comments: its name in :data:`TABLES` and its folder.
+protocol ``token`` and the final model, in percent, with 95% bootstrap intervals. A table stands
+likewise between two comments: its name in :data:`TABLES` and its folder.
 After a change of the reference results:
 
 python -m kmebench.reporting.quotes
