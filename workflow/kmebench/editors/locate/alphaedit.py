@@ -40,22 +40,21 @@ class AlphaEdit(MEMIT):
         self._bases: dict[int, Tensor] = {}  # layer -> [M, n]
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
+        earlier = self._earlier.get(layer, keys[:, :0]).to(keys)  # a checkpoint's lie on the CPU
+        calls = self._calls.get(layer, torch.zeros(0, dtype=torch.long))
+        self._earlier[layer], self._calls[layer] = earlier, calls
         basis, ridge = self._basis(model, layer), self.hparams.ridge
         if layer not in self._kept:
             self._kept[layer] = KeptKeys.none(basis)
             for part in self._parts(layer):
                 self._kept[layer] = self._kept[layer].appended(part, basis, ridge)
         self._kept[layer] = self._kept[layer].appended(keys, basis, ridge)
-        earlier = self._earlier.get(layer, keys[:, :0]).to(keys)
-        calls = self._calls.get(layer, torch.zeros(0, dtype=torch.long))
         self._earlier[layer] = torch.cat([earlier, keys], dim=1)
         self._calls[layer] = torch.cat([calls, torch.tensor(keys.shape[1:])])
         return alphaedit_update(residual, basis, self._kept[layer])
 
     def _parts(self, layer: int) -> Sequence[Tensor]:
         """Return the keys of earlier edits as calls brought them, so that sums have their bits."""
-        if layer not in self._earlier:
-            return ()
         return self._earlier[layer].split(self._calls[layer].tolist(), dim=1)
 
     def _basis(self, model: EditableModel, layer: int) -> Tensor:
