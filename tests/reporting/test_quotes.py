@@ -48,6 +48,15 @@ def test_a_quoted_mean_is_what_make_tables_prints(metric):
             assert quote(f"editors {run} n") == str(row["n"])
 
 
+def test_what_is_forgotten_is_the_table_s_efficacy_minus_its_column_write():
+    table = pd.read_csv(EDITORS / "tables/table2.csv")
+    for row in table[table["editor"] != "original"].to_dict("records"):
+        change = row["efficacy"] - row["write_efficacy"]
+        shown = numbers(quote(f"editors {row['dataset']}/consecutive/{row['editor']} forgotten"))
+        assert shown[0] == pytest.approx(change, abs=0.051), row["editor"]
+        assert shown[1] <= shown[0] <= shown[2]
+
+
 def test_a_quote_may_name_one_of_several_models():
     table = pd.read_csv("results/reference/sizes/tables/table2.csv").query("editor == 'pac'")
     for row in table.to_dict("records"):
