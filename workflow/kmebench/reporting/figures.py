@@ -28,6 +28,7 @@ from kmebench.reporting.panels import (
     WIDTH,
     Panels,
     edits,
+    in_lines,
     legend_below,
     panels,
     seconds_axis,
@@ -152,14 +153,18 @@ def by_layer(table: pd.DataFrame, what: str) -> Figure:
 
 
 def along_edits(table: pd.DataFrame, styles: Styles) -> Figure:
-    """Metrics against the number of consecutive edits made, one row of panels for each.
+    """Metrics against the number of consecutive edits made, a panel for each and each cell.
 
     Columns: cell, editor, edits_done, metric, mean, low, high (in the metric's unit), source
     (here | paper). A point after k edits is of those k edits, or of the newest. Names stand at the
     ends of the lines; the paper's numbers are hollow marks.
     """
     by_label = {metric.label: metric for metric in METRICS.values()}
-    figure, every = panels(table, "metric", "cell", sharey="row")
+    alone = table["cell"].nunique() == 1  # a column of panels would be long
+    if alone:
+        figure, every = in_lines(table, "metric", "cell")
+    else:
+        figure, every = panels(table, "metric", "cell", sharey="row")
     drawn = [(axes, part[part["source"] == "here"]) for axes, part in every]
     for axes, part in every:
         for (editor, source), points in part.groupby(["editor", "source"], sort=False):
@@ -176,7 +181,8 @@ def along_edits(table: pd.DataFrame, styles: Styles) -> Figure:
         done = sorted(part["edits_done"].unique())
         axes.set_xticks(done, [str(n) for n in done])
         axes.minorticks_off()
-        axes.label_outer()
+        if not alone:
+            axes.label_outer()
     _name_ends(figure, drawn, styles)
     return figure
 

@@ -85,6 +85,25 @@ def panels(
     return figure, found
 
 
+def in_lines(table: pd.DataFrame, name: str, beside: str, across: int = 3) -> tuple[Figure, Panels]:
+    """One panel per value of ``name``, at most ``across`` of them on a line; no axes are shared.
+
+    Titles say the values and that of ``beside``, of which there is one.
+    """
+    values = list(dict.fromkeys(table[name]))
+    across = min(across, len(values))
+    down = -(-len(values) // across)
+    size = (WIDTH * across, HEIGHT * down)
+    figure, grid = plt.subplots(down, across, figsize=size, squeeze=False)
+    for axes in grid.flat[len(values) :]:
+        axes.set_axis_off()
+    found = [(axes, table[table[name] == v]) for axes, v in zip(grid.flat, values, strict=False)]
+    for axes, part in found:
+        parts = [f"{part[name].iloc[0]} · {part[beside].iloc[0]}"]
+        axes.set_title(_title(parts + ([edits(part)] if "n" in part else []), WIDTH))
+    return figure, found
+
+
 def _title(parts: Sequence[str], inches: float) -> str:
     """Write the parts of a panel's title on one line, or on several where it is too narrow."""
     line = " · ".join(parts)

@@ -9,10 +9,10 @@ names the reference results, the run that it is computed from, and the metric::
 named: ``sizes/qwen2.5-coder-0.5b`` is that model in results/reference/sizes.
 
 ``a - b`` in place of the run is the paired difference of two runs. In place of the metric, ``n`` is
-the number of edits, and ``forgotten`` the Efficacy now minus that right after each edit. All are of
-protocol ``token`` and the final model, in percent, with 95% bootstrap intervals. A table stands
-likewise between two comments: its name in :data:`TABLES` and its folder.
-After a change of the reference results:
+the number of edits, and ``forgotten`` the Efficacy now minus that right after each edit.
+``score@100`` is the Score after 100 edits. All are of protocol ``token`` and, without ``@``, of the
+final model, in percent, with 95% bootstrap intervals. A table stands likewise between two comments:
+its name in :data:`TABLES` and its folder. After a change of the reference results:
 
 python -m kmebench.reporting.quotes
 """
@@ -65,8 +65,10 @@ def quote(source: str) -> str:
             return str(_runs(place).mean(_path(place, run), "efficacy")[3])
         case [place, run, "forgotten"]:
             return shown_difference(*_runs(place).forgotten(_path(place, run))[:3])
-        case [place, run, metric] if metric in _metrics():
-            mean, low, high, _ = _runs(place).mean(_path(place, run), metric)
+        case [place, run, metric] if metric.partition("@")[0] in _metrics():
+            metric, _, edits = metric.partition("@")
+            runs = _runs(place).after(int(edits)) if edits else _runs(place)
+            mean, low, high, _ = runs.mean(_path(place, run), metric)
             return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
         case [place, a, "-", b, metric] if metric in _metrics():
             a, b = (_path(place, run) for run in (a, b))
