@@ -64,7 +64,10 @@ def panels(
         KMEBenchError: the table has no rows.
     """
     if table.empty:
-        raise KMEBenchError("There is nothing to draw: no run has the numbers of this figure.")
+        raise KMEBenchError(
+            "There is nothing to draw: no run has the numbers of this figure; set it to null under "
+            "figures in your config."
+        )
     down, across = (list(dict.fromkeys(table[name])) for name in (rows, columns))
     size = (wide * WIDTH * len(across), high * HEIGHT * len(down))
     figure, grid = plt.subplots(
