@@ -9,9 +9,10 @@ from kmebench.editors.pac.cache import (
     PathFile,
     cache_gradients,
     select_groups,
+    write_gradients,
     write_paths,
 )
-from kmebench.editors.pac.impact import trace
+from kmebench.editors.pac.impact import Impact, trace
 from kmebench.editors.pac.paths import select_paths
 from kmebench.errors import KMEBenchError
 from kmebench.io.checked_files import DamagedFileError
@@ -124,3 +125,14 @@ def test_a_path_file_is_no_cache(cache, tmp_path):
     write_paths(tmp_path / "p.safetensors", select_groups(opened, **SETTINGS), opened, SETTINGS)
     with pytest.raises(KMEBenchError, match="is not a file of format"):
         GradientCache.open(tmp_path / "p.safetensors")
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    """Token 0 is a token, and no padding."""
+    scores = torch.arange(8.0).reshape(1, 2, 2, 2)
+    written = Impact(scores, -scores, [(0, 5)]), 1.5
+    write_gradients(tmp_path / "g", ["a"], (2, 2), 3, [written])
+    ((impact, seconds),) = GradientCache.open(tmp_path / "g").rows()
+    assert torch.equal(impact.l2, scores)
+    assert torch.equal(impact.signed_sum, -scores)
+    assert (impact.answers, seconds) == ([(0, 5)], 1.5)
