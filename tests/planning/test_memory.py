@@ -97,7 +97,7 @@ def test_narrow_weights_are_trained_as_float32_masters_beside_them():
     """Start, masters, gradient, two moments; the original weights in their own bytes."""
     job = Job(**QWEN_15B, requests=1, edits=1, consecutive=True)
     values = card_of("ft-m").values({})
-    wide, narrow = (card_of("ft-m").holds(values, replace(job, bytes=b)) for b in (4, 2))
+    wide, narrow = (card_of("ft-m").holds(values, replace(job, weight_bytes=b)) for b in (4, 2))
     assert narrow - wide == pytest.approx(0.5 * 4 * 1536 * 8960)
 
 

@@ -30,7 +30,7 @@ class Job:
     requests: int
     edits: int
     consecutive: bool
-    bytes: int = 4  # of a stored weight
+    weight_bytes: int = 4  # of one, as it is stored
 
     @property
     def remembered(self) -> int:

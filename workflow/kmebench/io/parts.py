@@ -43,11 +43,10 @@ class Parts:
         starts = range(0, count, size)
         if found:
             logger.info("resumed behind %d of %d parts", len(found), len(starts))
-        files = [self._folder / str(start) for start in starts]
-        for start, file in track(zip(starts, files, strict=True), description, len(files)):
-            if file.name not in found:
-                write(file, slice(start, start + size))
-        return files
+        missing = [start for start in starts if str(start) not in found]
+        for start in track(missing, description, len(missing)):
+            write(self._folder / str(start), slice(start, start + size))
+        return [self._folder / str(start) for start in starts]
 
     def clear(self) -> None:
         """Remove all parts (the file is complete)."""

@@ -42,7 +42,7 @@ def job_of(config: Mapping[str, Any], model: str, requests: int = 1) -> Job:
     spec = config["models"][model]
     stored = grid.BYTES[spec["dtype"]]
     shape = spec.get("shape", _SHAPE)
-    return Job(**shape, requests=requests, edits=requests, consecutive=False, bytes=stored)
+    return Job(**shape, requests=requests, edits=requests, consecutive=False, weight_bytes=stored)
 
 
 def asked_by_run(config: Mapping[str, Any], run: grid.Run) -> float:
@@ -58,7 +58,7 @@ def asked_by_run(config: Mapping[str, Any], run: grid.Run) -> float:
 def asked_by_model(config: Mapping[str, Any], model: str) -> float:
     """Return the bytes of a process that asks a model."""
     job = job_of(config, model)
-    weights = job.parameters * job.bytes
+    weights = job.parameters * job.weight_bytes
     return _PROCESS + weights + _PLACES * config["evaluation"]["batch_size"] * job.logits / 2
 
 

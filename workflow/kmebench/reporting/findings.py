@@ -83,9 +83,7 @@ class Runs:
 
     def difference(self, a: str, b: str, metric: str) -> Interval:
         """Mean of a − b in percentage points, its 95% paired interval, and n."""
-        sides = self.values(a), self.values(b)
-        mean, low, high, n = paired_difference(*sides, metric, **self._statistics)
-        return 100 * mean, 100 * low, 100 * high, n
+        return self._points(self.values(a), self.values(b), metric)
 
     def mean(self, folder: str, metric: str) -> Interval:
         """Mean in percent, its 95% interval, and n."""
@@ -95,9 +93,7 @@ class Runs:
         """Efficacy at the end minus right after each edit, in points, its interval, and n."""
         frame = self.predictions(folder)
         written = request_values(frame[frame["moment"] == "write"], "token")
-        sides = self.values(folder), written
-        mean, low, high, n = paired_difference(*sides, "efficacy", **self._statistics)
-        return 100 * mean, 100 * low, 100 * high, n
+        return self._points(self.values(folder), written, "efficacy")
 
     def seconds(self, folder: str) -> np.ndarray:
         """Seconds of every call of the editor."""
@@ -114,6 +110,10 @@ class Runs:
         depth = np.arange(shares.shape[1]) / shares.shape[1]
         middle = (depth >= start) & (depth < stop)
         return self._interval(shares[:, middle].mean(axis=1) - shares[:, ~middle].mean(axis=1))
+
+    def _points(self, a: pd.DataFrame, b: pd.DataFrame, metric: str) -> Interval:
+        mean, low, high, n = paired_difference(a, b, metric, **self._statistics)
+        return 100 * mean, 100 * low, 100 * high, n
 
     def _interval(self, values: np.ndarray) -> Interval:
         mean, low, high = bootstrap(values, **self._statistics)

@@ -148,7 +148,7 @@ def _trained(matrices: float, job: Job) -> float:
 
     Narrower weights have masters besides. Once there were edits, the original weights are kept.
     """
-    copies = 4 + (job.bytes < 4) + job.consecutive * job.bytes / 4
+    copies = 4 + (job.weight_bytes < 4) + job.consecutive * job.weight_bytes / 4
     return copies * matrices * job.matrix
 
 

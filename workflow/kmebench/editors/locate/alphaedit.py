@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kmebench.editors.base import Assets
+from kmebench.editors.locate.base import by_layer
 from kmebench.editors.locate.cards import AlphaEditHparams
 from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import Factors, KeptKeys, alphaedit_update
@@ -40,17 +41,18 @@ class AlphaEdit(MEMIT):
         self._bases: dict[int, Tensor] = {}  # layer -> [M, n]
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
-        earlier = self._earlier.get(layer, keys[:, :0]).to(keys)  # a checkpoint's lie on the CPU
-        calls = self._calls.get(layer, torch.zeros(0, dtype=torch.long))
-        self._earlier[layer], self._calls[layer] = earlier, calls
+        self._earlier[layer] = self._earlier.get(layer, keys[:, :0]).to(
+            keys
+        )  # a state may lie elsewhere
+        self._calls.setdefault(layer, torch.zeros(0, dtype=torch.long))
         basis, ridge = self._basis(model, layer), self.hparams.ridge
         if layer not in self._kept:
             self._kept[layer] = KeptKeys.none(basis)
             for part in self._parts(layer):
                 self._kept[layer] = self._kept[layer].appended(part, basis, ridge)
         self._kept[layer] = self._kept[layer].appended(keys, basis, ridge)
-        self._earlier[layer] = torch.cat([earlier, keys], dim=1)
-        self._calls[layer] = torch.cat([calls, torch.tensor(keys.shape[1:])])
+        self._earlier[layer] = torch.cat([self._earlier[layer], keys], dim=1)
+        self._calls[layer] = torch.cat([self._calls[layer], torch.tensor(keys.shape[1:])])
         return alphaedit_update(residual, basis, self._kept[layer])
 
     def _parts(self, layer: int) -> Sequence[Tensor]:
@@ -77,12 +79,6 @@ class AlphaEdit(MEMIT):
         super().load_state_dict(state)
         self._earlier, self._calls = by_layer(state, "keys."), by_layer(state, "calls.")
         self._kept = {}
-
-
-def by_layer(state: Mapping[str, Tensor], prefix: str) -> dict[int, Tensor]:
-    """Return the tensors of a state whose names are a prefix and a layer."""
-    found = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
-    return {int(layer): tensor for layer, tensor in found.items()}
 
 
 def count_free(values: Tensor, threshold: float, where: str) -> int:

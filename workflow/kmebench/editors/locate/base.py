@@ -1,6 +1,6 @@
 """What the locate-and-edit editors share: contexts, what they read of C and of NAS."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -72,3 +72,9 @@ def naming(editor: str, layer: int, requests: Sequence[EditRequest]) -> Iterator
         last = f" to {requests[-1].case_id!r}" if len(requests) > 1 else ""
         where = f"{editor}: layer {layer}, request {requests[0].case_id!r}{last}"
         raise EditError(f"{where}: {error}") from error
+
+
+def by_layer(state: Mapping[str, Tensor], prefix: str) -> dict[int, Tensor]:
+    """Return the tensors of a state whose names are a prefix and a layer."""
+    found = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
+    return {int(layer): tensor for layer, tensor in found.items()}

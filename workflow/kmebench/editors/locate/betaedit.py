@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kmebench.editors.locate.alphaedit import AlphaEdit, by_layer, count_free
+from kmebench.editors.locate.alphaedit import AlphaEdit, count_free
+from kmebench.editors.locate.base import by_layer
 from kmebench.editors.locate.cards import BetaEditHparams
 from kmebench.editors.locate.covariance.factors import Eigen, spectrum_of
 from kmebench.editors.locate.updates import Factors

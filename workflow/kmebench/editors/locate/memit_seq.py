@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from kmebench.editors.locate.base import by_layer
 from kmebench.editors.locate.memit import MEMIT
 from kmebench.editors.locate.updates import Factors, memit_update, with_keys
 from kmebench.models.editable import EditableModel
@@ -38,8 +39,4 @@ class MEMITSeq(MEMIT):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore contexts and keys; an empty state forgets them."""
         super().load_state_dict(state)
-        self._kept = {
-            int(name.removeprefix("kept.")): inverse
-            for name, inverse in state.items()
-            if name.startswith("kept.")
-        }
+        self._kept = by_layer(state, "kept.")
