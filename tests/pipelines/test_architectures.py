@@ -150,6 +150,7 @@ def test_a_paper_architecture_passes_through_every_stage(
                     ("run", "run.json"),
                     ("delta", "delta.safetensors"),
                     ("health", "health.json"),
+                    ("norms", "norms.parquet"),
                 )
             }
             run_cell(

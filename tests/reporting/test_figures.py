@@ -8,6 +8,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from kmebench.errors import KMEBenchError
+from kmebench.evaluation.frames import write_frame
+from kmebench.evaluation.schema import NORMS
+from kmebench.pipelines.checkpoints import Outcome
+from kmebench.pipelines.run import norms_frame
 from kmebench.reporting import figure_tables, figures, panels
 from kmebench.reporting.appearance import Style
 from kmebench.reporting.paper import COLUMNS
@@ -34,6 +38,14 @@ def write(path, content):
     return str(path)
 
 
+def norms_file(folder, calls):
+    """The file of a run whose calls changed parameters by these norms, two requests in each."""
+    times = [{"requests": 2} for _ in calls]
+    path = folder / "norms.parquet"
+    write_frame(norms_frame(Outcome(times=times, norms=calls)), NORMS, path)
+    return str(path)
+
+
 def test_times_are_seconds_per_request_of_every_call(tmp_path):
     calls = [
         {"requests": 1, "seconds": {"trace": 0.5, "optimise": 1.0}},
@@ -48,9 +60,9 @@ def test_times_are_seconds_per_request_of_every_call(tmp_path):
 def test_norms_of_one_layer_are_added_as_squares(tmp_path):
     norms = [{"model.layers.3.up.weight": 3.0, "model.layers.3.down.weight": 4.0}, {}]
     norms[1]["lm_head.weight"] = 5.0  # in no layer
-    file = write(tmp_path / "run.json", {"delta_norms": norms, "requests": {"count": 2}})
+    file = norms_file(tmp_path, norms)
     table = figure_tables.norms([file], [RUN], LABELS)
-    assert table[["layer", "norm"]].to_numpy().tolist() == [[3, 5.0]]
+    assert table[["layer", "norm", "n"]].to_numpy().tolist() == [[3, 5.0, 2]]
 
 
 def test_layers_of_edits_share_the_square_of_its_norm(tmp_path):
@@ -60,14 +72,14 @@ def test_layers_of_edits_share_the_square_of_its_norm(tmp_path):
         {"model.layers.0.down.weight": 0.0},
         {},
     ]
-    file = write(tmp_path / "run.json", {"delta_norms": norms, "requests": {"count": 4}})
+    file = norms_file(tmp_path, norms)
     table = figure_tables.edit_layers([file], [RUN], LABELS)
     shares = table.pivot(index="record", columns="layer", values="share").to_numpy()
     assert shares.tolist() == [[0, 100, 0], [20, 0, 80]]
     figure = figures.by_layer(table, "‖ΔW‖²")
     assert figure.axes[0].get_ylabel() == "2 records"
     assert figure.axes[-1].get_ylabel() == "Share of ‖ΔW‖² (%)"
-    file = write(tmp_path / "run.json", {"delta_norms": [{}], "requests": {"count": 1}})
+    file = norms_file(tmp_path, [{}])
     with pytest.raises(KMEBenchError, match="set the figure to null"):
         figure_tables.edit_layers([file], [RUN], LABELS)
 

@@ -64,10 +64,10 @@ SMALL = {
 
 KILLED = {
     *("batch first", "breadth_first first"),
-    # Checkpoints, whose record is written last, and the five results of the run.
+    # Checkpoints, whose record is written last, and the six results of the run.
     *("consecutive N", "consecutive record.json"),
     *(f"consecutive {name}" for name in ("timing.json", "run.json", "delta.safetensors")),
-    *(f"consecutive {name}" for name in ("health.json", "predictions.parquet")),
+    *(f"consecutive {name}" for name in ("health.json", "norms.parquet", "predictions.parquet")),
     *(
         f"{stage} first"
         for stage in (
@@ -96,7 +96,7 @@ def test_every_stage_is_killed_and_goes_on(finished, tmp_path):
     raw = "results/data/raw/openfacts-zsre.json"
     assert "SIGKILL" in checkout.run(raw, configs=configs, check=False, **killing)
     assert not (checkout.folder / raw).exists()
-    checkout.run("--retries", "7", configs=configs, **killing)
+    checkout.run("--retries", "8", configs=configs, **killing)
     assert {path.name for path in (tmp_path / "killed").iterdir()} == KILLED
     for run in (RUN, f"{RUNS}/batch/memit/default/seed0"):
         name = f"{run}/predictions.parquet"

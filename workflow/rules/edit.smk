@@ -9,6 +9,8 @@ rule edit:
         predictions="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/predictions.parquet",
         timing="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/timing.json",
         run="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/run.json",
+        # Of what every call of the editor changed.
+        norms="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/norms.parquet",
         # What the model carries at the end: nothing where every batch was rolled back.
         delta="<results>/runs/{model}/{dataset}/{mode}/{method}/{variant}/seed{seed}/delta.safetensors",
         # Measurements of the models that it left: none in batches.

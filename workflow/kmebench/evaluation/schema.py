@@ -50,6 +50,17 @@ PREDICTIONS = pa.schema(
 )
 
 
+#: What each call of an editor changed: runs/.../norms.parquet, a row for each parameter.
+NORMS = pa.schema(
+    [
+        ("call", pa.int32()),
+        ("requests", pa.int32()),
+        ("parameter", pa.string()),
+        ("norm", pa.float32()),  # Frobenius
+    ]
+)
+
+
 def check_columns(found: pa.Schema, expected: pa.Schema, path: str | Path) -> None:
     """Refuse a file that lacks a column or has one of another type.
 

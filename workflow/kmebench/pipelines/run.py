@@ -25,7 +25,7 @@ from kmebench.evaluation.frames import beside_original, write_frame
 from kmebench.evaluation.health import NeutralText, health
 from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.prompts import askable
-from kmebench.evaluation.schema import PREDICTIONS
+from kmebench.evaluation.schema import NORMS, PREDICTIONS
 from kmebench.io import origins
 from kmebench.io.checked_files import read_parquet
 from kmebench.io.files import write_json
@@ -63,7 +63,7 @@ def run_cell(
     output: Mapping[str, str],
     neutral: str | None = None,
 ) -> None:
-    """Edit, predict and write ``output``: predictions, timing, run, delta, health.
+    """Edit, predict and write ``output``: predictions, timing, run, norms, delta, health.
 
     Health is measured on the text in the file ``neutral``, if there is one, and never in batches.
     ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, milestone_sample,
@@ -98,6 +98,7 @@ def run_cell(
     # Batches are rolled back: at their end the model carries nothing.
     (outcome.edit or Edit.of(WeightDelta({}))).save(output["delta"])
     write_json(output["health"], outcome.health)
+    write_frame(norms_frame(outcome), NORMS, output["norms"])
     write_frame(frame, PREDICTIONS, output["predictions"])
     checkpoints.clear()
 
@@ -159,6 +160,17 @@ def timing(
     }
 
 
+def norms_frame(outcome: Outcome) -> pd.DataFrame:
+    """Return a row for each parameter that a call of the editor changed (schema ``NORMS``)."""
+    calls = enumerate(zip(outcome.times, outcome.norms, strict=True))
+    rows = [
+        (number, call["requests"], parameter, norm)
+        for number, (call, norms) in calls
+        for parameter, norm in norms.items()
+    ]
+    return pd.DataFrame(rows, columns=NORMS.names)
+
+
 def peak_memory() -> dict[str, int]:
     """Return the peak memory of the process, and of the GPU if there is one, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -188,7 +200,6 @@ def record(
         "python": platform.python_version(),
         "machine": platform.machine(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "delta_norms": outcome.norms,
     }
 
 

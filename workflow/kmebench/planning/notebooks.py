@@ -116,7 +116,7 @@ class Notebooks:
             **grid.load_of(config, model),
         }
         files = [f"<results>/models/{model}", f"<results>/data/{dataset}.jsonl"]
-        read = ("predictions.parquet", "run.json", "health.json")
+        read = ("predictions.parquet", "norms.parquet", "health.json")
         files += [f"<results>/{path}/{name}" for path in runs.values() for name in read]
         return parameters, files
 

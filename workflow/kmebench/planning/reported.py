@@ -209,7 +209,7 @@ class Reported:
                 f"<results>/{need.path(run.model, run.dataset)}" for run, need in paths if need
             ]
             return files if spec["kind"] == "layers" else [_nodes(path) for path in files]
-        name = "timing.json" if spec["kind"] == "time" else "run.json"
+        name = "timing.json" if spec["kind"] == "time" else "norms.parquet"
         return [f"<results>/{run.folder()}/{name}" for run in runs]
 
     def figure(self, wildcards: Any) -> dict[str, Any]:

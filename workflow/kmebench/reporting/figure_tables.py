@@ -40,19 +40,22 @@ def times(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
 
 
 def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
-    """Frobenius norm of every edit in every layer, from run.json files."""
-    rows = []
+    """Frobenius norm of every edit in every layer, from norms.parquet files.
+
+    ``n``: the requests of the calls that changed a layer.
+    """
+    parts = []
     for path, run in zip(files, runs, strict=True):
-        made = read_json(path)
-        for call in made["delta_norms"]:
-            squares = _squares(call)
-            named = _named(run, labels) | {"n": made["requests"]["count"]}
-            rows += [named | {"layer": k, "norm": v**0.5} for k, v in sorted(squares.items())]
-    return pd.DataFrame(rows)
+        squares = _squares(path)
+        n = int(squares.drop_duplicates("call")["requests"].sum())
+        named = _named(run, labels) | {"n": n}
+        table = squares.assign(norm=squares["square"] ** 0.5, **named)
+        parts.append(table[[*named, "layer", "norm"]])
+    return pd.concat(parts, ignore_index=True)
 
 
 def edit_layers(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
-    """Share of every layer in the squared norm of every edit, in percent, from run.json files.
+    """Share of every layer in the squared norm of every edit, in percent, from norms.parquet files.
 
     Edits that changed no layer are left out.
 
@@ -61,18 +64,15 @@ def edit_layers(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFram
     """
     parts = []
     for path, run in zip(files, runs, strict=True):
-        made = read_json(path)
-        calls = [
-            squares for call in made["delta_norms"] if any((squares := _squares(call)).values())
-        ]
-        depth = 1 + max((layer for squares in calls for layer in squares), default=0)
-        named = _named(run, labels) | {"n": made["requests"]["count"]}
-        rows = [
-            {"record": i, "layer": k, "share": 100 * squares.get(k, 0.0) / sum(squares.values())}
-            for i, squares in enumerate(calls)
-            for k in range(depth)
-        ]
-        parts.append(pd.DataFrame(rows).assign(**named))
+        squares = _squares(path).pivot(index="call", columns="layer", values="square")
+        depth = 1 + max(squares.columns, default=0)
+        squares = squares.reindex(columns=range(depth)).fillna(0.0)
+        changed = squares[squares.sum(axis=1) > 0]
+        shares = 100 * changed.div(changed.sum(axis=1), axis=0)
+        n = len(shares)
+        table = shares.melt(ignore_index=False, var_name="layer", value_name="share")
+        table = table.rename_axis("record").reset_index()
+        parts.append(table.assign(**_named(run, labels), n=n))
     if not any(map(len, parts)):
         raise KMEBenchError(
             "No edit of this figure changed a layer: give its experiment an editor of weights, or "
@@ -81,14 +81,14 @@ def edit_layers(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFram
     return with_cells(pd.concat(parts, ignore_index=True))
 
 
-def _squares(norms: Mapping[str, float]) -> dict[int, float]:
-    """Return the squared norm of each layer, from those of its parameters."""
-    squares: dict[int, float] = {}
-    for name, norm in norms.items():
-        if found := LAYER.search(name):  # an embedding or a head is in no layer
-            layer = int(found[1])
-            squares[layer] = squares.get(layer, 0.0) + norm**2
-    return squares
+def _squares(path: str) -> pd.DataFrame:
+    """Return call, requests, layer and square: the squared norm of what a call changed there."""
+    norms = read_parquet(path)
+    # An embedding or a head is in no layer.
+    layer = pd.to_numeric(norms["parameter"].str.extract(LAYER, expand=False))
+    norms = norms.assign(layer=layer, square=norms["norm"].astype(float) ** 2)
+    norms = norms.dropna(subset=["layer"]).astype({"layer": int})
+    return norms.groupby(["call", "requests", "layer"], as_index=False)["square"].sum()
 
 
 def swept(metrics: pd.DataFrame, runs: Runs, labels: Labels, protocol: str) -> pd.DataFrame:
