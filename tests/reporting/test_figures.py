@@ -190,6 +190,13 @@ def test_survival_ends_with_the_health_of_the_model_in_its_own_units():
     assert {text.get_text() for axes in figure.axes for text in axes.texts} == {"Full-C", "PAC"}
 
 
+def test_places_without_a_panel_are_empty():
+    metrics = pd.DataFrame({"metric": LINES, "cell": "ZsRE"})
+    figure, drawn = panels.in_lines(metrics, "metric", "cell")
+    assert [axes.axison for axes in figure.axes] == [True] * 4 + [False] * 2
+    assert [axes for axes, _ in drawn] == figure.axes[:4]
+
+
 def test_only_cells_with_two_numbers_are_compared_with_the_paper():
     row = {"model": "m", "dataset": "d", "editor": "pac", "n": 50}
     for name, ours, paper in (

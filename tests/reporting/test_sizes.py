@@ -89,6 +89,8 @@ def test_lines_go_from_small_to_large_and_grey_marks_are_named():
     lines = {tuple(map(tuple, line.get_xydata().tolist())) for line in figure.axes[2].get_lines()}
     assert ((0.0, 50.0), (1.0, 80.0)) in lines
     assert ((0.0, 70.0), (1.0, 30.0)) in lines
+    drawn = {container.get_label() for container in figure.axes[2].containers}
+    assert drawn == {"PAC, here", "PAC, paper", f"{BEST}, here", "MEMIT, paper"}
     ticks = [text.get_text() for text in figure.axes[2].get_xticklabels()]
     assert ticks == ["135M", "500M", "6.5B"]
     names = figure.axes[2].texts

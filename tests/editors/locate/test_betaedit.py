@@ -75,6 +75,22 @@ def test_without_the_covariance_and_a_refresh_it_is_alphaedit_bit_by_bit(
         assert torch.equal(part.values, changes[1][name].values)
 
 
+@pytest.mark.parametrize("name", ["alphaedit", "betaedit"])
+def test_a_restored_editor_sums_its_keys_in_the_same_order(name, make_model, covariance):
+    """Calls of several requests: one sum over all keys would have other bits."""
+    model, done = make_model("llama"), editor_of(name, covariance)
+    torch.manual_seed(0)
+    calls = [(torch.randn(D, n).double(), torch.randn(M, n).double()) for n in (3, 2, 4)]
+    for call in calls[:2]:
+        done._solve(model, LAYER, *call)
+    restored = editor_of(name, covariance)
+    restored.load_state_dict(done.state_dict())
+    for first, second in zip(
+        done._solve(model, LAYER, *calls[2]), restored._solve(model, LAYER, *calls[2]), strict=True
+    ):
+        assert torch.equal(first, second)
+
+
 def test_the_heavier_the_covariance_the_less_of_it_is_disturbed(make_model, requests, covariance):
     model, disturbed = make_model("llama"), []
     c = dense_c(covariance, model)

@@ -41,9 +41,8 @@ class AlphaEdit(MEMIT):
         self._bases: dict[int, Tensor] = {}  # layer -> [M, n]
 
     def _solve(self, model: EditableModel, layer: int, residual: Tensor, keys: Tensor) -> Factors:
-        self._earlier[layer] = self._earlier.get(layer, keys[:, :0]).to(
-            keys
-        )  # a state may lie elsewhere
+        earlier = self._earlier.get(layer, keys[:, :0])
+        self._earlier[layer] = earlier.to(keys)  # a state may lie elsewhere
         self._calls.setdefault(layer, torch.zeros(0, dtype=torch.long))
         basis, ridge = self._basis(model, layer), self.hparams.ridge
         if layer not in self._kept:
