@@ -1,6 +1,10 @@
 """Checkpoints: runs that end before their time go on with the same bytes."""
 
+import builtins
+import errno
+import io
 import os
+import re
 import signal
 
 import pandas as pd
@@ -134,6 +138,36 @@ def test_a_damaged_checkpoint_is_not_resumed(name, make_model, requests, tmp_pat
     assert editor.calls == 3
     assert "is damaged: deleting it" in caplog.text
     pd.testing.assert_frame_equal(comparable(afresh.predictions), comparable(straight.predictions))
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("name", ["record.json", "masters.safetensors", None])
+def test_a_checkpoint_that_cannot_be_read_stays(
+    name, number, make_model, requests, tmp_path, monkeypatch
+):
+    with pytest.raises(KeyboardInterrupt):
+        consecutive(make_model("gptj", torch.float32), Counting(2), requests, tmp_path)
+    away = tmp_path / "2" / name if name else tmp_path
+    whole = {"open": io.open, "listdir": os.listdir, "scandir": os.scandir}
+
+    def refusing(read):
+        def refuse(path, *arguments, **options):
+            if os.fspath(path) == str(away):
+                raise OSError(number, os.strerror(number), path)
+            return read(path, *arguments, **options)
+
+        return refuse
+
+    with monkeypatch.context() as patch:
+        for read in ("listdir", "scandir"):
+            patch.setattr(os, read, refusing(whole[read]))
+        for module in (io, builtins):
+            patch.setattr(module, "open", refusing(whole["open"]))
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path)
+    goes_on = Signalled(signal.SIGTERM, at=0)
+    consecutive(make_model("gptj", torch.float32), goes_on, requests, tmp_path)
+    assert goes_on.edits == 1
 
 
 class Signalled(Counting):

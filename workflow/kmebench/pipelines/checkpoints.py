@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,9 @@ class Checkpoints:
         """Load the newest checkpoint into a freshly loaded model; (0, [], empty) without one.
 
         One that is damaged, or of another configuration, is deleted.
+
+        Raises:
+            OSError: one cannot be read; it stays.
         """
         for done, path in sorted(self._complete(), reverse=True):
             record = _intact_record(path)
@@ -150,18 +154,22 @@ class Checkpoints:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _complete(self) -> Iterator[tuple[int, Path]]:
-        if self.folder.is_dir():
+        with suppress(FileNotFoundError):
             for path in self.folder.iterdir():
                 if path.name.isdecimal():
                     yield int(path.name), path
 
 
 def _intact_record(path: Path) -> dict[str, Any] | None:
-    """Return the record of a checkpoint, or None unless all its files are what was written."""
+    """Return the record of a checkpoint, or None unless all its files are what was written.
+
+    Raises:
+        OSError: a file is there and cannot be read (a network file system that is away).
+    """
     try:
         record = json.loads((path / "record.json").read_text(encoding="utf-8"))
         intact = all(sha256_of(path / name) == was for name, was in record["sha256"].items())
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError):
         return None
     return record if intact else None
 
