@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -15,7 +16,14 @@ from kmebench.editors.base import build_editor
 from kmebench.pipelines.checkpoints import Checkpoints
 from kmebench.pipelines.pipelines import Setup, run_breadth_first
 from kmebench.preemption import SIGNALS, PreemptedError, noted_signals
-from tests.pipelines.runs import SETTINGS, Counting, comparable, consecutive, in_batches
+from tests.pipelines.runs import (
+    SETTINGS,
+    Counting,
+    checkpoints,
+    comparable,
+    consecutive,
+    in_batches,
+)
 
 EPOCHS = {
     "full-c": {"mini_batch": 2, "steps": 4, "tolerance": 0.0, "learning_rate": 1e-3},
@@ -98,12 +106,51 @@ def test_resumed_session_equals_an_uninterrupted_one(fail_at, make_model, reques
     assert torch.equal(resumed_editor.calls, torch.tensor([3.0]))
 
 
-def test_a_checkpoint_of_another_configuration_is_not_resumed(make_model, requests, tmp_path):
+def stopped_at(edits, identity, make_model, requests, folder):
+    """Be killed in the edit after ``edits``; return how many were made."""
+    editor = Signalled(signal.SIGTERM, at=0)
+    editor.fail_at = edits
     with pytest.raises(KeyboardInterrupt):
-        consecutive(make_model("gptj", torch.float32), Counting(2), requests, tmp_path)
-    editor = Counting()
-    consecutive(make_model("gptj", torch.float32), editor, requests, tmp_path, identity="other")
-    assert editor.calls == 3  # all three edits were made anew
+        consecutive(make_model("gptj", torch.float32), editor, requests, folder, identity=identity)
+    return editor.edits - 1
+
+
+def test_a_checkpoint_of_another_configuration_is_set_aside_and_goes_on_when_that_comes_back(
+    make_model, requests, tmp_path, caplog
+):
+    one, other = ({"settings": {"a": a, "same": 1}, "inputs": a} for a in (1, 2))
+    run = partial(stopped_at, make_model=make_model, requests=requests, folder=tmp_path)
+    assert run(2, one) == 2
+    assert run(1, other) == 1
+    assert "configuration (run.inputs, run.settings.a differ) and stays" in caplog.text
+    own, aside = sorted(tmp_path.iterdir())
+    assert own.name == "1"
+    assert aside.name.startswith("set-aside-2-")
+    assert run(2, one) == 0
+    own, aside = sorted(tmp_path.iterdir())
+    assert own.name == "2"
+    assert aside.name.startswith("set-aside-1-")
+    assert run(2, other) == 1  # behind the first
+    # The run is complete; a state of another one is not its to remove.
+    consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path, identity=other)
+    checkpoints(tmp_path, identity=other).clear()
+    (aside,) = tmp_path.iterdir()
+    assert aside.name.startswith("set-aside-2-")
+    assert run(2, one) == 0
+    checkpoints(tmp_path, identity=one).clear()
+    assert not tmp_path.exists()
+
+
+def test_of_other_configurations_that_with_most_edits_is_kept(
+    make_model, requests, tmp_path, caplog
+):
+    run = partial(stopped_at, make_model=make_model, requests=requests, folder=tmp_path)
+    run(2, "most")
+    run(1, "few")
+    run(1, "now")
+    assert "of other configurations one is kept" in caplog.text
+    assert [path.name[:11] for path in sorted(tmp_path.iterdir())] == ["1", "set-aside-2"]
+    assert run(2, "most") == 0
 
 
 def test_only_the_newest_checkpoint_is_kept(make_model, requests, tmp_path):

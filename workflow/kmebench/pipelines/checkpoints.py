@@ -1,13 +1,15 @@
 """Saved states of a run: resumed with the same bytes, never if damaged or of another run."""
 
+import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -60,19 +62,34 @@ _KEPT = (
 )
 
 
+class _State(NamedTuple):
+    done: int
+    path: Path
+    record: dict[str, Any]
+
+
+#: Of a state, or of one that was set aside.
+_NAME = re.compile(r"(?P<aside>set-aside-)?(?P<done>\d+)(?(aside)-[0-9a-f]{8})")
+
+
 class Checkpoints:
     """Saved states of a session: at most one, replaced as a whole.
 
     A checkpoint is a folder ``{edits done}`` (or epochs: ``unit``) with the masters of all
     touched weights, the overlays, the editor's memory and the state of the random generator
     (safetensors), the predictions so far (parquet) and a JSON record of the run's identity and of
-    the files' checksums: a state of another configuration, or a damaged one, is never resumed.
+    the files' checksums.
+
+    A damaged state is deleted. One of another identity is renamed to ``set-aside-{edits done}-...``
+    and goes on if its configuration comes back, even after the run. One is kept so: of two that
+    with more edits, which costs more to make again.
     """
 
     def __init__(
         self, folder: Path, every: int, identity: dict[str, Any], unit: str = "edits"
     ) -> None:
-        self.folder, self.every, self.identity, self.unit = folder, every, identity, unit
+        self.folder, self.every, self.unit = folder, every, unit
+        self.identity = json.loads(json.dumps(identity))  # as it is read back
 
     def save(
         self,
@@ -104,9 +121,9 @@ class Checkpoints:
         kinds = overlay_kinds(overlays)
         facts = {"identity": self.identity, "overlays": kinds, "sha256": sums}
         write_json(partial / "record.json", kept | facts)
-        older = list(self._complete())
+        older = [path for _, path in self._states() if path.name.isdecimal()]
         partial.rename(target)
-        for _, path in older:
+        for path in older:
             shutil.rmtree(path)
         logger.info("checkpoint after %d %s", done, self.unit)
         if stopped_by:
@@ -120,25 +137,50 @@ class Checkpoints:
     ) -> tuple[int, list[pd.DataFrame], Outcome]:
         """Load the newest checkpoint into a freshly loaded model; (0, [], empty) without one.
 
-        One that is damaged, or of another configuration, is deleted.
+        One that is damaged is deleted, one of another configuration is set aside.
 
         Raises:
             OSError: one cannot be read; it stays.
         """
-        for done, path in sorted(self._complete(), reverse=True):
+        fitting: list[_State] = []
+        foreign: list[_State] = []
+        for done, path in sorted(self._states(), reverse=True):
             record = _intact_record(path)
             if record is None:
                 logger.warning("the checkpoint %s is damaged: deleting it", path)
-            elif record["identity"] != self.identity:
-                logger.info("the checkpoint %s is of another configuration: deleting it", path)
+                shutil.rmtree(path)
             else:
-                return self._loaded(path, done, record, model, editor)
-            shutil.rmtree(path)
-        return 0, [], Outcome()
+                differ = _differing(record["identity"], self.identity)
+                (foreign if differ else fitting).append(_State(done, path, record))
+        self._set_aside(foreign)
+        if not fitting:
+            return 0, [], Outcome()
+        newest, *superseded = fitting
+        for state in superseded:  # a kill came before it was removed
+            shutil.rmtree(state.path)
+        return self._loaded(newest, model, editor)
+
+    def _set_aside(self, foreign: list[_State]) -> None:
+        """Keep the first of the states of other configurations, under a name that says so."""
+        for state in foreign[1:]:
+            logger.warning("deleting %s: of other configurations one is kept", state.path)
+            shutil.rmtree(state.path)
+        for state in foreign[:1]:
+            identity = state.record["identity"]
+            aside = self.folder / f"set-aside-{state.done}-{_digest(identity)}"
+            state.path.rename(aside)
+            logger.warning(
+                "the checkpoint %s is of another configuration (%s differ) and stays: "
+                "with that a run goes on from there; else delete it",
+                aside,
+                ", ".join(_differing(identity, self.identity)),
+            )
 
     def _loaded(
-        self, path: Path, done: int, record: dict[str, Any], model: EditableModel, editor: Editor
+        self, state: _State, model: EditableModel, editor: Editor
     ) -> tuple[int, list[pd.DataFrame], Outcome]:
+        done, record = state.done, state.record
+        path = state.path.rename(self.folder / str(done))  # it may have been set aside
         model.edits.load_state(load_file(path / "masters.safetensors"))
         overlays = load_file(path / "overlays.safetensors")
         model.apply(Edit(overlays=overlays_from(overlays, record["overlays"])))
@@ -150,14 +192,20 @@ class Checkpoints:
         return done, [frame], Outcome(**kept)
 
     def clear(self) -> None:
-        """Remove all checkpoints (the run is complete)."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the states of this run, which is complete; what was set aside stays."""
+        aside = [path for _, path in self._states() if not path.name.isdecimal()]
+        if not aside:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for path in set(self.folder.iterdir()).difference(aside):
+            shutil.rmtree(path)
 
-    def _complete(self) -> Iterator[tuple[int, Path]]:
+    def _states(self) -> Iterator[tuple[int, Path]]:
+        """Yield complete states and how many edits they hold; those set aside, too."""
         with suppress(FileNotFoundError):
             for path in self.folder.iterdir():
-                if path.name.isdecimal():
-                    yield int(path.name), path
+                if name := _NAME.fullmatch(path.name):
+                    yield int(name["done"]), path
 
 
 def _intact_record(path: Path) -> dict[str, Any] | None:
@@ -176,3 +224,18 @@ def _intact_record(path: Path) -> dict[str, Any] | None:
 
 def _packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def _digest(identity: Any) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _differing(one: Any, other: Any, key: str = "") -> list[str]:
+    """Name the keys whose values differ, e.g. ``settings.hparams.micro_batch``."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [key]
+    return [
+        found
+        for name in sorted(one.keys() | other.keys())
+        for found in _differing(one.get(name), other.get(name), f"{key}.{name}" if key else name)
+    ]

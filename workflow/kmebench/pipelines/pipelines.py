@@ -158,8 +158,18 @@ class _Run:
 
     @classmethod
     def restored(cls, setup: Setup) -> "_Run":
-        """Go on from the newest checkpoint, or begin."""
-        return cls(setup, *setup.checkpoints.restore(setup.model, setup.editor))
+        """Go on from the newest checkpoint, or begin.
+
+        Raises:
+            EditError: it lacks an edit that failed, which this run is not to skip.
+        """
+        run = cls(setup, *setup.checkpoints.restore(setup.model, setup.editor))
+        if run.outcome.failed and not setup.skip_failed:
+            raise EditError(
+                f"{run.outcome.failed[0]['error']} It was skipped before: set on_failed_edit: skip "
+                f"again, or delete {setup.checkpoints.folder} to begin anew."
+            )
+        return run
 
     def edit(self, batch: Sequence[EditRequest]) -> None:
         """Edit and apply; a failed edit changes neither model nor editor."""

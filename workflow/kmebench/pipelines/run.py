@@ -51,6 +51,10 @@ PACKAGES = (
     "snakemake",
 )
 
+#: Settings by which no saved state differs: when it is saved, what an edit does that cannot be made
+#: (there is none in it, or it is noted there), and which requests are asked, which are digested.
+_DECIDE_NOTHING = ("checkpoint_every", "on_failed_edit", "on_bad_record")
+
 
 def run_cell(
     load: Callable[[], EditableModel],
@@ -59,7 +63,7 @@ def run_cell(
     *,
     assets: Mapping[str, str],
     original: str,
-    inputs: Sequence[str],
+    inputs: Mapping[str, Sequence[str]],
     output: Mapping[str, str],
     neutral: str | None = None,
 ) -> None:
@@ -68,8 +72,9 @@ def run_cell(
     Health is measured on the text in the file ``neutral``, if there is one, and never in batches.
     ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, milestone_sample,
     on_failed_edit, on_bad_record, evaluation. Requests that the model cannot be asked are left out.
-    ``inputs`` names all that the outcome depends on, the model's folder and source files among
-    it: a checkpoint made with others, or with other settings or requests, is not resumed.
+    ``inputs`` are the files and folders that the outcome depends on, by what they are: ``model``,
+    ``code`` and so on. A checkpoint made with others, or with other settings that decide the
+    outcome or other requests, is not resumed.
     """
     started = time.perf_counter()
     model = load()
@@ -81,9 +86,9 @@ def run_cell(
         Path(output["predictions"]).parent / "checkpoints",
         settings["checkpoint_every"],
         {
-            "settings": dict(settings),
+            "settings": {k: v for k, v in settings.items() if k not in _DECIDE_NOTHING},
             "requests": _digest(requests),
-            "inputs": origins.digest_of(inputs),
+            "inputs": {name: origins.digest_of(paths) for name, paths in inputs.items()},
         },
         "epochs" if settings["mode"] == "breadth_first" else "edits",
     )
