@@ -1,5 +1,8 @@
 """One cell of the grid: which requests are edited, and in which order."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -53,6 +56,15 @@ def test_only_consecutive_edits_are_shuffled(mode, shuffles, make_model, request
     orders = [asked(mode, seed, make_model, requests, tmp_path) for seed in range(4)]
     assert orders[0] == kept
     assert any(order != kept for order in orders[1:]) == shuffles
+
+
+def test_the_commit_is_that_of_this_code_wherever_a_run_is_started(tmp_path, monkeypatch):
+    command = ["git", "rev-parse", "HEAD"]
+    head = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    monkeypatch.chdir(tmp_path)
+    assert (run.git_commit() or "").removesuffix("-dirty") == head.stdout.strip()
+    monkeypatch.setenv("PATH", str(tmp_path))  # a node without git
+    assert run.git_commit() is None
 
 
 CELL = {

@@ -209,9 +209,16 @@ def record(
 
 
 def git_commit() -> str | None:
-    """Return the commit of the checkout, with ``-dirty`` for local changes; None outside one."""
+    """Return the commit of this code, with ``-dirty`` for local changes.
+
+    None where it lies in no checkout, or where git is not installed.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     return done.stdout.strip() or None
 
 
