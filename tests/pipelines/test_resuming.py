@@ -73,6 +73,35 @@ def test_breadth_first_goes_on_after_an_epoch_with_the_same_bytes(
             assert torch.equal(one, other)
 
 
+class Tight(Checkpoints):
+    """As if memory ran out behind the first epoch, once."""
+
+    full = False
+
+    def save(self, model, editor, done, *rest):
+        super().save(model, editor, done, *rest)
+        if not self.full:
+            self.full = True
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+
+def test_the_second_try_replaces_the_epochs_that_the_first_has_saved(
+    make_model, requests, tmp_path
+):
+    def run(micro_batch, kept):
+        torch.manual_seed(1)
+        editor = build_editor("full-c", EPOCHS["full-c"] | {"micro_batch": micro_batch}, {})
+        setup = Setup(make_model("gptj", torch.float32), editor, SETTINGS, kept)
+        return run_breadth_first(setup, requests)
+
+    expected = run(2, Checkpoints(tmp_path / "a", 1, {}, "epochs"))
+    found = run(4, Tight(tmp_path / "b", 1, {}, "epochs"))
+    assert found.micro_batch == 2
+    assert found.times[0]["steps"] == expected.times[0]["steps"]
+    assert comparable(found.predictions).equals(comparable(expected.predictions))
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["4"]
+
+
 def test_a_signal_ends_breadth_first_after_its_epoch(make_model, requests, tmp_path, monkeypatch):
     editor = build_editor("pac-released", EPOCHS["pac-released"], {})
     step = editor._step

@@ -106,7 +106,9 @@ class Checkpoints:
             PreemptedError: it was written because of a signal, named by ``stopped_by``.
         """
         target, partial = self.folder / str(done), self.folder / "partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        replaced = self.folder / "replaced"
+        for left in (partial, replaced):
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         overlays = model.edits.overlays
         save_file(_packed(model.edits.state()), partial / "masters.safetensors")
@@ -122,6 +124,8 @@ class Checkpoints:
         facts = {"identity": self.identity, "overlays": kinds, "sha256": sums}
         write_json(partial / "record.json", kept | facts)
         older = [path for _, path in self._states() if path.name.isdecimal()]
+        if target in older:  # of a try that memory did not suffice for
+            older[older.index(target)] = target.rename(replaced)
         partial.rename(target)
         for path in older:
             shutil.rmtree(path)
