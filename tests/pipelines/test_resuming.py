@@ -14,7 +14,7 @@ import torch
 
 from kmebench.editors.base import build_editor
 from kmebench.pipelines.checkpoints import Checkpoints
-from kmebench.pipelines.pipelines import Setup, run_breadth_first
+from kmebench.pipelines.pipelines import Setup, run_breadth_first, run_consecutive
 from kmebench.preemption import SIGNALS, PreemptedError, noted_signals
 from tests.pipelines.runs import (
     SETTINGS,
@@ -23,6 +23,7 @@ from tests.pipelines.runs import (
     comparable,
     consecutive,
     in_batches,
+    same_tensors,
 )
 
 EPOCHS = {
@@ -39,8 +40,9 @@ class Stopped(Checkpoints):
 
     at = 0
 
-    def save(self, model, editor, done, frames, outcome, stopped_by=None):
-        super().save(model, editor, done, frames, outcome, "SIGTERM" if done == self.at else None)
+    def save(self, model, editor, done, frames, outcome, stopped_by):
+        signal = "SIGTERM" if done == self.at else None
+        super().save(model, editor, done, frames, outcome, lambda: signal)
 
 
 @pytest.mark.parametrize("name", EPOCHS)
@@ -291,6 +293,47 @@ def test_a_run_stopped_in_its_last_edit_saves_that_too(make_model, requests, tmp
     outcome = consecutive(make_model("gptj", torch.float32), goes_on, requests, tmp_path)
     assert goes_on.edits == 0
     assert "final" in set(outcome.predictions["moment"])
+
+
+@pytest.mark.parametrize("name", ["consecutive", "breadth_first", *EPOCHS])
+@pytest.mark.parametrize("how", ["killed", signal.SIGTERM])
+def test_a_run_that_ends_in_its_final_evaluation_has_no_edit_to_make_again(
+    name, how, make_model, requests, tmp_path
+):
+    calls = []
+
+    def run(folder, ends_at):
+        model, measured = make_model("gptj", torch.float32), []
+        editor = build_editor(name, EPOCHS[name], {}) if name in EPOCHS else Counting()
+        whole = editor.edit
+        editor.edit = lambda *given: (calls.append(folder), whole(*given))[1]
+
+        def measure(edited):
+            measured.append(edited)
+            if len(measured) == ends_at:
+                if how == "killed":
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), how)
+            return {"sum": float(edited.ffn[0].value.weight.sum())}
+
+        kept = Checkpoints(tmp_path / folder, 100, {}, "edits")
+        setup = Setup(model, editor, SETTINGS, kept, measure=measure)
+        torch.manual_seed(1)
+        return (run_consecutive if name == "consecutive" else run_breadth_first)(setup, requests)
+
+    straight = run("a", ends_at=0)
+    with pytest.raises(KeyboardInterrupt if how == "killed" else PreemptedError):
+        # One milestone is measured before.
+        run("b", ends_at=2 if name == "consecutive" else 1)
+    edits = len(calls)
+    torch.manual_seed(5)
+    resumed = run("b", ends_at=0)
+    assert len(calls) == edits
+    assert comparable(resumed.predictions).equals(comparable(straight.predictions))
+    assert resumed.norms == straight.norms
+    assert resumed.health == straight.health
+    assert len(resumed.times) == len(straight.times)
+    same_tensors(straight.edit.weights.tensors(), resumed.edit.weights.tensors())
 
 
 def test_a_second_signal_is_obeyed_as_usual():

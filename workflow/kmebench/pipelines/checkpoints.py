@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,12 +98,12 @@ class Checkpoints:
         done: int,
         frames: list[pd.DataFrame],
         outcome: Outcome,
-        stopped_by: str | None = None,
+        stopped_by: Callable[[], str | None] = lambda: None,
     ) -> None:
         """Write a checkpoint; it appears under its name only when complete. Joins ``frames``.
 
         Raises:
-            PreemptedError: it was written because of a signal, named by ``stopped_by``.
+            PreemptedError: a signal has come by then, which ``stopped_by`` names.
         """
         target, partial = self.folder / str(done), self.folder / "partial"
         replaced = self.folder / "replaced"
@@ -130,11 +130,15 @@ class Checkpoints:
         for path in older:
             shutil.rmtree(path)
         logger.info("checkpoint after %d %s", done, self.unit)
-        if stopped_by:
-            raise PreemptedError(
-                f"Stopped by {stopped_by} after {done} {self.unit}, which are saved in {target}: "
-                "the same command goes on from there."
-            )
+        if name := stopped_by():
+            raise self.stopped(name, done)
+
+    def stopped(self, signal: str, done: int) -> PreemptedError:
+        """Say that a signal has ended a run whose ``done`` edits or epochs are saved."""
+        return PreemptedError(
+            f"Stopped by {signal} after {done} {self.unit}, which are saved in "
+            f"{self.folder / str(done)}: the same command goes on from there."
+        )
 
     def restore(
         self, model: EditableModel, editor: Editor
