@@ -7,13 +7,16 @@ import os
 import re
 import signal
 from functools import partial
+from random import Random
 
 import pandas as pd
 import pytest
 import torch
 
 from kmebench.editors.base import build_editor
-from kmebench.pipelines.checkpoints import Checkpoints
+from kmebench.evaluation.frames import write_frame
+from kmebench.evaluation.schema import NORMS
+from kmebench.pipelines.checkpoints import Checkpoints, Outcome, norms_frame
 from kmebench.pipelines.pipelines import Setup, run_breadth_first, run_consecutive
 from kmebench.preemption import SIGNALS, PreemptedError, noted_signals
 from tests.pipelines.runs import (
@@ -190,6 +193,26 @@ def test_only_the_newest_checkpoint_is_kept(make_model, requests, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
+def test_norms_are_a_table_with_the_bits_that_they_have_in_memory(make_model, tmp_path):
+    """Of 32 layers after 300 edits; as indented JSON they took 63 bytes each."""
+    random = Random(0)
+    call = {"requests": 1, "steps": 1, "seconds": {"solve": 0.1}}
+    layers = [f"model.layers.{layer}.mlp.{w}.weight" for layer in range(32) for w in ("up", "down")]
+    norms = [{name: random.random() for name in layers} for _ in range(299)]
+    outcome = Outcome(times=[call] * 300, norms=[*norms[:100], {}, *norms[100:]])
+    model, kept = make_model("gptj", torch.float32), checkpoints(tmp_path / "kept")
+    kept.save(model, Counting(), 300, [], outcome)
+    _, _, restored = kept.restore(model, Counting())
+    assert restored.norms == outcome.norms  # to the last bit
+    for name, found in (("straight", outcome), ("resumed", restored)):
+        write_frame(norms_frame(found), NORMS, tmp_path / name)
+    assert (tmp_path / "straight").read_bytes() == (tmp_path / "resumed").read_bytes()
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "kept" / "300").iterdir()}
+    assert sizes["norms.parquet"] < 12 * 299 * 64
+    assert sizes["outcome.json"] < 300 * 60
+    assert sizes["record.json"] < 2000
+
+
 def test_a_half_written_checkpoint_is_ignored(make_model, requests, tmp_path):
     (tmp_path / "partial").mkdir()
     (tmp_path / "partial" / "record.json").write_text("{")
@@ -198,7 +221,10 @@ def test_a_half_written_checkpoint_is_ignored(make_model, requests, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["masters.safetensors", "editor.safetensors", "predictions.parquet", "record.json", None],
+    [
+        *("masters.safetensors", "editor.safetensors", "predictions.parquet"),
+        *("norms.parquet", "outcome.json", "record.json", None),
+    ],
 )
 def test_a_damaged_checkpoint_is_not_resumed(name, make_model, requests, tmp_path, caplog):
     straight = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "a")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,9 +56,29 @@ class Outcome:
     edit: Edit | None = None
 
 
-#: What a checkpoint keeps of an outcome besides its predictions.
+def norms_frame(outcome: Outcome) -> pd.DataFrame:
+    """Return a row for each parameter that a call of the editor changed (schema ``NORMS``)."""
+    changed = np.array([len(norms) for norms in outcome.norms], np.int64)
+    columns = {
+        "call": np.repeat(np.arange(len(changed)), changed),
+        "requests": np.repeat([call["requests"] for call in outcome.times], changed),
+        "parameter": [name for norms in outcome.norms for name in norms],
+        "norm": np.array([norm for norms in outcome.norms for norm in norms.values()], np.float64),
+    }
+    return pd.DataFrame(columns)
+
+
+def _norms(frame: pd.DataFrame, calls: int) -> list[dict[str, float]]:
+    """Read :func:`norms_frame` back; a call may have changed nothing."""
+    norms: list[dict[str, float]] = [{} for _ in range(calls)]
+    for call, parameter, norm in zip(frame["call"], frame["parameter"], frame["norm"], strict=True):
+        norms[call][parameter] = norm
+    return norms
+
+
+#: What a checkpoint keeps of an outcome as JSON; predictions and norms are tables.
 _KEPT = (
-    *("times", "norms", "failed", "health", "bytes", "question_milliseconds"),
+    *("times", "failed", "health", "bytes", "question_milliseconds"),
     *("evaluation_seconds", "micro_batch"),
 )
 
@@ -77,8 +98,9 @@ class Checkpoints:
 
     A checkpoint is a folder ``{edits done}`` (or epochs: ``unit``) with the masters of all
     touched weights, the overlays, the editor's memory and the state of the random generator
-    (safetensors), the predictions so far (parquet) and a JSON record of the run's identity and of
-    the files' checksums.
+    (safetensors), the predictions and norms so far (parquet), the rest of the outcome and a record
+    of the run's identity and of the files' checksums (JSON). Norms are float64, as in memory: the
+    file of a run that was resumed rounds the same numbers.
 
     A damaged state is deleted. One of another identity is renamed to ``set-aside-{edits done}-...``
     and goes on if its configuration comes back, even after the run. One is kept so: of two that
@@ -118,11 +140,14 @@ class Checkpoints:
         # One table takes a fraction of the memory of many small ones, and is joined faster.
         frames[:] = [pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()]
         frames[0].to_parquet(partial / "predictions.parquet")
-        kept = {name: getattr(outcome, name) for name in _KEPT}
+        norms_frame(outcome).to_parquet(partial / "norms.parquet")
+        # Compact, since it grows with the run.
+        kept = json.dumps({name: getattr(outcome, name) for name in _KEPT}, separators=(",", ":"))
+        (partial / "outcome.json").write_text(kept, encoding="utf-8")
         sums = {file.name: sha256_of(file) for file in partial.iterdir()}
         kinds = overlay_kinds(overlays)
         facts = {"identity": self.identity, "overlays": kinds, "sha256": sums}
-        write_json(partial / "record.json", kept | facts)
+        write_json(partial / "record.json", facts)
         older = [path for _, path in self._states() if path.name.isdecimal()]
         if target in older:  # of a try that memory did not suffice for
             older[older.index(target)] = target.rename(replaced)
@@ -196,8 +221,9 @@ class Checkpoints:
         torch.set_rng_state(load_file(path / "random.safetensors")["torch"])
         frame = pd.read_parquet(path / "predictions.parquet")
         logger.info("resumed after %d %s", done, self.unit)
-        kept = {name: record[name] for name in _KEPT}
-        return done, [frame], Outcome(**kept)
+        kept = json.loads((path / "outcome.json").read_text(encoding="utf-8"))
+        norms = _norms(pd.read_parquet(path / "norms.parquet"), len(kept["times"]))
+        return done, [frame], Outcome(**kept, norms=norms)
 
     def clear(self) -> None:
         """Remove the states of this run, which is complete; what was set aside stays."""

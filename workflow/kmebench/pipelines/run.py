@@ -31,7 +31,7 @@ from kmebench.io.checked_files import read_parquet
 from kmebench.io.files import write_json
 from kmebench.models.editable import EditableModel, describe
 from kmebench.modes import split_mode
-from kmebench.pipelines.checkpoints import Checkpoints, Outcome
+from kmebench.pipelines.checkpoints import Checkpoints, Outcome, norms_frame
 from kmebench.pipelines.footprint import gate_shares
 from kmebench.pipelines.pipelines import (
     Measure,
@@ -163,17 +163,6 @@ def timing(
         **describe(model),
         "calls": outcome.times,
     }
-
-
-def norms_frame(outcome: Outcome) -> pd.DataFrame:
-    """Return a row for each parameter that a call of the editor changed (schema ``NORMS``)."""
-    calls = enumerate(zip(outcome.times, outcome.norms, strict=True))
-    rows = [
-        (number, call["requests"], parameter, norm)
-        for number, (call, norms) in calls
-        for parameter, norm in norms.items()
-    ]
-    return pd.DataFrame(rows, columns=NORMS.names)
 
 
 def peak_memory() -> dict[str, int]:
