@@ -1,6 +1,7 @@
 """PAC against a literal dense implementation of its loss and updates."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,6 +162,9 @@ def test_cached_paths_give_the_same_edit_as_live_tracing(scope, make_model, requ
         assert torch.equal(part.index, cached[name].index)
         torch.testing.assert_close(part.values, cached[name].values)
     assert editor.stopwatch.seconds["trace"] > 0
+    longer = [replace(request, target_new=request.target_new * 9) for request in requests]
+    with pytest.raises(EditError, match=r"request 'a' has .* in .*/p\.safetensors were made with"):
+        editor.edit(model, longer)
 
 
 def test_no_more_requests_are_traced_at_once_than_are_to_be(make_model, requests, monkeypatch):

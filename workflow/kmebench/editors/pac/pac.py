@@ -60,8 +60,9 @@ class PAC(Editor):
             if len(route.answer) != item.n_target:
                 raise EditError(
                     f"{self.name}: the traced answer of request {request.case_id!r} has "
-                    f"{len(route.answer)} tokens and its target {item.n_target}; the paths were "
-                    "made with another tokenizer: delete results/trace and run again."
+                    f"{len(route.answer)} tokens and its target {item.n_target}; the paths in "
+                    f"{self.assets['paths']} were made with another tokenizer: delete that file "
+                    "and the gradients.safetensors that it was made of, and run again."
                 )
         with self.stopwatch("optimise"):
             return self._optimise(model, items)
