@@ -211,16 +211,18 @@ def test_a_bad_config_is_one_sentence_that_names_the_key(path, config):
 
 def test_every_config_of_the_repository_is_valid():
     real = ["real"]
-    on_real = ("tune", "audit", "single", "sizes", "npac-ablations", "full-length")
-    below = dict.fromkeys(on_real, real)
-    for kind in ("tune-*.yaml", "reference*.yaml"):
-        below |= {path.stem: real for path in Path("config").glob(kind)}
-    del below["tune-tiny"]
-    below |= {"ci-real": ["ci"], "reference-full-length": ["real", "full-length"]}
-    for path in Path("config").glob("*.yaml"):
+    folder = Path("config")
+    below = dict.fromkeys(("single", "sizes", "npac-ablations", "full-length"), real)
+    for kind in ("searches", "reference"):
+        below |= {f"{kind}/{path.stem}": real for path in (folder / kind).glob("*.yaml")}
+    del below["searches/tiny"]
+    below |= {"ci-real": ["ci"], "reference/full-length": ["real", "full-length"]}
+    every = [path for path in folder.rglob("*.yaml") if path.parent.name != "tuned"]
+    assert set(below) < {str(path.relative_to(folder).with_suffix("")) for path in every}
+    for path in every:
         config = copy.deepcopy(CONFIG)
-        for name in below.get(path.stem, ()):
-            under = Path(f"config/{name}.yaml").read_text(encoding="utf-8")
+        for name in below.get(str(path.relative_to(folder).with_suffix("")), ()):
+            under = (folder / f"{name}.yaml").read_text(encoding="utf-8")
             merge(config, yaml.safe_load(under))
         merge(config, yaml.safe_load(path.read_text(encoding="utf-8")))
         check_config(config)

@@ -15,7 +15,7 @@ from kmebench.reporting.appearance import Style
 from kmebench.reporting.panels import save
 from tests.conftest import RUN
 
-REFERENCE = "results/reference/smollm2-135m-editors"
+REFERENCE = "reference/smollm2-135m-editors"
 STYLES = {"A": Style("#0072B2", "o"), "B": Style("#D55E00", "s"), "No edit": Style("#767676", "o")}
 LABELS = {
     "models": {"m": "Model"},
@@ -84,7 +84,7 @@ def numbers(svg):
 
 def test_the_readmes_picture_is_made_of_the_reference_results(tmp_path):
     """`make tables` makes it; numbers of layout may differ in the last digits elsewhere."""
-    overlays = [Path("config/real.yaml"), Path("config/reference-editors.yaml")]
+    overlays = [Path("config/real.yaml"), Path("config/reference/editors.yaml")]
     reported = Reported(read_checked_config(Path("config.yaml"), overlays), REFERENCE)
     spec = reported.figure(type("Wildcards", (), {"figure": "overview"}))
     files = [f"{REFERENCE}/metrics/{name}.parquet" for name in spec["experiments"]]

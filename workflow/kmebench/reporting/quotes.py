@@ -5,8 +5,8 @@ names the reference results, the run that it is computed from, and the metric::
 
     <!--= editors zsre/batch/pac score -->79.7 [76.1, 83.1]<!--/-->
 
-``editors`` is results/reference/smollm2-135m-editors. Where a folder holds several models, one is
-named: ``sizes/qwen2.5-coder-0.5b`` is that model in results/reference/sizes.
+``editors`` is reference/smollm2-135m-editors. Where a folder holds several models, one is
+named: ``sizes/qwen2.5-coder-0.5b`` is that model in reference/sizes.
 
 ``a - b`` in place of the run is the paired difference of two runs. In place of the metric, ``n`` is
 the number of edits, and ``forgotten`` the Efficacy now minus that right after each edit.
@@ -34,8 +34,8 @@ from kmebench.planning.config import read_checked_config
 from kmebench.reporting.findings import Runs
 from kmebench.reporting.tables import DEFAULT, markdown_table, shown_difference
 
-REFERENCE = Path("results/reference")
-PAGES = ("README.md", "docs/*.md", "results/reference/*/README.md")
+REFERENCE = Path("reference")
+PAGES = ("README.md", "docs/*.md", "reference/*/README.md")
 MODEL = "smollm2-135m"
 STATISTICS = {"resamples": 1000, "seed": 0}
 _QUOTE = re.compile(r"(<!--= (?P<source>[^>]+) -->)(?P<shown>.*?)(<!--/-->)", re.DOTALL)
