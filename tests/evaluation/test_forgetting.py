@@ -20,15 +20,15 @@ def test_an_edit_is_written_and_kept_lost_or_neither():
     wrong = {"after_ids": [1, 9]}  # half of the tokens right are not enough
     frame = pd.DataFrame(
         [
-            row("0", "edit", moment="write"),
+            row("0", "edit", when="write"),
             row("0", "edit"),
-            row("1", "edit", moment="write"),
+            row("1", "edit", when="write"),
             row("1", "edit", **wrong),
-            row("2", "edit", moment="write", **wrong),
+            row("2", "edit", when="write", **wrong),
             row("2", "edit"),  # a later edit brought it
             row("3", "edit"),  # its edit failed
-            row("0", "edit", moment="checkpoint", edits_done=1, **wrong),
-            row("1", "paraphrase", moment="write", **wrong),
+            row("0", "edit", when="milestone", edits_done=1, **wrong),
+            row("1", "paraphrase", when="write", **wrong),
         ]
     )
     assert list(fates(frame)["fate"]) == ["kept", "lost", "never written", "never written"]

@@ -23,7 +23,7 @@ def row(case_id, kind, **columns):
         "case_id": case_id,
         "position": int(case_id),
         "kind": kind,
-        "moment": "final",
+        "when": "final",
         "edits_done": 2,
         "batch": 0,
         "prompt": "p",
@@ -142,12 +142,12 @@ def test_the_interval_of_score_knows_that_its_parts_go_together():
     assert summary.loc["efficacy", "high"] - summary.loc["efficacy", "low"] > 0.1
 
 
-def test_moments_are_never_mixed():
-    written = FRAME.assign(moment="write")
-    with pytest.raises(KMEBenchError, match="several moments"):
+def test_times_of_asking_are_never_mixed():
+    written = FRAME.assign(when="write")
+    with pytest.raises(KMEBenchError, match="several times in a run"):
         request_values(pd.concat([FRAME, written]), "token")
-    early, late = (FRAME.assign(moment="checkpoint", edits_done=n) for n in (1, 3))
-    with pytest.raises(KMEBenchError, match="several moments"):
+    early, late = (FRAME.assign(when="milestone", edits_done=n) for n in (1, 3))
+    with pytest.raises(KMEBenchError, match="several times in a run"):
         request_values(pd.concat([early, late]), "token")
 
 
@@ -162,9 +162,9 @@ def test_paired_differences_need_the_same_requests():
 
 
 def test_cohorts_follow_each_group_of_edits_through_time():
-    checkpoint = FRAME[FRAME["case_id"] == "0"].assign(moment="checkpoint", edits_done=1)
-    written = FRAME.assign(moment="write")
-    table = cohorts(pd.concat([FRAME, checkpoint, written]), "token")
+    milestone = FRAME[FRAME["case_id"] == "0"].assign(when="milestone", edits_done=1)
+    written = FRAME.assign(when="write")
+    table = cohorts(pd.concat([FRAME, milestone, written]), "token")
     assert table[["edits_done", "cohort", "efficacy"]].to_numpy().tolist() == [
         [1, 1, 1.0],
         [2, 1, 1.0],

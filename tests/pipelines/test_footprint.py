@@ -119,7 +119,7 @@ def test_an_oracle_opens_for_every_question(make_model, requests, encoder_folder
 def test_only_the_end_of_a_run_counts():
     rows = [("write", "edit", True), ("final", "edit", False), ("final", "edit", True)]
     rows += [("final", "locality", None)]
-    frame = pd.DataFrame(rows, columns=["moment", "kind", "gate"])
+    frame = pd.DataFrame(rows, columns=["when", "kind", "gate"])
     assert gate_shares(frame) == {"edit": 0.5}
 
 

@@ -30,7 +30,7 @@ def write_run(folder, right, seconds=1.0, n=N):
         for kind in ("edit", "paraphrase", "locality"):
             row = dict.fromkeys(PREDICTIONS.names)
             row |= {"case_id": str(i), "position": i, "kind": kind, "prompt": "p", "target": "t"}
-            row |= {"moment": "final", "edits_done": n, "batch": 0, "target_ids": [1]}
+            row |= {"when": "final", "edits_done": n, "batch": 0, "target_ids": [1]}
             row |= {"before_ids": [1], "after_ids": [1 if i < right[kind] else 2]}
             rows.append(row)
     folder.mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_long_runs_are_judged_at_every_milestone(tmp_path):
         write_run(tmp_path / name, dict.fromkeys(kinds, at_end))
         file = tmp_path / name / "predictions.parquet"
         early = pd.read_parquet(tmp_path / "then" / name / "predictions.parquet")
-        asked = [early.assign(moment="checkpoint", edits_done=done) for done in (30, 100)]
+        asked = [early.assign(when="milestone", edits_done=done) for done in (30, 100)]
         write_frame(pd.concat([*asked, pd.read_parquet(file)]), PREDICTIONS, file)
     runs = Runs(tmp_path, {"resamples": 100, "seed": 0})
     cell = {"claim": "id", "model": "M", "dataset": "D", "sides": {"a": "a", "b": "b"}}

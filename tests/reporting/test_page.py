@@ -25,7 +25,7 @@ LABELS = {
 def metric(method, name, value, *, dataset="z", protocol="token", experiment="table1", **more):
     row = {"experiment": experiment, "model": "m", "dataset": dataset, "mode": "batch"}
     row |= {"method": method, "variant": "default", "seed": 0, "protocol": protocol}
-    row |= {"moment": "final", "edits_done": 30, "metric": name, "value": value, "n": 30}
+    row |= {"when": "final", "edits_done": 30, "metric": name, "value": value, "n": 30}
     row |= {"low": value - 0.1, "high": value + 0.1, "behind_low": 0.1, "behind_high": 0.3}
     return row | more
 
@@ -71,17 +71,17 @@ def test_main_cells_are_the_configured_edits_in_percent_in_the_order_of_the_conf
     assert main_cells(metrics(), LABELS, [], seed=7).empty
 
 
-def test_every_moment_has_a_name_of_its_own():
-    moments = {
+def test_every_time_of_asking_has_a_name_of_its_own():
+    names = {
         ("final", 300): "after all edits",
         ("write", 300): "right after each edit",
-        ("checkpoint", 100): "after 100 edits",
+        ("milestone", 100): "after 100 edits",
         ("newest", 300): "right after each of the last 100 of 300 edits",
     }
-    rows = [metric("pac", "efficacy", 0.5, moment=m, edits_done=n) for m, n in moments]
+    rows = [metric("pac", "efficacy", 0.5, when=m, edits_done=n) for m, n in names]
     told = explorer(in_order(once(pd.DataFrame(rows)), LABELS), LABELS, seed=0)
     when = [name for name, _ in told["columns"]].index("when")
-    assert [row[when] for row in told["rows"]] == list(moments.values())
+    assert [row[when] for row in told["rows"]] == list(names.values())
 
 
 def test_the_table_of_all_numbers_holds_every_protocol_and_variant_once():
@@ -238,12 +238,12 @@ def predictions(*answers):
             "kind": kind,
             "prompt": f"{kind} {k}?",
             "target": "Rome",
-            "moment": moment,
+            "when": when,
             "wild_before": "Paris",
-            "wild_after": text if moment == "final" else "elsewhere",
+            "wild_after": text if when == "final" else "elsewhere",
         }
         for record, texts in enumerate(answers, start=1)
-        for moment in ("write", "final")
+        for when in ("write", "final")
         for k, (kind, text) in enumerate(zip(kinds, texts, strict=False))
     ]
     return pd.DataFrame(rows)

@@ -26,7 +26,7 @@ LAYOUT = Layout(
 )
 
 
-def metric(method, name, value, *, model="gpt-j", dataset="zsre", moment="final", **other):
+def metric(method, name, value, *, model="gpt-j", dataset="zsre", when="final", **other):
     row = {
         "experiment": "table2",
         "model": model,
@@ -36,7 +36,7 @@ def metric(method, name, value, *, model="gpt-j", dataset="zsre", moment="final"
         "variant": "default",
         "seed": 0,
         "protocol": "token",
-        "moment": moment,
+        "when": when,
         "edits_done": 20,
         "metric": name,
         "value": value,
@@ -58,7 +58,7 @@ METRICS = pd.DataFrame(
         metric("pac", "locality", 0.4),
         metric("pac", "generality", 0.5),
         metric("pac", "score", 0.6),
-        metric("pac", "efficacy", 1.0, moment="write"),
+        metric("pac", "efficacy", 1.0, when="write"),
         metric("full-c", "efficacy", 0.3),
         metric("pac", "efficacy", 0.1, protocol="wild"),
     ]
@@ -161,7 +161,7 @@ def state(method, name, value, **other):
 def test_health_stands_in_columns_of_its_own_where_it_was_measured():
     rows = [
         state("pac", "perplexity_ratio", 1.234),
-        state("pac", "perplexity_ratio", 9.0, moment="checkpoint"),
+        state("pac", "perplexity_ratio", 9.0, when="milestone"),
         state("pac", "kl", 0.5),
         state("pac", "perplexity", 17.0),
     ]
@@ -184,9 +184,9 @@ def test_health_stands_in_columns_of_its_own_where_it_was_measured():
 
 def test_long_runs_say_when_half_of_the_best_score_was_lost():
     scores = {1: 0.3, 10: 0.8, 100: 0.41, 300: 0.39, 1000: 0.45}  # a first edit may fail
-    moments = dict.fromkeys(scores, "checkpoint") | {1000: "final"}
+    when = dict.fromkeys(scores, "milestone") | {1000: "final"}
     rows = [
-        metric(method, "score", value, moment=moments[n], edits_done=n, n=300)
+        metric(method, "score", value, when=when[n], edits_done=n, n=300)
         for method, values in {"pac": scores, "full-c": scores | {300: 0.4}}.items()
         for n, value in values.items()
     ]

@@ -64,10 +64,10 @@ def test_editors_on_the_same_place_share_a_name():
 
 
 def test_trade_offs_are_final_numbers_of_the_given_runs_in_percent(tmp_path):
-    row = RUN | {"protocol": "token", "moment": "final", "metric": "efficacy", "n": 50}
+    row = RUN | {"protocol": "token", "when": "final", "metric": "efficacy", "n": 50}
     row |= {"value": 0.5, "low": 0.4, "high": 0.6, "seconds_per_edit": 2.0}
     rows = [row, row | {"metric": "score", "value": 0.7}]
-    rows += [row | other for other in ({"moment": "write"}, {"protocol": "wild"}, {"seed": 9})]
+    rows += [row | other for other in ({"when": "write"}, {"protocol": "wild"}, {"seed": 9})]
     pd.DataFrame(rows).to_parquet(tmp_path / "metrics.parquet")
     files = [str(tmp_path / "metrics.parquet")]
     (found,) = figure_tables.trade_offs(files, [RUN], LABELS, "token", ["none"]).to_dict("records")

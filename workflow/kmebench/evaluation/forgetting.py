@@ -23,8 +23,8 @@ def fates(frame: pd.DataFrame) -> pd.DataFrame:
     failed were never written.
     """
     written, kept = (
-        request_values(frame[frame["moment"] == moment], "exact").set_index("position")
-        for moment in ("write", "final")
+        request_values(frame[frame["when"] == when], "exact").set_index("position")
+        for when in ("write", "final")
     )
     was_written = (written["efficacy"] == 1).reindex(kept.index, fill_value=False)
     fate = np.select([~was_written, kept["efficacy"] < 1], FATES[:2], FATES[2])

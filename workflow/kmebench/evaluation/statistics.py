@@ -22,15 +22,15 @@ _BLOCK = 1 << 22
 def request_values(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Score every request: columns case_id, position and every request metric (NaN: no prompt).
 
-    ``frame`` holds predictions of one moment; without ``before_ids`` (the unedited model)
+    ``frame`` holds predictions asked at one time; without ``before_ids`` (the unedited model)
     there is no locality.
 
     Raises:
-        KMEBenchError: rows of several moments would be mixed.
+        KMEBenchError: rows asked at several times would be mixed.
     """
-    at_checkpoints = (frame["moment"] == "checkpoint").any()
-    if frame["moment"].nunique() > 1 or (at_checkpoints and frame["edits_done"].nunique() > 1):
-        raise KMEBenchError("Predictions of several moments cannot be scored together.")
+    at_milestones = (frame["when"] == "milestone").any()
+    if frame["when"].nunique() > 1 or (at_milestones and frame["edits_done"].nunique() > 1):
+        raise KMEBenchError("Predictions of several times in a run cannot be scored together.")
     judge = PROTOCOLS[protocol]
     rows = frame[frame[judge.reads].notna()]
     names = [metric for metric in metrics_of("request") if metric.kinds]
@@ -160,11 +160,11 @@ def cohorts(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Efficacy and generality along consecutive edits, by cohort of edits.
 
     Returns edits_done, cohort (number of the cohort's last edit: 1, 3, 10, 30, ...), efficacy,
-    generality, n; one row for every checkpoint and every cohort written by then.
+    generality, n; one row for every milestone and every cohort written by then.
     """
     rows = []
-    checkpoints = frame[frame["moment"].isin(["checkpoint", "final"])]
-    for done, at in checkpoints.groupby("edits_done"):
+    milestones = frame[frame["when"].isin(["milestone", "final"])]
+    for done, at in milestones.groupby("edits_done"):
         values = request_values(at, protocol)
         values["cohort"] = [cohort_of(position + 1) for position in values["position"]]
         for cohort, part in values.groupby("cohort"):

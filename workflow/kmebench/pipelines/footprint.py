@@ -63,7 +63,7 @@ def gate_shares(predictions: pd.DataFrame) -> dict[str, float]:
 
     A question is a prompt of a request. Empty for edits without a gate.
     """
-    final = predictions[predictions["moment"] == "final"]
+    final = predictions[predictions["when"] == "final"]
     asked = final[final["gate"].notna()]
     return {
         kind: float(gates.astype(float).mean())

@@ -26,7 +26,7 @@ def compare(
     values = {}
     for folder, path in files.items():
         frame = read_predictions(path)
-        values[folder] = request_values(frame[frame["moment"] == "final"], protocol)
+        values[folder] = request_values(frame[frame["when"] == "final"], protocol)
     rows = []
     for pair in pairs:
         a, b = values[pair["a"]], values[pair["b"]]

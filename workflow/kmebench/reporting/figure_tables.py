@@ -93,7 +93,7 @@ def _squares(path: str) -> pd.DataFrame:
 
 def swept(metrics: pd.DataFrame, runs: Runs, labels: Labels, protocol: str) -> pd.DataFrame:
     """Final metrics of every run of a sweep, in percent, with the value that it was given."""
-    final = metrics[(metrics["moment"] == "final") & (metrics["protocol"] == protocol)]
+    final = metrics[(metrics["when"] == "final") & (metrics["protocol"] == protocol)]
     joined = pd.DataFrame(list(runs)).merge(_in_units(final), on=RUN, validate="1:m")
     columns = ["model", "dataset", "editor", "value", "metric", "mean", "low", "high", "n"]
     listed = joined["value"].map(lambda x: ", ".join(map(str, x)) if isinstance(x, list) else x)
@@ -111,7 +111,7 @@ def trade_offs(
     """
     metrics = pd.concat([read_parquet(path) for path in files], ignore_index=True)
     shown = metrics["metric"].isin([m.name for m in metrics_of("request", tabled=True)])
-    shown &= (metrics["moment"] == "final") & (metrics["protocol"] == protocol)
+    shown &= (metrics["when"] == "final") & (metrics["protocol"] == protocol)
     joined = pd.DataFrame(list(runs)).merge(_in_units(metrics[shown]), on=RUN, validate="1:m")
     rows = []
     for _, part in joined.groupby(RUN, sort=False):
@@ -148,13 +148,13 @@ def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFra
     behind them, and those of states at the end.
     """
     tabled = [*metrics_of("request", tabled=True), *metrics_of("state", tabled=True)]
-    newest = (metrics["moment"] == "newest") & (metrics["metric"] == "efficacy")
-    kept = newest | metrics["moment"].isin(["checkpoint", "final"])
+    newest = (metrics["when"] == "newest") & (metrics["metric"] == "efficacy")
+    kept = newest | metrics["when"].isin(["milestone", "final"])
     kept &= metrics["metric"].isin([metric.name for metric in tabled])
     kept &= metrics["protocol"].isin([protocol, HEALTH])
     edited = metrics[kept & (metrics["method"] != "original")]
     order = edited["method"].map({name: k for k, name in enumerate(labels["methods"])})
-    part = 2 * (edited["protocol"] == HEALTH) + (edited["moment"] == "newest")
+    part = 2 * (edited["protocol"] == HEALTH) + (edited["when"] == "newest")
     ordered = edited.assign(part=part, order=order).sort_values(["part", "order"], kind="stable")
     table = _labelled(_in_units(ordered), labels)
     table["metric"] += np.where(table["part"] == 1, OF_THE_NEWEST, "")

@@ -68,8 +68,8 @@ class Runs:
         """case_id and metrics of every request that was asked (protocol token)."""
         if folder not in self._values:
             frame = self.predictions(folder)
-            at_end = frame["moment"] == "final"
-            then = (frame["moment"] == "checkpoint") & (frame["edits_done"] == self.edits)
+            at_end = frame["when"] == "final"
+            then = (frame["when"] == "milestone") & (frame["edits_done"] == self.edits)
             self._values[folder] = request_values(frame[then if self.edits else at_end], "token")
         return self._values[folder]
 
@@ -78,7 +78,7 @@ class Runs:
         asked = []
         for folder in folders:
             frame = self.predictions(folder)
-            asked.append({*frame.loc[frame["moment"] == "checkpoint", "edits_done"]})
+            asked.append({*frame.loc[frame["when"] == "milestone", "edits_done"]})
         return sorted(int(n) for n in set.intersection(*asked) if n >= MANY)
 
     def difference(self, a: str, b: str, metric: str) -> Interval:
@@ -92,7 +92,7 @@ class Runs:
     def forgotten(self, folder: str) -> Interval:
         """Efficacy at the end minus right after each edit, in points, its interval, and n."""
         frame = self.predictions(folder)
-        written = request_values(frame[frame["moment"] == "write"], "token")
+        written = request_values(frame[frame["when"] == "write"], "token")
         return self._points(self.values(folder), written, "efficacy")
 
     def seconds(self, folder: str) -> np.ndarray:
@@ -207,7 +207,7 @@ def findings(
         tested = [cell for cell in cells if cell["claim"] == claim.id]
         for cell in tested:
             place = {"model": cell["model"], "dataset": cell["dataset"]}
-            for then in _moments(claim, cell, runs):
+            for then in _times(claim, cell, runs):
                 verdict = judge(claim, cell["sides"], cell["names"], then)
                 rows.append(about | place | {"edits": then.edits or verdict.n} | vars(verdict))
         if not tested:
@@ -216,7 +216,7 @@ def findings(
     return pd.DataFrame(rows).astype({"paper_edits": "Int64"})
 
 
-def _moments(claim: Claim, cell: Mapping[str, Any], runs: Runs) -> list[Runs]:
+def _times(claim: Claim, cell: Mapping[str, Any], runs: Runs) -> list[Runs]:
     """Return the runs of a cell at the milestones of long consecutive ones, and at their end."""
     test = claim.test
     if test["kind"] in _WITHOUT_END or test["mode"] != "consecutive":

@@ -78,7 +78,7 @@ def _differences(results: Path, shown: Mapping[str, Any]) -> pd.DataFrame:
 
 def _values(folder: Path) -> pd.DataFrame:
     frame = read_predictions(folder / "predictions.parquet")
-    return request_values(frame[frame["moment"] == "final"], "token")
+    return request_values(frame[frame["when"] == "final"], "token")
 
 
 def _fact(results: Path, told: Mapping[str, Any], paths: Sequence[str]) -> Fact | None:

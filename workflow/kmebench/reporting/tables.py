@@ -93,8 +93,8 @@ def _runs(of_editor: pd.DataFrame) -> list[tuple[tuple[str, int | None], pd.Data
 
 def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]:
     """The numbers of one model, editor, seed and data set."""
-    final = cell[cell["moment"] == "final"].set_index("metric")
-    written = cell[cell["moment"] == "write"].set_index("metric")
+    final = cell[cell["when"] == "final"].set_index("metric")
+    written = cell[cell["when"] == "write"].set_index("metric")
     row: dict[str, Any] = {}
     for metric in table_columns("request"):
         name = metric.name
@@ -119,7 +119,7 @@ def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]
 
 def _half_after(cell: pd.DataFrame) -> float:
     """The first milestone at which Score is below half of the best one until then."""
-    asked = cell["moment"].isin(["checkpoint", "final"]) & (cell["metric"] == "score")
+    asked = cell["when"].isin(["milestone", "final"]) & (cell["metric"] == "score")
     scores = cell[asked].set_index("edits_done")["value"].sort_index()
     below = scores < scores.cummax() / 2
     return float(below.idxmax()) if below.any() else float("nan")
