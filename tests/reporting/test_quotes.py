@@ -86,9 +86,7 @@ def test_a_quoted_difference_is_what_make_tables_prints():
     assert numbers(shown) == pytest.approx(numbers(printed), abs=0.051)
 
 
-@pytest.mark.parametrize(
-    "source", ["scores", "editors zsre/batch/pac speed", "table reference"]
-)
+@pytest.mark.parametrize("source", ["scores", "editors zsre/batch/pac speed", "table reference"])
 def test_a_quote_of_nothing_is_one_sentence(source):
     with pytest.raises(KMEBenchError, match=re.escape(repr(source))):
         filled(f"<!--= {source} -->1<!--/-->")
