@@ -45,8 +45,9 @@ def test_a_subject_or_a_relation_comes_again_only_if_it_comes_later():
         request(2, "FRANCE", "The king of {} is", "P35"),
         request(3, "Chile", "{} has the king", "P35"),
     ]
-    assert again_later(requests, same_subject) == [True, False, False, False]
-    assert again_later(requests, same_relation) == [True, False, True, False]
+    assert again_later(requests, same_subject, 2).tolist() == [True, False]
+    assert again_later(requests, same_subject, 1).tolist() == [False, False, False]
+    assert again_later(requests, same_relation, 1).tolist() == [True, False, True]
 
 
 def test_the_closest_of_the_keys_that_follow():

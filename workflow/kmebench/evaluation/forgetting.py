@@ -31,14 +31,15 @@ def fates(frame: pd.DataFrame) -> pd.DataFrame:
     return kept[["case_id"]].assign(fate=fate).reset_index().sort_values("position")
 
 
-def again_later(requests: Sequence[EditRequest], of: Callable[[EditRequest], str]) -> list[bool]:
-    """Return for every request whether a later one has the same value of ``of``."""
-    seen: set[str] = set()
-    found = []
-    for request in reversed(requests):
-        found.append(of(request) in seen)
-        seen.add(of(request))
-    return found[::-1]
+def again_later(
+    requests: Sequence[EditRequest], of: Callable[[EditRequest], str], window: int
+) -> np.ndarray:
+    """Return whether one of the ``window`` requests that follow has the same value of ``of``.
+
+    Of all requests that so many follow: older ones have more chances, and are lost more often.
+    """
+    values = [of(request) for request in requests]
+    return np.array([v in values[i + 1 : i + 1 + window] for i, v in enumerate(values[:-window])])
 
 
 def same_subject(request: EditRequest) -> str:
