@@ -101,7 +101,10 @@ def _select(records: Sequence[Indexed], selection: Selection) -> list[EditReques
         return [r for index, r in records if any(index in segment for segment in wanted)]
     n = len(records) if selection.n is None else selection.n
     if n > len(records):
-        raise DataError(f"n is {n}, but there are {len(records)} usable records.")
+        raise DataError(
+            f"n is {n}, but there are {len(records)} usable records; lower n of this data set, or "
+            "mend the records of its file."
+        )
     if selection.seed is None:
         return [request for _, request in records[:n]]
     picks = sorted(random.Random(selection.seed).sample(range(len(records)), n))
