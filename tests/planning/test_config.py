@@ -54,17 +54,46 @@ def test_a_sweep_may_be_over_seeds_and_figures_may_share_an_experiment():
     checked(kind="paper", tables=["table1", "table2"])
 
 
+ABLATIONS = ("ablation-paths", "ablation-lambda", "ablation-negatives")
+ONLY = {
+    "by their names": {"only_experiments": ["table2"]},
+    "one by one": {"experiments": dict.fromkeys(("table1", *ABLATIONS))},
+}
+
+
+@pytest.mark.parametrize("overlay", ONLY.values(), ids=ONLY)
+def test_what_shows_nothing_but_experiments_left_out_is_left_out(overlay, tmp_path):
+    (tmp_path / "only.yaml").write_text(yaml.safe_dump(overlay))
+    config = read_checked_config(Path("config.yaml"), [tmp_path / "only.yaml"])
+    assert list(config["experiments"]) == ["table2"]
+    assert list(config["tables"]) == ["table2"]
+    assert config["figures"]["overview"]["experiments"] == ["table2"]
+    assert "figure3-time" in config["figures"]
+    assert "figure5-paths" not in config["figures"]
+
+
+def test_figures_of_tables_go_with_the_last_of_them():
+    config = read_config(Path("config.yaml"))
+    config["figures"] = {"mine": {"title": "Sizes", "kind": "paper", "tables": ["table1"]}}
+    config["experiments"]["table1"] = None
+    check_config(config)
+    assert not config["figures"]
+
+
+def test_the_only_experiments_must_be_there():
+    config = read_config(Path("config.yaml"))
+    config["only_experiments"] = ["tabel2"]
+    with pytest.raises(ConfigError, match="only_experiments names 'tabel2'.*did you mean 'table2'"):
+        check_config(config)
+
+
 def test_an_overlay_takes_entries_out_by_null(tmp_path):
     overlay = tmp_path / "fewer.yaml"
-    overlay.write_text("figures: {negatives: null}\nexperiments: {ablation-negatives: null}\n")
-    config = read_config(Path("config.yaml"), [overlay])
-    with pytest.raises(ConfigError, match=r"tables\.ablation-negatives\.experiment"):
-        check_config(config)  # a table still asks for it
-    config = read_config(Path("config.yaml"), [overlay])
-    config["tables"]["ablation-negatives"] = None
-    check_config(config)
+    overlay.write_text("figures: {negatives: null}\ntables: {ablation-paths: null}\n")
+    config = read_checked_config(Path("config.yaml"), [overlay])
     assert "negatives" not in config["figures"]
-    assert "ablation-negatives" not in config["experiments"] | config["tables"]
+    assert "ablation-paths" not in config["tables"]
+    assert {"ablation-negatives", "ablation-paths"} <= set(config["experiments"])
 
 
 def test_a_method_may_be_its_name_alone():

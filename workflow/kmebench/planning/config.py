@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -81,16 +81,16 @@ _Filling = validators.extend(Draft202012Validator, {"properties": _fill})
 def check_config(config: dict[str, Any]) -> None:
     """Validate a config against its schema, fill in defaults, and check its names.
 
-    Experiments, tables, figures and comparisons that an overlay has set to null are taken out.
+    Experiments, tables, figures and comparisons that an overlay has set to null are taken out, and
+    experiments that are not among ``only_experiments``; with them what shows nothing else.
 
     Raises:
         ConfigError: names the key and says what is wrong with it.
     """
-    for section in _REMOVABLE:
-        entries = config.get(section)
-        if isinstance(entries, dict):
-            for name in [name for name, entry in entries.items() if entry is None]:
-                del entries[name]
+    gone = {
+        section: _removed(config.get(section), lambda entry: entry is None)
+        for section in _REMOVABLE
+    }
     _refuse_keys_of_other_types(config)
     for old, new in _RENAMED.items():
         if old in config:
@@ -101,6 +101,7 @@ def check_config(config: dict[str, Any]) -> None:
     _Filling(_schema()).validate(config)
     config["methods"] |= {name: {} for name, spec in config["methods"].items() if spec is None}
     _check_datasets(config["datasets"])
+    _leave_out(config, gone["experiments"], gone["tables"])
     _run_on_own_models(config)
     for name in config.setdefault("notebooks", sorted(NOTEBOOKS)):
         grid.check_name(name, NOTEBOOKS, "notebooks", "notebooks")
@@ -119,6 +120,41 @@ def check_config(config: dict[str, Any]) -> None:
         _check_figure(config, f"figures.{name}", figure)
     for role, method in config["page"].items():
         grid.check_name(method, config["methods"], "methods", f"page.{role}")
+
+
+def _removed(entries: Any, unwanted: Callable[[Any], bool]) -> set[str]:
+    """Take entries out of a section, if it is one; return their names."""
+    if not isinstance(entries, dict):
+        return set()
+    names = {name for name, entry in entries.items() if unwanted(entry)}
+    for name in names:
+        del entries[name]
+    return names
+
+
+def _leave_out(config: dict[str, Any], experiments: set[str], tables: set[str]) -> None:
+    """Take out what shows nothing but ``experiments`` and ``tables`` that were taken out.
+
+    With ``only_experiments`` all others count as such.
+    """
+    there, only = config["experiments"], config.get("only_experiments")
+    if only is not None:
+        for name in only:
+            grid.check_name(name, there.keys() | experiments, "experiments", "only_experiments")
+        experiments = experiments | there.keys() - set(only)
+        config["experiments"] = {name: spec for name, spec in there.items() if name in only}
+    tables |= _removed(config["tables"], lambda table: table["experiment"] in experiments)
+    for figure in config["figures"].values():
+        for key, gone in (("experiments", experiments), ("tables", tables)):
+            if key in figure:
+                figure[key] = [name for name in figure[key] if name not in gone]
+    _removed(
+        config["figures"],
+        lambda figure: (
+            figure.get("experiment") in experiments
+            or [] in (figure.get("experiments"), figure.get("tables"))
+        ),
+    )
 
 
 def _check_datasets(datasets: dict[str, Any]) -> None:
