@@ -36,6 +36,18 @@ def test_every_script_is_named_after_the_rule_that_runs_it():
     assert used - {"edit"} <= rules
 
 
+def test_rules_that_ask_for_a_gpu_are_sent_to_its_partition_and_no_others():
+    blocks = re.split(r"^(?:use rule \w+ as|rule) (\w+)(?: with)?:", RULES, flags=re.MULTILINE)[1:]
+    asking = {name for name, body in zip(blocks[::2], blocks[1::2], strict=True) if "gpu=" in body}
+    profile = yaml.safe_load(Path("profiles/slurm/config.yaml").read_text(encoding="utf-8"))
+    sent = {
+        name
+        for name, resources in profile["set-resources"].items()
+        if resources["slurm_partition"] == "gpu"
+    }
+    assert sent == asking
+
+
 def test_scripts_are_short_documented_and_read_no_config():
     for path in SCRIPTS:
         text = path.read_text()
