@@ -91,6 +91,28 @@ def test_settings_of_a_run_are_complete(config):
     assert settings["load"] == {"dtype": "float32", "device": "auto"}
 
 
+OF_RUNS = {"batch_size": 7, "milestone_sample": 5, "checkpoint_every": 3, "on_failed_edit": "skip"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "decides"),
+    [
+        ("batch", {"batch_size"}),
+        ("consecutive", {"milestone_sample"}),
+        ("consecutive+turn=5", {"milestone_sample"}),
+        ("breadth_first", set()),
+    ],
+)
+def test_a_key_that_decides_nothing_about_a_run_is_no_parameter_of_it(mode, decides, config):
+    before = asked(config).settings(run("full-c", mode))
+    changing = {
+        key
+        for key in OF_RUNS
+        if asked(config | {key: OF_RUNS[key]}).settings(run("full-c", mode)) != before
+    }
+    assert changing == decides
+
+
 def test_what_is_trained_reads_the_development_split_and_no_reported_record(config):
     rules = asked(config)
     files = stages(rules.edit(run("serac-trained")))

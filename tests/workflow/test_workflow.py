@@ -421,9 +421,15 @@ def test_an_editor_of_ones_own_needs_a_class_a_card_and_three_lines_of_config(fi
     torch.testing.assert_close(part.values, torch.full_like(part.values, 3 * 0.5))
     timing = json.loads((finished.folder / run / "timing.json").read_text())
     assert timing["failed_edits"] == len(timing["failures"]) == 1
-    stopped = finished.overlay("stopped", on_failed_edit="error")
+    stopped = finished.overlay("stopped", on_failed_edit="error", checkpoint_every=7)
+    target = f"{run}/delta.safetensors"
+    kept = finished.run("-n", target, configs=(*configs, stopped), PYTHONPATH=str(tmp_path))
+    assert "Nothing to be done" in kept
     output = finished.run(
-        f"{run}/delta.safetensors",
+        "--forcerun",
+        "edit",
+        "--",
+        target,
         configs=(*configs, stopped),
         check=False,
         PYTHONPATH=str(tmp_path),

@@ -16,7 +16,10 @@ EVERY_RUN = ("model", "requests", "original", "neutral", "code")
 
 with script_log(snakemake):
     torch.set_num_threads(snakemake.threads)
-    settings = snakemake.params.run
+    settings = snakemake.params.run | {
+        "checkpoint_every": snakemake.resources.checkpoint_every,
+        "on_failed_edit": snakemake.resources.on_failed_edit,
+    }
     seed_everything(settings["seed"])
     run_cell(
         lambda: EditableModel.load(snakemake.input.model, **settings["load"]),

@@ -210,17 +210,20 @@ class Inputs:
         }
 
     def settings(self, wildcards: Any) -> dict[str, Any]:
-        """Return everything that decides the outcome of a run, defaults resolved."""
+        """Return everything that decides the outcome of a run, defaults resolved, and no more.
+
+        How often a run saves decides nothing, and neither does what it does where an edit fails: of
+        a run that has finished under ``error`` none did, and ``skip`` gives the same bytes.
+        """
         run, config = _run_of(wildcards), self.config
+        of_pipeline = {"batch": "batch_size", "consecutive": "milestone_sample"}
+        own = {key: config[key] for name, key in of_pipeline.items() if name == run.pipeline}
         return {
             "mode": run.mode,
             "editor": grid.editor_of(config, run.method),
             "hparams": grid.hparams_of(config, run),
             "seed": run.seed,
-            "batch_size": config["batch_size"],
-            "checkpoint_every": config["checkpoint_every"],
-            "milestone_sample": config["milestone_sample"],
-            "on_failed_edit": config["on_failed_edit"],
+            **own,
             "on_bad_record": self.on_bad_record(wildcards),
             "load": self.load(wildcards),
             "evaluation": config["evaluation"],
