@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kmebench import forkserver
+from kmebench import devices, forkserver
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
 
@@ -174,6 +174,6 @@ def test_no_server_where_jobs_may_use_a_gpu(device, monkeypatch):
 
 def test_no_server_for_auto_beside_a_gpu(monkeypatch, tmp_path):
     monkeypatch.delenv(forkserver.ADDRESS, raising=False)
-    monkeypatch.setattr(forkserver, "_GPUS", (str(tmp_path),))
+    monkeypatch.setattr(devices, "_FILES", (str(tmp_path),))
     forkserver.start("auto", 1)
     assert forkserver.ADDRESS not in os.environ

@@ -39,7 +39,19 @@ if workflow.is_main_process:  # not in the process of a job
 
 RESULTS = str(workflow.pathvars.get("results"))  # unless the config moves it (pathvars)
 MIRROR = config["data_mirror"] or os.environ.get("KMEBENCH_DATA_MIRROR", "")
-inputs = Inputs(config, RESULTS, MIRROR)
+
+
+def elsewhere():
+    """Whether other machines run the jobs: known once the run has begun.
+
+    The executor of a dry run is its own. Then we go by --jobs, which all but local ones must have.
+    """
+    if workflow.dryrun:
+        return workflow.resource_settings.nodes is not None
+    return not workflow.local_exec
+
+
+inputs = Inputs(config, RESULTS, MIRROR, elsewhere)
 reported = Reported(config, RESULTS)
 page = Page(reported)
 notebooks = Notebooks(config, RESULTS)

@@ -6,13 +6,13 @@ Paths begin with Snakemake's own ``<results>``.
 
 import math
 import re
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kmebench.devices import uses_gpu
 from kmebench.editors.cards import card_of
 from kmebench.editors.needs import Encoder, Hypernetwork, Paths, Targets, Trained
 from kmebench.io import origins
@@ -27,7 +27,6 @@ METRIC = r"layers=[\d:]+\+tokens=\d+\+seed=\d+"
 TARGET = r"site=[\w-]+\+layer=\d+\+[^/]+"
 #: A mode, as :func:`kmebench.modes.spell_mode` spells it.
 MODE = r"batch|breadth_first|consecutive(?:\+turn=\d+)?"
-_HAS_GPU = shutil.which("nvidia-smi") is not None
 #: Keys of a data set that decide what is selected from it.
 _SELECTED = (
     *("schema", "n", "seed", "segments", "development", "training"),
@@ -50,12 +49,13 @@ class Inputs:
     """Inputs, parameters and resources of rules, from a checked config.
 
     ``results`` is the folder that ``<results>`` stands for; ``mirror`` is searched for data files
-    before any URL, unless it is empty.
+    before any URL, unless it is empty; ``elsewhere`` says whether other machines run the jobs.
     """
 
     config: Mapping[str, Any]
     results: str
     mirror: str
+    elsewhere: Callable[[], bool] = lambda: False
 
     # -- data and models ------------------------------------------------------------------------
 
@@ -238,7 +238,7 @@ class Inputs:
     def gpus_of(self, model: str) -> int:
         """Return one GPU, unless the model runs on the CPU."""
         device = grid.load_of(self.config, model)["device"]
-        return int(device not in ("auto", "cpu") or (device == "auto" and _HAS_GPU))
+        return int(uses_gpu(device, elsewhere=self.elsewhere()))
 
     def memory(self, wildcards: Any, attempt: int) -> int:
         """Return the main memory in MB that a job which asks a model takes; more after a failure.
