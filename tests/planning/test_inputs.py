@@ -165,6 +165,7 @@ def test_models_are_trained_or_fetched_and_ask_for_what_they_take(config):
     assert rules.fetched_models == [name for name in config["models"] if name != "tiny-gptj"]
     config["device"] = "cuda"
     config["models"]["tiny-gptj"]["device"] = "cpu"
+    assert rules.devices == {"cpu"}  # no run is of another model
     assert rules.gpus(wildcards(model="smollm2-135m")) == 1
     assert rules.gpus(wildcards(model="tiny-gptj")) == 0
     asked_once = rules.memory(wildcards(model="smollm2-135m"), attempt=1)

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -38,13 +38,13 @@ ADDRESS = "KMEBENCH_FORKSERVER"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def start(device: str, threads: int) -> None:
-    """Start a server for the jobs of this process, if none of them may use a GPU.
+def start(devices: Iterable[str], threads: int) -> None:
+    """Start a server for the jobs of this process, if none of their models uses a GPU.
 
     It ends when this process does, however that ends. ``threads`` are those of one job: some
     libraries size their pools when they are imported.
     """
-    if sys.platform != "linux" or uses_gpu(device):
+    if sys.platform != "linux" or any(map(uses_gpu, devices)):
         return
     address = str(Path(tempfile.mkdtemp(prefix="kmebench-")) / "forkserver")
     library = str(Path(__file__).parents[1])

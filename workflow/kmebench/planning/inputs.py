@@ -129,6 +129,11 @@ class Inputs:
         """Return where a job's model lies."""
         return self.load(wildcards)["device"]
 
+    @property
+    def devices(self) -> set[str]:
+        """Where the models of all runs lie."""
+        return {grid.load_of(self.config, run.model)["device"] for run in self.runs}
+
     # -- cached stages --------------------------------------------------------------------------
 
     def askable(self, wildcards: Any) -> dict[str, Any]:
