@@ -1,4 +1,4 @@
-"""What rules read and are told, without Snakemake and without torch."""
+"""What rules read and are told, without Snakemake."""
 
 import copy
 import re
@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kmebench.editors import cards
 from kmebench.editors.locate.cards import MEMITHparams
+from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.errors import ConfigError
 from kmebench.planning import grid, inputs
 from kmebench.planning.config import check_config, read_checked_config
@@ -178,6 +180,15 @@ def test_models_are_trained_or_fetched_and_ask_for_what_they_take(config):
         for method in ("none", "pac", "memit", "full-c")
     }
     assert asked_once == editing["none"] < editing["pac"] < editing["memit"] < editing["full-c"]
+
+
+def test_the_covariance_keeps_the_layers_that_other_configs_read(config, tmp_path):
+    rules, model = Inputs(config, str(tmp_path), ""), wildcards(model="tiny-gptj")
+    assert rules.covariance_layers(model) == [1, 2]
+    path = tmp_path / "covariance/tiny-gptj.safetensors"
+    for held, asked_for in (([1], [1, 2]), ([0, 2], [0, 1, 2]), ([0, 1, 2, 3], [0, 1, 2, 3])):
+        write_covariance(path, {layer: torch.eye(2) for layer in held}, 8, {"source": "self"})
+        assert rules.covariance_layers(model) == asked_for
 
 
 def test_a_users_data_file_is_known_by_its_content_unless_the_config_pins_it(config, tmp_path):

@@ -118,7 +118,8 @@ rule covariance:
         model="<results>/models/{model}",
         code=code("covariance"),
     output:
-        covariance="<results>/covariance/{model}.safetensors",
+        # Not removed before the job, whose parameter is what layers it holds.
+        covariance=update("<results>/covariance/{model}.safetensors"),
         origin="<results>/covariance/{model}.origin.json",
     log:
         "<logs>/covariance/{model}.log",

@@ -91,6 +91,7 @@ class Covariance(Need):
 
     asset: ClassVar[str] = "covariance"
     rule: ClassVar[str] = "covariance"
+    form: ClassVar[str] = "kmebench.moments.v2"  # what the file's header calls it
 
     @property
     def covariance_layers(self) -> tuple[int, ...]:

@@ -14,8 +14,9 @@ from typing import Any
 
 from kmebench.devices import uses_gpu
 from kmebench.editors.cards import card_of
-from kmebench.editors.needs import Encoder, Hypernetwork, Paths, Targets, Trained
+from kmebench.editors.needs import Covariance, Encoder, Hypernetwork, Paths, Targets, Trained
 from kmebench.io import origins
+from kmebench.io.headers import read_header
 from kmebench.planning import grid, memory
 from kmebench.planning.dependencies import code
 from kmebench.values import TRAINING
@@ -155,8 +156,15 @@ class Inputs:
         return asdict(Targets.parse(wildcards.target))
 
     def covariance_layers(self, wildcards: Any) -> list[int]:
-        """Return the layers whose covariance is measured for the runs of a model."""
-        return grid.measured_layers(self.config, wildcards.model)
+        """Return the layers whose covariance is measured for the runs of a model.
+
+        Those that the file holds stay, though runs of another config alone read them: so configs
+        that share a results folder do not measure again in turn.
+        """
+        layers = grid.measured_layers(self.config, wildcards.model)
+        file = Path(self.results, Covariance(()).path(wildcards.model, ""))
+        held = read_header(file, Covariance.form)["facts"]["layers"] if file.is_file() else []
+        return sorted({*layers, *held})
 
     def text_content(self, wildcards: Any) -> str | None:
         """Return the content of the user's text, if the covariance is taken over one."""
