@@ -288,6 +288,11 @@ class Odd(Need):
 
 ODD = Card("odd", "own:Own", Nothing, "own", "nobody", needs=lambda h, p: (Odd(),))
 LEARNT = Card("l", "own:Own", Nothing, "own", "nobody", needs=lambda h, p: (Trained("a:b", {}),))
+
+def long(h, p):
+    return (Trained("a:b", {"text": "é" * 110, "steps": 1}),)
+
+LONG = Card("long", "own:Own", Nothing, "own", "nobody", needs=long)
 """
 
 
@@ -312,6 +317,35 @@ def test_what_is_trained_needs_a_development_split(tmp_path, monkeypatch):
     with_own_editor("LEARNT", 10, tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"which has none; set datasets\.openfacts-.*development"):
         with_own_editor("LEARNT", 0, tmp_path, monkeypatch)
+
+
+def test_a_stage_whose_file_cannot_have_its_name_is_one_sentence(tmp_path, monkeypatch):
+    complaint = r"editor 'long' make a file name of 2\d\d bytes, more than 215; shorten text\."
+    with pytest.raises(ConfigError, match=complaint):
+        with_own_editor("LONG", 10, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("letters", [10, 100])
+@pytest.mark.parametrize("most", [40, 70])
+def test_a_run_whose_folder_or_log_cannot_have_its_name_is_one_sentence(letters, most):
+    """The log of a run is called by model, data set and method, too."""
+    config = read_config(Path("config.yaml"))
+    config["models"]["m" * letters] = config["models"]["tiny-gptj"]
+    config["experiments"]["table1"] |= {"methods": ["full-c"], "models": ["m" * letters]}
+    config["experiments"]["table1"]["sweep"] = {"layers": [list(range(most))], "steps": [3]}
+    if (letters, most) == (10, 40):
+        return check_config(config)
+    complaint = r"editor 'full-c' make a file name of \d\d\d bytes, more than 255; shorten layers\."
+    with pytest.raises(ConfigError, match=complaint):
+        check_config(config)
+
+
+@pytest.mark.parametrize("section", ["models", "datasets", "methods"])
+def test_a_name_is_no_longer_than_names_of_files_allow(section):
+    config = read_config(Path("config.yaml"))
+    config[section]["n" * 101] = next(iter(config[section].values()))
+    with pytest.raises(ConfigError, match=rf"wrong at {section}: 'n+' is too long .*100 at most"):
+        check_config(config)
 
 
 def test_a_model_of_ones_own_is_four_lines_and_plans_only_itself(tmp_path):

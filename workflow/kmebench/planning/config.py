@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -12,7 +12,14 @@ from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError, best_match
 from snakemake.utils import update_config
 
-from kmebench.editors.needs import RULES, Development, Hypernetwork, Need, Trained
+from kmebench.editors.needs import (
+    RULES,
+    Development,
+    Hypernetwork,
+    Need,
+    Trained,
+    check_length,
+)
 from kmebench.errors import ConfigError
 from kmebench.names import near_name, nearest
 from kmebench.planning import grid
@@ -189,9 +196,16 @@ def _check_turns(config: dict[str, Any]) -> None:
 
 
 def _check_needs(config: dict[str, Any]) -> None:
-    """Refuse a run that reads a stage which no rule makes, or which cannot be trained."""
+    """Refuse a run that reads a stage which no rule makes, or which cannot be trained.
+
+    Nor may names of log files be too long: a log is called by all of a job's wildcards.
+    """
     for run in grid.all_runs(config):
+        editor = grid.editor_of(config, run.method)
+        check_length(".".join([*PurePosixPath(run.folder()).parts[1:], "log"]), editor)
         for need in grid.needs_of(config, run):
+            parts = PurePosixPath(need.path(run.model, run.dataset)).with_suffix(".log").parts
+            check_length(".".join(parts[1:]), editor)
             reads = f"methods.{run.method}: its editor reads {need.asset!r}"
             if need.rule not in RULES:
                 raise ConfigError(
