@@ -12,6 +12,7 @@ import torch
 from kmebench.editors import cards
 from kmebench.editors.locate.cards import MEMITHparams
 from kmebench.editors.locate.covariance.store import write_covariance
+from kmebench.editors.needs import EVERY_RUN
 from kmebench.errors import ConfigError
 from kmebench.planning import grid, inputs
 from kmebench.planning.config import check_config, read_checked_config
@@ -60,6 +61,7 @@ def test_a_run_reads_its_own_stages_and_no_others(config):
     alphaedit = stages(asked(config).edit(run("alphaedit", "consecutive")))
     assert alphaedit.keys() == {"spectrum1", "spectrum2"}
     assert stages(asked(config).edit(run("full-c"))) == {}
+    assert asked(config).edit(run("full-c", "consecutive")).keys() == set(EVERY_RUN)
     paths = "<results>/trace/tiny-gptj/openfacts-zsre/paths/"
     assert stages(asked(config).edit(run("pac", variant="paths=5"))) == {
         "paths": f"{paths}l2+edit+disjoint+paths=5+negatives=1.safetensors"

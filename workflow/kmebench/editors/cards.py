@@ -98,8 +98,8 @@ class Card:
         """Return which cached stages a run reads.
 
         Raises:
-            ConfigError: the card cannot tell (a package's may be wrong), or a file cannot have the
-                name that the values make.
+            ConfigError: the card cannot tell (a package's may be wrong), the values make a name
+                that no file can have, or two files have one key.
         """
         try:
             needs = tuple(self.needs(values, pipeline))

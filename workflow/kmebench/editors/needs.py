@@ -6,7 +6,7 @@ name. An editor finds the file under ``assets[need.key]``.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
@@ -18,6 +18,8 @@ from kmebench.values import DEVELOPMENT, JOIN, read_all, spell_all
 #: estimate spread over (1 ± √(M / tokens))² times that: from 0.25 to 2.25 with four.
 TOKENS_PER_DIMENSION = 4
 
+#: What runs of every editor read; the other inputs are files of cached stages, by their keys.
+EVERY_RUN = ("model", "requests", "original", "neutral", "code")
 #: Bytes of a file's name that file systems take.
 LONGEST = 255
 #: Of them, what comes to a name that values make: endings, marks of files under way.
@@ -322,13 +324,18 @@ class Development(Need):
         return f"data/{dataset.removesuffix(DEVELOPMENT)}{DEVELOPMENT}.jsonl"
 
 
-def check_names(editor: str, needs: Iterable[Need]) -> None:
-    """Refuse needs of an editor whose files could not be called so.
+def check_names(editor: str, needs: Sequence[Need]) -> None:
+    """Refuse needs of an editor whose files could not be called so, or told from other inputs.
 
     Raises:
-        ConfigError: a name is too long; see :func:`check_length`.
+        ConfigError: a name is too long (:func:`check_length`), or a key has a file already.
     """
-    for need in needs:
+    for number, need in enumerate(needs):
+        if need.key in (*EVERY_RUN, *(other.key for other in needs[:number])):
+            raise ConfigError(
+                f"The editor {editor!r} needs a file under the key {need.key!r}, under which its "
+                "runs read another; give the need another key or asset."
+            )
         for part in PurePosixPath(need.path("", "")).with_suffix("").parts:
             check_length(part, editor, LONGEST - _MARKS)
 
