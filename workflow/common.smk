@@ -17,6 +17,7 @@ from kmebench.planning.inputs import (
     MODE,
     SELECTION,
     TARGET,
+    VARIANT,
     Inputs,
     minutes,
     one_of,

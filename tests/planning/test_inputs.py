@@ -193,6 +193,29 @@ def test_the_covariance_keeps_the_layers_that_other_configs_read(config, tmp_pat
         assert rules.covariance_layers(model) == asked_for
 
 
+def test_names_of_hyperparameters_have_digits_and_their_runs_match_the_rule(config, monkeypatch):
+    @cards.hyperparameters
+    class Digits:
+        beta1: float = 0.9
+        L2_weight: float = 0.0
+
+    numbered = replace(cards.card_of("none"), hparams=Digits)
+    monkeypatch.setitem(cards._found(), "none", numbered)
+    spec = config["experiments"]["table2"]
+    spec |= {"methods": ["none"], "sweep": {"beta1": [0.5], "L2_weight": [0.1]}}
+    side = {"mode": "consecutive", "method": "none"}
+    pairs = {"p": {"question": "?", "a": side | {"hparams": {"beta1": 0.5}}, "b": side}}
+    config["comparisons"]["digits"] = {"title": "t", "protocol": "token", "pairs": pairs}
+    config["comparisons"]["digits"] |= {key: spec[key] for key in ("models", "datasets")}
+    check_config(config)
+    variants = {run.variant for run in grid.all_runs(config) if run.method == "none"}
+    assert {"L2_weight=0.1+beta1=0.5", "beta1=0.5", "default"} <= variants
+    assert all(re.fullmatch(inputs.VARIANT, variant) for variant in variants)
+    pairs["p"]["a"]["hparams"] = {"beta-1": 0.5}
+    with pytest.raises(ConfigError, match=r"hparams: 'beta-1' .*letters, digits and underscores"):
+        check_config(config)
+
+
 def test_a_users_data_file_is_known_by_its_content_unless_the_config_pins_it(config, tmp_path):
     source = {"source": "file", "filenames": ["mine.json"]}
     config["datasets"]["mine"] = {"source": source, "schema": "mend", "n": 1}

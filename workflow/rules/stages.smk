@@ -5,7 +5,7 @@ wildcard_constraints:
     model=one_of(config["models"]),
     dataset=one_of(grid.datasets(config)),
     method=one_of(config["methods"]),
-    variant=r"default|[a-z_]+=[^/]+",
+    variant=VARIANT,
     seed=r"\d+",
 
 

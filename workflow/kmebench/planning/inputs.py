@@ -28,6 +28,8 @@ METRIC = r"layers=[\d:]+\+tokens=\d+\+seed=\d+"
 TARGET = r"site=[\w-]+\+layer=\d+\+[^/]+"
 #: A mode, as :func:`kmebench.modes.spell_mode` spells it.
 MODE = r"batch|breadth_first|consecutive(?:\+turn=\d+)?"
+#: A variant, as :func:`kmebench.planning.grid.variant_name` spells it.
+VARIANT = rf"{grid.DEFAULT}|[A-Za-z_]\w*=[^/]+"
 #: Keys of a data set that decide what is selected from it.
 _SELECTED = (
     *("schema", "n", "seed", "segments", "development", "training"),
