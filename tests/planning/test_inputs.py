@@ -272,6 +272,8 @@ def test_ends_are_of_consecutive_runs_on_one_model_and_data_set(config):
     for folder in told["runs"].values():
         assert f"/{told['dataset']}/consecutive/" in folder
         assert f"<results>/{folder}/health.json" in files
+    config["seed"] = 3
+    assert told["runs"].keys() == Notebooks(config, "results").ends_of_runs()[0]["runs"].keys()
     spec["mode"] = "batch"  # nothing ends in a batch
     assert Notebooks(config, "results").ends_of_runs()[0]["runs"] == {}
 

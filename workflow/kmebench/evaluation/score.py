@@ -19,6 +19,7 @@ from kmebench.evaluation.statistics import (
     summarise,
 )
 from kmebench.io.checked_files import read_json, read_parquet, trusted
+from kmebench.modes import DEFAULT
 
 #: Columns that name a run.
 RUN = ["model", "dataset", "mode", "method", "variant", "seed"]
@@ -136,7 +137,7 @@ def score_experiment(
     for spec, path in zip(originals, original_files, strict=True):
         frame = as_edited(read_predictions(path, original=True))
         scored = score_run(frame.assign(when="final", edits_done=0), statistics)
-        name = {**spec, "mode": mode, "method": "original", "variant": "default", "seed": 0}
+        name = {**spec, "mode": mode, "method": "original", "variant": DEFAULT, "seed": 0}
         spent = dict.fromkeys(SPENT, float("nan"))
         parts.append(scored.assign(**name, **spent))
     measured: Sequence[str | None] = health or [None] * len(runs)

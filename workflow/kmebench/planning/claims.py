@@ -10,6 +10,7 @@ import yaml
 from kmebench.data.forms import paper_dataset
 from kmebench.editors.needs import Paths
 from kmebench.errors import DataError
+from kmebench.modes import DEFAULT
 from kmebench.planning import grid
 from kmebench.planning.grid import Run
 
@@ -73,7 +74,7 @@ def _sides(
     """The runs of one cell by role; empty if one is missing."""
     if test["kind"] == "layers":
         traced = [run for run in runs if grid.needed(config, run, Paths)]
-        own = [r for r in traced if (r.method, r.variant) == (test["method"], grid.DEFAULT)]
+        own = [r for r in traced if (r.method, r.variant) == (test["method"], DEFAULT)]
         return {test["method"]: own[0]} if own else {}
     of_mode = {(run.method, run.variant): run for run in runs if run.mode == test["mode"]}
     if test["kind"] == "difference":
@@ -85,7 +86,7 @@ def _sides(
             hparams = test[side].get("hparams", {})
             wanted[side] = (method, grid.variant_name(config, model, method, test["mode"], hparams))
         return _all({side: of_mode.get(key) for side, key in wanted.items()})
-    default = {method: run for (method, variant), run in of_mode.items() if variant == grid.DEFAULT}
+    default = {method: run for (method, variant), run in of_mode.items() if variant == DEFAULT}
     if test["kind"] in ("best", "least", "slowest"):
         controls = grid.controls(config)
         rivals = {method: run for method, run in default.items() if method not in controls}

@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 from kmebench.editors.cards import Card, card_of, plain
 from kmebench.editors.needs import Need, Pipeline
 from kmebench.errors import ConfigError
-from kmebench.modes import in_turns, spell_mode, split_mode
+from kmebench.modes import DEFAULT, in_turns, spell_mode, split_mode
 from kmebench.names import nearest
 from kmebench.values import DEVELOPMENT, JOIN, read_all, spell_all
 
-DEFAULT = "default"
 #: What results of ours have been called before names were made of values as the editor takes them.
 _SPELLED = {"ridge=10.0": "ridge=10"}
 #: Bytes of a number by dtype.

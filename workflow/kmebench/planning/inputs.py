@@ -17,6 +17,7 @@ from kmebench.editors.cards import card_of
 from kmebench.editors.needs import Covariance, Encoder, Hypernetwork, Paths, Targets, Trained
 from kmebench.io import origins
 from kmebench.io.headers import read_header
+from kmebench.modes import DEFAULT
 from kmebench.planning import grid, memory
 from kmebench.planning.dependencies import code
 from kmebench.values import TRAINING
@@ -29,7 +30,7 @@ TARGET = r"site=[\w-]+\+layer=\d+\+[^/]+"
 #: A mode, as :func:`kmebench.modes.spell_mode` spells it.
 MODE = r"batch|breadth_first|consecutive(?:\+turn=\d+)?"
 #: A variant, as :func:`kmebench.planning.grid.variant_name` spells it.
-VARIANT = rf"{grid.DEFAULT}|[A-Za-z_]\w*=[^/]+"
+VARIANT = rf"{DEFAULT}|[A-Za-z_]\w*=[^/]+"
 #: Keys of a data set that decide what is selected from it.
 _SELECTED = (
     *("schema", "n", "seed", "segments", "development", "training"),

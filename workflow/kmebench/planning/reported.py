@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kmebench.editors.needs import Paths
+from kmebench.modes import DEFAULT
 from kmebench.planning import claims, grid
 from kmebench.reporting.appearance import Style, styles
 from kmebench.reporting.captions import caption
@@ -90,7 +91,7 @@ class Reported:
     def _run_label(self, run: grid.Run) -> str:
         """What readers see of a run that a claim is tested on."""
         name = self.label("methods", run.method)
-        return name if run.variant == grid.DEFAULT else f"{name}, {run.variant}"
+        return name if run.variant == DEFAULT else f"{name}, {run.variant}"
 
     @cached_property
     def styles(self) -> dict[str, Style]:
@@ -154,7 +155,7 @@ class Reported:
     @cached_property
     def default_runs(self) -> list[grid.Run]:
         """The runs of the configured hyper-parameters and seed."""
-        default = (grid.DEFAULT, self.config["seed"])
+        default = (DEFAULT, self.config["seed"])
         return [r for r in grid.all_runs(self.config) if (r.variant, r.seed) == default]
 
     @cached_property
@@ -179,11 +180,11 @@ class Reported:
         if spec["kind"] in ("overview", "cost"):
             wanted = (grid.runs_of(self.config, name) for name in spec["experiments"])
             shown = dict.fromkeys(run for runs in wanted for run in runs)
-            return [(run, grid.DEFAULT) for run in shown if run in self.default_runs]
+            return [(run, DEFAULT) for run in shown if run in self.default_runs]
         parameter, runs = spec.get("parameter"), []
         for run, values in grid.swept_runs(self.config, spec["experiment"]):
             known = {"seed": run.seed} | values
-            runs.append((run, known[parameter] if parameter else grid.DEFAULT))
+            runs.append((run, known[parameter] if parameter else DEFAULT))
         # The nodes of a data set are the same whichever run asks for them.
         if spec["kind"] in ("nodes", "layers"):
             runs = [(run, x) for run, x in runs if grid.needed(self.config, run, Paths)]

@@ -7,7 +7,8 @@ import pandas as pd
 
 from kmebench.evaluation.protocols import METRICS, table_columns
 from kmebench.evaluation.score import NEWEST, RUN
-from kmebench.reporting.tables import DEFAULT, tied
+from kmebench.modes import DEFAULT
+from kmebench.reporting.tables import tied
 
 Labels = Mapping[str, Mapping[str, str]]  # section -> name -> what readers see
 #: What readers see of when a model was asked.

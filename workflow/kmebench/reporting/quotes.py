@@ -29,10 +29,11 @@ from kmebench.editors.cards import registered
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import metrics_of
 from kmebench.io.files import write_text
+from kmebench.modes import DEFAULT
 from kmebench.planning import cost
 from kmebench.planning.config import read_checked_config
 from kmebench.reporting.findings import Runs
-from kmebench.reporting.tables import DEFAULT, markdown_table, shown_difference
+from kmebench.reporting.tables import markdown_table, shown_difference
 
 REFERENCE = Path("reference")
 PAGES = ("README.md", "docs/*.md", "reference/*/README.md")

@@ -11,12 +11,11 @@ from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import HEALTH, Metric, table_columns
 from kmebench.evaluation.score import NEWEST
 from kmebench.evaluation.statistics import ENOUGH_EDITS
-from kmebench.modes import in_turns, split_mode
+from kmebench.modes import DEFAULT, in_turns, split_mode
 from kmebench.reporting.paper import ORIGINAL
 
 MISSING = "–"
 _HALF = "Half at"
-DEFAULT = "default"  # planning.grid's, which depends on the editors
 Labels = Mapping[str, Mapping[str, str | None]]  # name -> {label, paper_name}
 
 
