@@ -12,8 +12,8 @@ from kmebench.evaluation.frames import write_frame
 from kmebench.evaluation.schema import NORMS
 from kmebench.pipelines.checkpoints import Outcome
 from kmebench.pipelines.run import norms_frame
+from kmebench.planning.appearance import Style
 from kmebench.reporting import figure_tables, figures, panels
-from kmebench.reporting.appearance import Style
 from kmebench.reporting.paper import COLUMNS
 from tests.conftest import RUN
 

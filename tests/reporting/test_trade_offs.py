@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 
 from kmebench.planning import grid
+from kmebench.planning.appearance import Style
 from kmebench.planning.config import read_checked_config
 from kmebench.planning.reported import Reported
 from kmebench.reporting import figure_tables, trade_offs
-from kmebench.reporting.appearance import Style
 from kmebench.reporting.panels import save
 from tests.conftest import RUN
 

@@ -12,8 +12,8 @@ from typing import Any
 from kmebench.editors.needs import Paths
 from kmebench.modes import DEFAULT
 from kmebench.planning import claims, grid
-from kmebench.reporting.appearance import Style, styles
-from kmebench.reporting.captions import caption
+from kmebench.planning.appearance import Style, styles
+from kmebench.planning.captions import caption
 
 CLAIMS = "resources/paper/findings.yaml"
 Files = Callable[[Any], list[str]]

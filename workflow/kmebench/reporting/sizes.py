@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from kmebench.errors import DataError
 from kmebench.evaluation.protocols import METRICS
 from kmebench.modes import DEFAULT
-from kmebench.reporting.appearance import Style
+from kmebench.planning.appearance import Style
 from kmebench.reporting.figure_tables import Labels, pipeline_label
 from kmebench.reporting.panels import legend_below, panels
 from kmebench.reporting.paper import ORIGINAL

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.markers import MarkerStyle
 
 from kmebench.editors.cards import registered
-from kmebench.reporting.appearance import FAMILIES, styles
+from kmebench.planning.appearance import FAMILIES, styles
 
 #: Colour vision without one kind of cone, on linear RGB (Machado et al. 2009, severity 1).
 VISION = {
