@@ -14,12 +14,12 @@ from kmebench.planning.dependencies import code
 from kmebench.planning.inputs import (
     OPENFACTS,
     METRIC,
+    MINUTES,
     MODE,
     SELECTION,
     TARGET,
     VARIANT,
     Inputs,
-    minutes,
     one_of,
     openfacts_tables,
 )

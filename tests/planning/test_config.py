@@ -83,7 +83,7 @@ def test_figures_of_tables_go_with_the_last_of_them():
 def test_the_only_experiments_must_be_there():
     config = read_config(Path("config.yaml"))
     config["only_experiments"] = ["tabel2"]
-    with pytest.raises(ConfigError, match="only_experiments names 'tabel2'.*did you mean 'table2'"):
+    with pytest.raises(ConfigError, match=r"only_experiments names 'tabel2'.*did you mean 'table2'"):
         check_config(config)
 
 

@@ -307,7 +307,7 @@ def test_reference_results_lie_where_their_configs_look_for_them(config):
         (run,) = grid.runs_of(config, "sweep")
         assert run.variant == variant
         found.add(variant)
-    assert {"default", "lambda=0.0", "ridge=10", "second_step=momentum"} <= found
+    assert {"default", "lambda=0.0", "ridge=10.0", "second_step=momentum"} <= found
 
 
 def test_batches_share_targets_where_layer_and_loss_agree():

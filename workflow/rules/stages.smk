@@ -25,7 +25,7 @@ rule predict_original:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -52,7 +52,7 @@ rule neutral_text:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -80,7 +80,7 @@ rule cache_gradients:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.tracing_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -129,7 +129,7 @@ rule covariance:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.covariance_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -160,7 +160,7 @@ rule factorise_covariance:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.factor_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         device=inputs.device,
@@ -187,7 +187,7 @@ rule neutral_metric:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.metric_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -215,7 +215,7 @@ rule optimise_targets:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.target_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -244,7 +244,7 @@ rule train_stage:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.training_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -275,7 +275,7 @@ rule hypernetwork:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.hypernetwork_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,

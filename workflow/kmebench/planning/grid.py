@@ -15,10 +15,8 @@ from kmebench.editors.needs import Need, Pipeline
 from kmebench.errors import ConfigError
 from kmebench.modes import DEFAULT, in_turns, spell_mode, split_mode
 from kmebench.names import nearest
-from kmebench.values import DEVELOPMENT, JOIN, read_all, spell_all
+from kmebench.values import DEVELOPMENT, read_all, spell_all
 
-#: What results of ours have been called before names were made of values as the editor takes them.
-_SPELLED = {"ridge=10.0": "ridge=10"}
 #: Bytes of a number by dtype.
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: Pipelines. The name of one among a method's hyper-parameters holds values for it alone.
@@ -192,7 +190,7 @@ def variant_name(
     configured = card.configured(values)
     own, taken = plain(card.values(base)), plain(card.values(base | configured))
     named = {key: taken[key] for key in sorted(configured) if every or taken[key] != own[key]}
-    return JOIN.join(_SPELLED.get(part, part) for part in spell_all(named).split(JOIN)) or DEFAULT
+    return spell_all(named) or DEFAULT
 
 
 def base_hparams(config: Mapping[str, Any], model: str, method: str, mode: str) -> dict[str, Any]:

@@ -31,6 +31,9 @@ TARGET = r"site=[\w-]+\+layer=\d+\+[^/]+"
 MODE = r"batch|breadth_first|consecutive(?:\+turn=\d+)?"
 #: A variant, as :func:`kmebench.planning.grid.variant_name` spells it.
 VARIANT = rf"{DEFAULT}|[A-Za-z_]\w*=[^/]+"
+#: Minutes that a job with a model asks for. A retry asks for no more, because partitions have
+#: limits: a run that takes longer saves what it has done, and the retry goes on.
+MINUTES = 720
 #: Keys of a data set that decide what is selected from it.
 _SELECTED = (
     *("schema", "n", "seed", "segments", "development", "training"),
@@ -303,14 +306,6 @@ class Inputs:
     def editing_memory(self, wildcards: Any, attempt: int) -> int:
         """Return the memory of a run."""
         return _megabytes(memory.asked_by_run(self.config, _run_of(wildcards)), attempt)
-
-
-def minutes(wildcards: Any, attempt: int) -> int:
-    """Return the time that a job with a model asks for: half a day, and more after a failure.
-
-    An edit run that takes longer saves what it has done, and its retry goes on.
-    """
-    return attempt * 720
 
 
 def _megabytes(size: float, attempt: int) -> int:
