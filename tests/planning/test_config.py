@@ -72,6 +72,18 @@ def test_what_shows_nothing_but_experiments_left_out_is_left_out(overlay, tmp_pa
     assert "figure5-paths" not in config["figures"]
 
 
+@pytest.mark.parametrize(
+    ("methods", "shown"), [(["memit"], True), (["pac"], True), (["none"], False)]
+)
+def test_a_figure_that_has_nothing_to_show_is_left_out(methods, shown):
+    config = read_config(Path("config.yaml"))
+    config["experiments"]["table2"]["methods"] = methods
+    check_config(config)
+    assert ("figure3-time" in config["figures"]) == shown
+    assert ("figure4-nodes" in config["figures"]) == (methods == ["pac"])
+    assert "edits" in config["figures"]
+
+
 def test_figures_of_tables_go_with_the_last_of_them():
     config = read_config(Path("config.yaml"))
     config["figures"] = {"mine": {"title": "Sizes", "kind": "paper", "tables": ["table1"]}}
@@ -83,7 +95,9 @@ def test_figures_of_tables_go_with_the_last_of_them():
 def test_the_only_experiments_must_be_there():
     config = read_config(Path("config.yaml"))
     config["only_experiments"] = ["tabel2"]
-    with pytest.raises(ConfigError, match=r"only_experiments names 'tabel2'.*did you mean 'table2'"):
+    with pytest.raises(
+        ConfigError, match=r"only_experiments names 'tabel2'.*did you mean 'table2'"
+    ):
         check_config(config)
 
 

@@ -80,8 +80,9 @@ def test_layers_of_edits_share_the_square_of_its_norm(tmp_path):
     assert figure.axes[0].get_ylabel() == "2 records"
     assert figure.axes[-1].get_ylabel() == "Share of ‖ΔW‖² (%)"
     file = norms_file(tmp_path, [{}])
-    with pytest.raises(KMEBenchError, match="set the figure to null"):
-        figure_tables.edit_layers([file], [RUN], LABELS)
+    for table_of in (figure_tables.edit_layers, figure_tables.norms):
+        with pytest.raises(KMEBenchError, match="set the figure to null"):
+            table_of([file], [RUN], LABELS)
 
 
 def test_a_sweep_takes_the_final_values_of_its_own_runs():

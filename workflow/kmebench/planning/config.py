@@ -89,7 +89,8 @@ def check_config(config: dict[str, Any]) -> None:
     """Validate a config against its schema, fill in defaults, and check its names.
 
     Experiments, tables, figures and comparisons that an overlay has set to null are taken out, and
-    experiments that are not among ``only_experiments``; with them what shows nothing else.
+    experiments that are not among ``only_experiments``; with them what shows nothing else, and
+    figures that no run of their experiment has anything for.
 
     Raises:
         ConfigError: names the key and says what is wrong with it.
@@ -125,6 +126,11 @@ def check_config(config: dict[str, Any]) -> None:
         grid.check_name(table["experiment"], config["experiments"], "experiments", where)
     for name, figure in config["figures"].items():
         _check_figure(config, f"figures.{name}", figure)
+    # One of paths where no editor reads them, or of times where none edits.
+    _removed(
+        config["figures"],
+        lambda figure: "tables" not in figure and not grid.figure_runs(config, figure),
+    )
     for role, method in config["page"].items():
         grid.check_name(method, config["methods"], "methods", f"page.{role}")
 

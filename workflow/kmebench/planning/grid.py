@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kmebench.editors.cards import Card, card_of, plain
-from kmebench.editors.needs import Need, Pipeline
+from kmebench.editors.needs import Need, Paths, Pipeline
 from kmebench.errors import ConfigError
 from kmebench.modes import DEFAULT, in_turns, spell_mode, split_mode
 from kmebench.names import nearest
@@ -76,6 +76,31 @@ def swept_runs(config: Mapping[str, Any], experiment: str) -> list[tuple[Run, di
         for seed in spec.get("seeds", [config["seed"]])
     }
     return list(runs.items())
+
+
+def figure_runs(config: Mapping[str, Any], spec: Mapping[str, Any]) -> list[tuple[Run, Any]]:
+    """Return the runs that a figure shows, each with the value of the swept parameter.
+
+    A figure of tables, of kind ``paper`` or ``sizes``, shows none itself.
+    """
+    if spec["kind"] in ("paper", "sizes"):
+        return []
+    if spec["kind"] in ("overview", "cost"):
+        every = itertools.chain(*(runs_of(config, name) for name in spec["experiments"]))
+        default = (DEFAULT, config["seed"])
+        shown = [run for run in dict.fromkeys(every) if (run.variant, run.seed) == default]
+        return [(run, DEFAULT) for run in shown]
+    parameter, runs = spec.get("parameter"), []
+    for run, values in swept_runs(config, spec["experiment"]):
+        known = {"seed": run.seed} | values
+        runs.append((run, known[parameter] if parameter else DEFAULT))
+    # The nodes of a data set are the same whichever run asks for them.
+    if spec["kind"] in ("nodes", "layers"):
+        runs = [(run, x) for run, x in runs if needed(config, run, Paths)]
+    # No edit takes no time and has no norm.
+    if spec["kind"] in ("time", "norms", "edit-layers"):
+        runs = [(run, x) for run, x in runs if run.method not in controls(config)]
+    return runs
 
 
 def pairs_of(config: Mapping[str, Any], comparison: str) -> list[tuple[str, Run, Run]]:

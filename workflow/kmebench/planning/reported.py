@@ -173,27 +173,6 @@ class Reported:
 
     # -- figures --------------------------------------------------------------------------------
 
-    def _figure_runs(self, spec: Mapping[str, Any]) -> list[tuple[grid.Run, Any]]:
-        """The runs that a figure shows, each with the value of the swept parameter."""
-        if spec["kind"] in ("paper", "sizes"):
-            return []
-        if spec["kind"] in ("overview", "cost"):
-            wanted = (grid.runs_of(self.config, name) for name in spec["experiments"])
-            shown = dict.fromkeys(run for runs in wanted for run in runs)
-            return [(run, DEFAULT) for run in shown if run in self.default_runs]
-        parameter, runs = spec.get("parameter"), []
-        for run, values in grid.swept_runs(self.config, spec["experiment"]):
-            known = {"seed": run.seed} | values
-            runs.append((run, known[parameter] if parameter else DEFAULT))
-        # The nodes of a data set are the same whichever run asks for them.
-        if spec["kind"] in ("nodes", "layers"):
-            runs = [(run, x) for run, x in runs if grid.needed(self.config, run, Paths)]
-        # No edit takes no time and has no norm.
-        if spec["kind"] in ("time", "norms", "edit-layers"):
-            controls = grid.controls(self.config)
-            runs = [(run, x) for run, x in runs if run.method not in controls]
-        return runs
-
     def figure_files(self, wildcards: Any) -> list[str]:
         """Return the files that a figure is drawn from, in the order of its runs."""
         spec = self.config["figures"][wildcards.figure]
@@ -203,7 +182,7 @@ class Reported:
             return [f"<results>/metrics/{spec['experiment']}.parquet"]
         if spec["kind"] in ("overview", "cost"):
             return [f"<results>/metrics/{name}.parquet" for name in spec["experiments"]]
-        runs = [run for run, _ in self._figure_runs(spec)]
+        runs = [run for run, _ in grid.figure_runs(self.config, spec)]
         if spec["kind"] in ("nodes", "layers"):
             paths = [(run, grid.needed(self.config, run, Paths)) for run in runs]
             files = [
@@ -225,7 +204,9 @@ class Reported:
             "protocol": spec.get("protocol", "token"),
             "controls": grid.controls(config),
             "styles": self.styles,
-            "runs": [asdict(run) | {"value": value} for run, value in self._figure_runs(spec)],
+            "runs": [
+                asdict(run) | {"value": value} for run, value in grid.figure_runs(self.config, spec)
+            ],
             "labels": self.all_labels,
         }
 
@@ -266,7 +247,7 @@ class Reported:
     def caption(self, figure: str) -> str:
         """Return the caption of a figure: its title, how to read it, and the edits per cell."""
         spec, sizes = self.config["figures"][figure], grid.datasets(self.config)
-        runs = [run for run, _ in self._figure_runs(spec)]
+        runs = [run for run, _ in grid.figure_runs(self.config, spec)]
         for table in spec.get("tables", []):
             runs += grid.runs_of(self.config, self.config["tables"][table]["experiment"])
         n = [sizes[run.dataset] for run in runs]

@@ -43,6 +43,9 @@ def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
     """Frobenius norm of every edit in every layer, from norms.parquet files.
 
     ``n``: the requests of the calls that changed a layer.
+
+    Raises:
+        KMEBenchError: none did.
     """
     parts = []
     for path, run in zip(files, runs, strict=True):
@@ -51,7 +54,7 @@ def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
         named = _named(run, labels) | {"n": n}
         table = squares.assign(norm=squares["square"] ** 0.5, **named)
         parts.append(table[[*named, "layer", "norm"]])
-    return pd.concat(parts, ignore_index=True)
+    return _of_changes(parts)
 
 
 def edit_layers(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
@@ -73,12 +76,16 @@ def edit_layers(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFram
         table = shares.melt(ignore_index=False, var_name="layer", value_name="share")
         table = table.rename_axis("record").reset_index()
         parts.append(table.assign(**_named(run, labels), n=n))
+    return with_cells(_of_changes(parts))
+
+
+def _of_changes(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     if not any(map(len, parts)):
         raise KMEBenchError(
             "No edit of this figure changed a layer: give its experiment an editor of weights, or "
             "set the figure to null in the config."
         )
-    return with_cells(pd.concat(parts, ignore_index=True))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _squares(path: str) -> pd.DataFrame:
