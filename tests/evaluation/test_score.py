@@ -123,6 +123,26 @@ def test_every_run_is_compared_with_the_best_on_the_same_requests(files):
     assert table.loc["poor", "behind_high"] == 0.5
 
 
+def test_the_best_score_is_the_one_that_tables_show():
+    """One request has a paraphrase: right for one editor alone, whose edits are worse."""
+
+    def of(edits, paraphrase):
+        frame = predictions("final", 4, [[1, 2] if right else [8, 9] for right in edits])
+        kept = frame[(frame["kind"] == "edit") | (frame["position"] == 0)].copy()
+        (row,) = kept.index[kept["kind"] == "paraphrase"]
+        kept.at[row, "after_ids"] = [1, 2] if paraphrase else [8, 9]
+        return kept
+
+    finals = [
+        (RUN | {"method": "writes"}, of([0, 1, 1, 1], 0)),  # mean of requests 9/12, Score 3/12
+        (RUN | {"method": "generalises"}, of([0, 0, 0, 1], 1)),  # mean of requests 4/12, Score 5/12
+    ]
+    table = behind_best(finals, {"resamples": 20, "seed": 0})
+    at = (table["protocol"] == "token") & (table["metric"] == "score")
+    behind = table[at].set_index("method")["behind"]
+    assert behind.to_dict() == pytest.approx({"writes": 2 / 12, "generalises": 0.0})
+
+
 def test_other_models_and_data_sets_are_no_rivals(files):
     good, poor = (predictions("final", 1, [ids]) for ids in ([1, 2], [8, 9]))
     for key in ("model", "dataset"):

@@ -5,10 +5,13 @@ import pandas as pd
 import pytest
 
 from kmebench.errors import KMEBenchError
+from kmebench.evaluation.protocols import METRICS
 from kmebench.evaluation.statistics import (
     as_edited,
+    bootstrap,
     cohort_of,
     cohorts,
+    mean_of,
     paired_difference,
     request_values,
     summarise,
@@ -159,6 +162,42 @@ def test_paired_differences_need_the_same_requests():
     assert paired_difference(better, values, "efficacy")[0] == pytest.approx(0.2)
     with pytest.raises(KMEBenchError, match="only on the same requests"):
         paired_difference(values, values[:1], "efficacy")
+
+
+def sparse(generality):
+    """Twenty requests, of which two have paraphrases."""
+    table = {"case_id": [str(i) for i in range(20)], "position": range(20)}
+    table |= {"efficacy": [1.0] * 10 + [0.0] * 10, "locality": [1.0, 0.5] * 10}
+    return pd.DataFrame(table).assign(generality=generality + [NAN] * 18, portability=NAN)
+
+
+def test_a_difference_of_scores_is_that_of_the_scores_that_tables_show():
+    """Each of two paraphrases counts for a sixth of Score, and not for a sixtieth."""
+    a = sparse([1.0, 1.0])
+    b = sparse([0.0, 0.0]).assign(efficacy=[1.0] * 14 + [0.0] * 6)
+    shown = [summarise(x, resamples=10).set_index("metric").loc["score", "value"] for x in (a, b)]
+    assert shown == pytest.approx([(0.5 + 1.0 + 0.75) / 3, (0.7 + 0.0 + 0.75) / 3])
+    found, low, high, n = paired_difference(a, b, "score")
+    assert found == pytest.approx(shown[0] - shown[1]) == pytest.approx(0.8 / 3)
+    assert [mean_of(x, METRICS["score"]) for x in (a, b)] == pytest.approx(shown)
+    # A sample holds one of the two paraphrases or both, or has no Score.
+    picks = np.random.default_rng(0).integers(20, size=(1000, 20))
+    whole = picks[(picks < 2).any(axis=1)]
+    by_hand = (1 - ((whole >= 10) & (whole < 14)).mean(axis=1)) / 3
+    assert (low, high) == pytest.approx(tuple(np.percentile(by_hand, [2.5, 97.5])))
+    assert n == 20
+
+
+def test_where_every_request_has_every_part_score_is_a_mean_of_requests():
+    generator = np.random.default_rng(1)
+    names = METRICS["score"].parts
+    a, b = (
+        sparse([1.0, 1.0]).assign(**{name: (generator.random(20) < p) * 1.0 for name in names})
+        for p in (0.5, 0.8)
+    )
+    each = (a[list(names)].mean(axis=1) - b[list(names)].mean(axis=1)).to_numpy()
+    found, low, high, _ = paired_difference(a, b, "score")
+    assert (found, low, high) == pytest.approx(bootstrap(each, resamples=1000, seed=0))
 
 
 def test_cohorts_follow_each_group_of_edits_through_time():

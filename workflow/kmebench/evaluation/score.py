@@ -14,6 +14,7 @@ from kmebench.evaluation.protocols import HEALTH, PROTOCOLS, Metric, metrics_of
 from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS, check_columns
 from kmebench.evaluation.statistics import (
     as_edited,
+    mean_of,
     paired_difference,
     request_values,
     summarise,
@@ -186,7 +187,7 @@ def _behind(
     values: Sequence[pd.DataFrame], metric: Metric, statistics: Mapping[str, int]
 ) -> list[tuple[float, float, float]]:
     """Difference of the best to each, with its interval; NaN where nothing was predicted."""
-    means = [metric.direction * float(v[metric.name].mean()) for v in values]
+    means = [metric.direction * mean_of(v, metric) for v in values]
     if np.isnan(means).all():
         return [(float("nan"),) * 3] * len(values)
     best = int(np.nanargmax(means))

@@ -20,10 +20,11 @@ _BLOCK = 1 << 22
 
 
 def request_values(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """Score every request: columns case_id, position and every request metric (NaN: no prompt).
+    """Score every request: case_id, position and every metric of prompts (NaN: no prompt).
 
     ``frame`` holds predictions asked at one time; without ``before_ids`` (the unedited model)
-    there is no locality.
+    there is no locality. A request has no Score: that is the mean of the parts' means, and not
+    every request need have every part.
 
     Raises:
         KMEBenchError: rows asked at several times would be mixed.
@@ -37,10 +38,7 @@ def request_values(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
     values = pd.concat(
         [_values(rows, metric, protocol).rename(metric.name) for metric in names], axis=1
     )
-    values = values.sort_index().rename_axis(["position", "case_id"])
-    for metric in _composites():
-        values[metric.name] = values[list(metric.parts)].agg(metric.aggregate, axis=1)
-    return values.reset_index()
+    return values.sort_index().rename_axis(["position", "case_id"]).reset_index()
 
 
 def _values(rows: pd.DataFrame, metric: Metric, protocol: str) -> pd.Series:
@@ -110,6 +108,22 @@ def _composed(means: np.ndarray, composite: Metric, names: Sequence[str]) -> np.
     return parts.agg(composite.aggregate, axis=1).where(known).to_numpy()
 
 
+def mean_of(values: pd.DataFrame, metric: Metric) -> float:
+    """Return the mean of a metric over requests; of a composite, composed of its parts' means."""
+    return float(_value(values[_columns(metric)].to_numpy(dtype=float)[None], metric)[0])
+
+
+def _columns(metric: Metric) -> list[str]:
+    """The columns of :func:`request_values` that a metric is made of."""
+    return list(metric.parts) or [metric.name]
+
+
+def _value(samples: np.ndarray, metric: Metric) -> np.ndarray:
+    """A metric [b] of samples [b, n, K] of its columns."""
+    means = _mean(samples)
+    return _composed(means, metric, metric.parts) if metric.parts else means[:, 0]
+
+
 def _mean(samples: np.ndarray) -> np.ndarray:
     """Mean over axis 1 without NaN; NaN where nothing is left."""
     known = ~np.isnan(samples)
@@ -141,9 +155,10 @@ def bootstrap(
 def paired_difference(
     a: pd.DataFrame, b: pd.DataFrame, metric: str, *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float, float, int]:
-    """Return the mean of a − b over the same requests, its 95% interval, and their number.
+    """Return a metric of a − that of b on the same requests, its 95% interval, and their number.
 
-    ``a`` and ``b`` are results of :func:`request_values`.
+    ``a`` and ``b`` are results of :func:`request_values`. What one of the two was not asked does
+    not count for the other. Of a composite, both are composed and then subtracted.
 
     Raises:
         KMEBenchError: the two hold different requests.
@@ -151,9 +166,18 @@ def paired_difference(
     joined = a.merge(b, on="case_id", suffixes=("_a", "_b"), validate="1:1")
     if not len(a) == len(b) == len(joined):
         raise KMEBenchError("Editors can be compared in pairs only on the same requests.")
-    difference = (joined[f"{metric}_a"] - joined[f"{metric}_b"]).dropna().to_numpy()
-    mean, low, high = bootstrap(difference, resamples=resamples, seed=seed)
-    return float(mean), float(low), float(high), len(difference)
+    measured = METRICS[metric]
+    sides = [joined[[f"{name}_{side}" for name in _columns(measured)]] for side in "ab"]
+    values = np.stack([side.to_numpy(dtype=float) for side in sides], axis=1)  # [n, 2, K]
+    values[np.broadcast_to(np.isnan(values).any(axis=1, keepdims=True), values.shape)] = np.nan
+    values = values[~np.isnan(values).all(axis=(1, 2))]
+
+    def difference(samples: np.ndarray) -> np.ndarray:
+        found = _value(samples[:, :, 0], measured) - _value(samples[:, :, 1], measured)
+        return np.round(found, 12)  # what is equal but for rounding, is equal
+
+    mean, low, high = bootstrap(values, difference, resamples=resamples, seed=seed)
+    return float(mean), float(low), float(high), len(values)
 
 
 def cohorts(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from kmebench.evaluation.statistics import (
     bootstrap,
     paired_difference,
     request_values,
+    summarise,
 )
 from kmebench.io.checked_files import read_json
 from kmebench.planning.claims import Claim
@@ -65,7 +66,7 @@ class Runs:
         return self._frames[folder]
 
     def values(self, folder: str) -> pd.DataFrame:
-        """case_id and metrics of every request that was asked (protocol token)."""
+        """case_id and metrics of prompts of every request that was asked (protocol token)."""
         if folder not in self._values:
             frame = self.predictions(folder)
             at_end = frame["when"] == "final"
@@ -87,7 +88,8 @@ class Runs:
 
     def mean(self, folder: str, metric: str) -> Interval:
         """Mean in percent, its 95% interval, and n."""
-        return self._interval(100 * self.values(folder)[metric].dropna().to_numpy())
+        found = summarise(self.values(folder), **self._statistics).set_index("metric").loc[metric]
+        return 100 * found["value"], 100 * found["low"], 100 * found["high"], int(found["n"])
 
     def forgotten(self, folder: str) -> Interval:
         """Efficacy at the end minus right after each edit, in points, its interval, and n."""
