@@ -130,6 +130,37 @@ def test_intervals_are_seeded_contain_the_mean_and_cover_the_truth():
 BY_NAME = ("efficacy", "generality", "locality", "portability")
 
 
+def constant(n, **parts):
+    return pd.DataFrame({name: [value] * n for name, value in parts.items()})
+
+
+@pytest.mark.parametrize("n", [1, 20, 50])
+def test_what_is_always_right_may_be_wrong_the_next_time(n):
+    """The ends are where n of n, or none, has a probability of 2.5%; of Score, composed of them."""
+    right = constant(n, efficacy=1.0, generality=1.0, locality=1.0, portability=0.0)
+    table = summarise(right).set_index("metric")[["low", "high"]]
+    for name in (*METRICS["score"].parts, "score"):
+        assert table.loc[name, "low"] ** n == pytest.approx(0.025)
+        assert table.loc[name, "high"] == 1.0
+    assert table.loc["portability", "low"] == 0.0
+    assert (1 - table.loc["portability", "high"]) ** n == pytest.approx(0.025)
+    untouched = constant(n, efficacy=0.0, generality=0.0, locality=1.0, portability=NAN)
+    low, high = summarise(untouched).set_index("metric").loc["score", ["low", "high"]]
+    reach = 1 - 0.025 ** (1 / n)
+    assert (low, high) == pytest.approx(((1 - reach) / 3, (1 + 2 * reach) / 3))
+
+
+def test_only_what_is_alike_at_an_edge_has_exact_ends():
+    half = constant(30, efficacy=0.5, generality=1.0, locality=1.0, portability=NAN)
+    table = summarise(half).set_index("metric")[["low", "high"]]
+    assert table.loc["efficacy"].tolist() == [0.5, 0.5]  # of no share of requests
+    assert table.loc["score"].tolist() == pytest.approx([2.5 / 3] * 2)
+    some = half.assign(generality=[1.0] * 10 + [NAN] * 20)
+    assert summarise(some).set_index("metric").loc["generality", "low"] ** 10 == pytest.approx(
+        0.025
+    )
+
+
 def test_the_interval_of_score_knows_that_its_parts_go_together():
     """Efficacy and locality exclude each other: their sum never varies."""
     half = pd.DataFrame(

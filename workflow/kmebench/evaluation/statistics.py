@@ -1,7 +1,7 @@
 """Statistics of stored predictions: values of requests, summaries, intervals, differences.
 
 Values are means inside a request first, then over requests. All intervals are 95% percentile
-intervals of one bootstrap over requests. No model, no torch.
+intervals of one bootstrap over requests, or exact where it has no width. No model, no torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,7 +75,9 @@ def summarise(values: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> 
 
     Returns metric, value, low, high, n (requests with a value). Requests are resampled
     jointly, so the interval of Score knows that its three parts go together. Score is the mean of
-    its parts' means; only a part that compares with the unedited model may be missing.
+    its parts' means; only a part that compares with the unedited model may be missing. Where all
+    requests have 0, or all 1, the interval is :func:`exact_at_edges`; that of Score is composed of
+    its parts' where all of these are such.
     """
     measured = [m.name for m in metrics_of("request") if m.kinds and values[m.name].notna().any()]
     composites = [m for m in _composites() if set(_required(m)) <= set(measured)]
@@ -88,11 +90,27 @@ def summarise(values: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> 
         return np.column_stack([found, *whole])
 
     table = np.ascontiguousarray(values[measured], dtype=float)
-    value, low, high = bootstrap(table, means, resamples=resamples, seed=seed)
+    value, *ends = bootstrap(table, means, resamples=resamples, seed=seed)
+    low, high = _with_exact_ends(table, np.stack(ends), measured, composites)
     counts = [*(~np.isnan(table)).sum(axis=0), *[len(table)] * len(composites)]
     names = [*measured, *(m.name for m in composites)]
     columns = {"metric": names, "value": value, "low": low, "high": high, "n": counts}
     return pd.DataFrame(columns)
+
+
+def _with_exact_ends(
+    table: np.ndarray, ends: np.ndarray, measured: Sequence[str], composites: Sequence[Metric]
+) -> np.ndarray:
+    """Put exact ends into intervals [2, K + C] of K metrics of ``table`` [n, K], C composites."""
+    k = len(measured)
+    shares = [METRICS[name].unit == "percent" for name in measured]
+    exact = np.where(shares, exact_at_edges(table, ends[:, :k]), ends[:, :k])
+    at_edge = (exact != ends[:, :k]).any(axis=0)
+    whole = []
+    for metric, old in zip(composites, ends.T[k:], strict=True):
+        parts = [name in metric.parts for name in measured]
+        whole.append(_composed(exact, metric, measured) if at_edge[parts].all() else old)
+    return np.column_stack([exact, *whole])
 
 
 def _required(composite: Metric) -> list[str]:
@@ -150,6 +168,19 @@ def bootstrap(
     draws = np.concatenate([statistic(values[block]) for block in blocks])
     low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
     return statistic(values[None])[0], low, high
+
+
+def exact_at_edges(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return intervals [2, ...] of means of ``values`` [n, ...] in [0, 1], given as ``ends``.
+
+    Where all values are 0, or all 1, all resamples are alike, and the bootstrap has no width.
+    There the inner end is Clopper and Pearson's (1934) of n in n, 0.025^(1/n): a mean is at least
+    the share of ones. NaN do not count.
+    """
+    inner = 0.025 ** (1 / (~np.isnan(values)).sum(axis=0))
+    low = np.where(np.nanmin(values, axis=0) == 1, inner, ends[0])
+    high = np.where(np.nanmax(values, axis=0) == 0, 1 - inner, ends[1])
+    return np.stack([low, high])
 
 
 def paired_difference(

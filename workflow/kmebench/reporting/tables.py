@@ -147,7 +147,7 @@ def caption(table: pd.DataFrame, layout: Layout) -> str:
     pipeline = split_mode(layout.mode)[0] + in_turns(layout.mode)
     text = (
         f"{layout.title}. Pipeline {pipeline}, protocol {layout.protocol}, {edits} edits per "
-        "cell; percent with 95% bootstrap intervals over edits"
+        "cell; percent with 95% intervals over edits (bootstrap; exact at 0 and 100)"
     )
     if layout.consecutive:
         each = "turn" if in_turns(layout.mode) else "edit"
