@@ -11,6 +11,7 @@ from kmebench.evaluation.statistics import (
     bootstrap,
     cohort_of,
     cohorts,
+    holm,
     mean_of,
     paired_difference,
     request_values,
@@ -187,8 +188,7 @@ def test_times_of_asking_are_never_mixed():
 
 def test_paired_differences_need_the_same_requests():
     values = request_values(FRAME, "token")
-    difference, low, high, n = paired_difference(values, values, "efficacy")
-    assert (difference, low, high, n) == (0.0, 0.0, 0.0, 2)
+    assert paired_difference(values, values, "efficacy") == (0.0, 0.0, 0.0, 1.0, 2)
     better = values.assign(efficacy=values["efficacy"] + [0.1, 0.3])
     assert paired_difference(better, values, "efficacy")[0] == pytest.approx(0.2)
     with pytest.raises(KMEBenchError, match="only on the same requests"):
@@ -208,7 +208,7 @@ def test_a_difference_of_scores_is_that_of_the_scores_that_tables_show():
     b = sparse([0.0, 0.0]).assign(efficacy=[1.0] * 14 + [0.0] * 6)
     shown = [summarise(x, resamples=10).set_index("metric").loc["score", "value"] for x in (a, b)]
     assert shown == pytest.approx([(0.5 + 1.0 + 0.75) / 3, (0.7 + 0.0 + 0.75) / 3])
-    found, low, high, n = paired_difference(a, b, "score")
+    found, low, high, _, n = paired_difference(a, b, "score")
     assert found == pytest.approx(shown[0] - shown[1]) == pytest.approx(0.8 / 3)
     assert [mean_of(x, METRICS["score"]) for x in (a, b)] == pytest.approx(shown)
     # A sample holds one of the two paraphrases or both, or has no Score.
@@ -227,8 +227,28 @@ def test_where_every_request_has_every_part_score_is_a_mean_of_requests():
         for p in (0.5, 0.8)
     )
     each = (a[list(names)].mean(axis=1) - b[list(names)].mean(axis=1)).to_numpy()
-    found, low, high, _ = paired_difference(a, b, "score")
+    found, low, high, *_ = paired_difference(a, b, "score")
     assert (found, low, high) == pytest.approx(bootstrap(each, resamples=1000, seed=0))
+
+
+def test_p_is_twice_the_share_of_samples_that_do_not_have_the_sign():
+    a = constant(30, efficacy=1.0).assign(case_id=range(30))
+    b = a.assign(efficacy=[0.0] * 6 + [2.0] + [1.0] * 23)  # sums of six and of minus one
+    picks = np.random.default_rng(0).integers(30, size=(1000, 30))
+    sums = ((picks < 6) * 1.0 - (picks == 6)).sum(axis=1)
+    p = paired_difference(a, b, "efficacy").p
+    assert p == pytest.approx(2 * (sums <= 0).mean())
+    assert 0.01 < p < 0.2
+    assert paired_difference(b, a, "efficacy").p == p
+    assert paired_difference(a, a.assign(efficacy=0.0), "efficacy").p == 2 / 1000  # and not 0
+
+
+def test_holm_is_the_step_down_that_he_published():
+    """The i-th smallest of m times m − i + 1, never below the one before it, 1 at most."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.01, NAN, 0.3, 0.4]) == pytest.approx([0.03, NAN, 0.6, 0.6], nan_ok=True)
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_cohorts_follow_each_group_of_edits_through_time():

@@ -5,6 +5,7 @@ intervals of one bootstrap over requests, or exact where it has no width. No mod
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,9 @@ from kmebench.evaluation.protocols import METRICS, PROTOCOLS, Metric, metrics_of
 ENOUGH_EDITS = 20
 #: Numbers that are resampled at once.
 _BLOCK = 1 << 22
+_ENDS = (2.5, 97.5)  # of a 95% interval, percent
+#: What a p-value is below where two runs differ.
+SIGNIFICANT = 0.05
 
 
 def request_values(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:
@@ -163,11 +167,17 @@ def bootstrap(
     ``statistic`` maps samples [b, n, ...] to their values [b, ...]; by default the mean without
     NaN. Samples without a value are left out of the interval.
     """
+    low, high = np.nanpercentile(_draws(values, statistic, resamples, seed), _ENDS, axis=0)
+    return statistic(values[None])[0], low, high
+
+
+def _draws(
+    values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
+) -> np.ndarray:
+    """A statistic of every resample of ``values`` [n, ...]: [resamples, ...]."""
     picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     blocks = np.array_split(picks, -(-resamples * values.size // _BLOCK))
-    draws = np.concatenate([statistic(values[block]) for block in blocks])
-    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
-    return statistic(values[None])[0], low, high
+    return np.concatenate([statistic(values[block]) for block in blocks])
 
 
 def exact_at_edges(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -183,10 +193,20 @@ def exact_at_edges(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return np.stack([low, high])
 
 
+class Difference(NamedTuple):
+    """a − b: the mean, its 95% paired interval, a two-sided p-value, and the requests."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
 def paired_difference(
     a: pd.DataFrame, b: pd.DataFrame, metric: str, *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, float, float, int]:
-    """Return a metric of a − that of b on the same requests, its 95% interval, and their number.
+) -> Difference:
+    """Return a metric of a − that of b on the same requests.
 
     ``a`` and ``b`` are results of :func:`request_values`. What one of the two was not asked does
     not count for the other. Of a composite, both are composed and then subtracted.
@@ -207,8 +227,32 @@ def paired_difference(
         found = _value(samples[:, :, 0], measured) - _value(samples[:, :, 1], measured)
         return np.round(found, 12)  # what is equal but for rounding, is equal
 
-    mean, low, high = bootstrap(values, difference, resamples=resamples, seed=seed)
-    return float(mean), float(low), float(high), len(values)
+    draws = _draws(values, difference, resamples, seed)
+    low, high = np.nanpercentile(draws, _ENDS)
+    mean = float(difference(values[None])[0])
+    return Difference(mean, float(low), float(high), _two_sided(draws), len(values))
+
+
+def _two_sided(draws: np.ndarray) -> float:
+    """Twice the share of draws that zero or the other sign has; at least that of one draw."""
+    known = draws[~np.isnan(draws)]
+    share = min((known <= 0).mean(), (known >= 0).mean())
+    return float(min(1.0, 2 * max(share, 1 / len(draws))))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjust p-values for their number (Holm 1979); NaN stay, and do not count.
+
+    Where nothing differs, one of m falls below a level with a probability of that level at most.
+    No p-value of R resamples is below 2 / R, so of m > 0.025 R tests none is significant.
+    """
+    values = np.asarray(p, dtype=float)
+    order = np.argsort(values)  # NaN come last
+    m = np.count_nonzero(~np.isnan(values))
+    stepped = np.maximum.accumulate(values[order] * (m - np.arange(len(values))))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted.tolist()
 
 
 def cohorts(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:

@@ -114,8 +114,8 @@ class Runs:
         return self._interval(shares[:, middle].mean(axis=1) - shares[:, ~middle].mean(axis=1))
 
     def _points(self, a: pd.DataFrame, b: pd.DataFrame, metric: str) -> Interval:
-        mean, low, high, n = paired_difference(a, b, metric, **self._statistics)
-        return 100 * mean, 100 * low, 100 * high, n
+        found = paired_difference(a, b, metric, **self._statistics)
+        return 100 * found.mean, 100 * found.low, 100 * found.high, found.n
 
     def _interval(self, values: np.ndarray) -> Interval:
         mean, low, high = bootstrap(values, **self._statistics)
