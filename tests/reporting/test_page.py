@@ -164,6 +164,14 @@ def test_many_ties_are_counted_and_models_are_named_where_there_are_several():
     assert "; 6 others cannot be told from it" in first
 
 
+def test_an_exact_tie_with_the_best_is_named():
+    """Which of two equal ones is compared with the other is chance."""
+    for ties in ((True, False), (False, True)):
+        rows = [cell(name, 80.0, tied=tie) for name, tie in zip(("A", "B"), ties, strict=True)]
+        (text,) = sentences([*rows, cell("C", 60.0)], [])["Who is best"]
+        assert "; B cannot be told from it" in text
+
+
 def test_fewer_than_twenty_edits_make_no_claim():
     few = [row | {"n": 19} for row in CELLS]
     ((title, (text,)),) = sentences(few, [row | {"n": 19} for row in GAPS]).items()
