@@ -202,4 +202,4 @@ def _behind(
         for index, other in enumerate(values)
     ]
     adjusted = holm([p for *_, p in found])
-    return [(*numbers, p) for (*numbers, _), p in zip(found, adjusted, strict=True)]
+    return [(mean, low, high, p) for (mean, low, high, _), p in zip(found, adjusted, strict=True)]
