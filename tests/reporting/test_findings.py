@@ -14,9 +14,8 @@ from kmebench.data.forms import SCHEMAS
 from kmebench.errors import DataError
 from kmebench.evaluation.frames import write_frame
 from kmebench.evaluation.schema import PREDICTIONS
-from kmebench.planning.claims import Claim, cells_of, read_claims
+from kmebench.planning.claims import AMONG_ALL, Claim, absent, cells_of, read_claims
 from kmebench.planning.config import check_config, read_config
-from kmebench.planning.grid import all_runs
 from kmebench.reporting.findings import Runs, findings, findings_markdown, judge
 
 CLAIMS = Path("resources/paper/findings.yaml")
@@ -72,6 +71,22 @@ def test_the_least_is_the_best_upside_down(runs):
     assert verdict(runs, {"pac": "fair", "a": "poor"}, **least) == "does not hold"
 
 
+def test_the_best_of_some_is_not_the_best_of_all(runs):
+    """Who is beaten by one is not the best; who beats some may be."""
+    best = claim(kind="best", metric="score", method="pac", editors=["Ours", "X", "Y"])
+    names = {"pac": "PAC", "a": "A"}
+    for ours, other, left, wanted in (
+        ("good", "poor", [], "holds"),
+        ("good", "poor", ["Y"], "not testable without all rivals"),
+        ("poor", "good", ["Y"], "does not hold"),
+        ("good", "good", ["Y"], "undecided"),
+    ):
+        assert judge(best, {"pac": ours, "a": other}, names, runs, left).verdict == wanted
+    sides = {"pac": "good", "a": "poor"}
+    assert judge(best, sides, names, runs, ["X", "Y"]).found.endswith("; rivals: A; without X, Y")
+    assert judge(best, sides, names, runs).found.endswith("; rivals: all 1")
+
+
 def test_a_difference_without_a_sign_stays_open(runs):
     test = {"kind": "difference", "metric": "efficacy", "a": {"method": "x"}, "b": {"method": "x"}}
     assert verdict(runs, {"a": "good", "b": "poor"}, **test) == "holds"
@@ -124,7 +139,7 @@ def test_long_runs_are_judged_at_every_milestone(tmp_path):
         write_frame(pd.concat([*asked, pd.read_parquet(file)]), PREDICTIONS, file)
     runs = Runs(tmp_path, {"resamples": 100, "seed": 0})
     cell = {"claim": "id", "model": "M", "dataset": "D", "sides": {"a": "a", "b": "b"}}
-    cell["names"] = {"a": "A", "b": "B"}
+    cell |= {"names": {"a": "A", "b": "B"}, "absent": []}
     best = {"kind": "best", "metric": "score", "method": "a"}
     table = findings([claim(**best, mode="consecutive", edits=3000)], [cell], runs)
     assert table[["edits", "n", "verdict"]].to_numpy().tolist() == [
@@ -200,8 +215,8 @@ def test_without_one_of_its_runs_a_claim_is_not_tested():
         methods = fewer["experiments"][name]["methods"]
         fewer["experiments"][name]["methods"] = [m for m in methods if m != "rome"]
     found = {c.id: cells_of(fewer, c) for c in read_claims(CLAIMS)}
-    for absent in ("contrast", "r-rome", "score-zsre-batch"):
-        assert not found[absent]
+    for untested in ("contrast", "r-rome", "score-zsre-batch"):
+        assert not found[untested]
     assert found["efficacy-batch"]
     assert found["large-lambda"]
 
@@ -214,16 +229,34 @@ def test_what_runs_on_a_development_split_tests_no_claim():
     assert not any(cells_of(config, claim) for claim in read_claims(CLAIMS))
 
 
-def test_no_edit_is_no_rival():
-    """The floor keeps all of Locality: it would be the best of all and the least of none."""
-    config = read_config(Path("config.yaml"))
-    check_config(config)
-    assert {"none"} < {run.method for run in all_runs(config)}
-    seen = set()
+def test_the_editors_of_a_claim_are_those_of_the_papers_table():
     for claim in read_claims(CLAIMS):
-        seen |= {role for _, _, sides in cells_of(config, claim) for role in sides}
-    assert {"pac", "full-c", "kn"} <= seen
-    assert "none" not in seen
+        if claim.test["kind"] in AMONG_ALL:
+            number = 1 if claim.test["mode"] == "batch" else 2
+            table = pd.read_csv(f"resources/paper/table{number}.csv")
+            editors = set(table.loc[table["dataset"] == claim.test["dataset"], "editor"])
+            assert set(claim.test["editors"]) == editors - {"Original Model"}
+
+
+def cells_among(methods):
+    """Cells and what is absent, of the claims about all editors in consecutive editing of ZsRE."""
+    config = read_config(Path("config.yaml"))
+    config["experiments"]["table2"]["methods"] = methods
+    check_config(config)
+    (best,) = (c for c in read_claims(CLAIMS) if c.id == "score-zsre-consecutive")
+    cells = cells_of(config, best)
+    return [(set(sides), set(absent(config, best, sides))) for _, _, sides in cells]
+
+
+def test_rivals_are_the_papers_editors():
+    """No floor, which keeps all of Locality; no method that the paper has not."""
+    table = {"full-c", "rome", "r-rome", "kn", "memit", "pmet", "emmet", "alphaedit", "lora", "pac"}
+    more = ["none", "npac", "ultraedit", "prune", "rect"]  # PRUNE and RECT: in its Table 1 alone
+    assert cells_among([*more, *table]) == [(table, set())]
+    assert cells_among(["none", "npac", "ultraedit", "pac"]) == []
+    ((sides, left),) = cells_among(["pac", "npac", "pac-released", "full-c-epochs", "rome"])
+    assert sides == {"pac", "full-c-epochs", "rome"}  # its own other schedule is no rival
+    assert left == {"R-ROME", "KN", "MEMIT", "PMET", "EMMET", "AlphaEdit", "LoRA"}
 
 
 def test_a_form_that_is_none_of_the_papers_tests_no_claim(monkeypatch):
@@ -236,7 +269,9 @@ def test_a_form_that_is_none_of_the_papers_tests_no_claim(monkeypatch):
         assert found == {"openfacts-counterfact"}
 
 
-@pytest.mark.parametrize("change", [{"test": {"kind": "worst"}}, {"colour": "red"}])
+@pytest.mark.parametrize(
+    "change", [{"test": {"kind": "worst"}}, {"test": {"kind": "best"}}, {"colour": "red"}]
+)
 def test_a_wrong_claim_is_named(change, tmp_path):
     records = yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))[:2]
     records[1] |= change

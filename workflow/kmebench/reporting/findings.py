@@ -22,7 +22,7 @@ from kmebench.reporting.figure_tables import layer_shares
 from kmebench.reporting.tables import markdown_table
 
 HOLDS, FAILS, OPEN, SMALL = "holds", "does not hold", "undecided", "not testable at this scale"
-NOT_RUN = "not run"
+NOT_RUN, FEW_RIVALS = "not run", "not testable without all rivals"
 #: Consecutive edits from which on a claim is judged at every milestone, and not at the end alone.
 MANY = 100
 #: Claims about time and paths do not depend on how many edits were made.
@@ -122,16 +122,32 @@ class Runs:
         return float(mean), float(low), float(high), len(values)
 
 
-def judge(claim: Claim, sides: Mapping[str, str], names: Mapping[str, str], runs: Runs) -> Verdict:
+def judge(
+    claim: Claim,
+    sides: Mapping[str, str],
+    names: Mapping[str, str],
+    runs: Runs,
+    absent: Sequence[str] = (),
+) -> Verdict:
     """Decide one claim for one model and data set.
 
-    ``sides``: file or run folder by role; ``names``: what readers see of them. Fewer than
-    :data:`ENOUGH_EDITS` edits decide nothing: their verdict says so.
+    ``sides``: file or run folder by role; ``names``: what readers see of them; ``absent``: rivals
+    that did not run. Fewer than :data:`ENOUGH_EDITS` edits decide nothing: their verdict says so.
     """
     verdict = _judged(claim, sides, names, runs)
+    if "editors" in claim.test:
+        verdict = _among(verdict, [names[r] for r in sides if r != claim.test["method"]], absent)
     if verdict.n < ENOUGH_EDITS:
         return replace(verdict, verdict=f"too few edits ({verdict.n})")
     return verdict
+
+
+def _among(verdict: Verdict, rivals: Sequence[str], absent: Sequence[str]) -> Verdict:
+    """Name the rivals; a lead that misses some of them decides nothing."""
+    few = bool(absent) and verdict.verdict == HOLDS
+    ran = f"{', '.join(rivals)}; without {', '.join(absent)}" if absent else f"all {len(rivals)}"
+    found = f"{verdict.found}; rivals: {ran}"
+    return replace(verdict, found=found, verdict=FEW_RIVALS if few else verdict.verdict)
 
 
 def _judged(
@@ -197,10 +213,10 @@ def findings(
 ) -> pd.DataFrame:
     """Judge every claim wherever it can be tested.
 
-    ``cells``: claim (its id), model, dataset (labels), sides and names. Returns id, claim, where,
-    paper, paper_edits, model, dataset, edits (made before it was asked), found, n (asked), verdict;
-    one row without a model for a claim that no run tests. Of long runs there is a row for every
-    milestone.
+    ``cells``: claim (its id), model, dataset (labels), sides, names and absent, as :func:`judge`
+    has them. Returns id, claim, where, paper, paper_edits, model, dataset, edits (made before it
+    was asked), found, n (asked), verdict; one row without a model for a claim that no run tests.
+    Of long runs there is a row for every milestone.
     """
     rows = []
     for claim in claims:
@@ -210,7 +226,7 @@ def findings(
         for cell in tested:
             place = {"model": cell["model"], "dataset": cell["dataset"]}
             for then in _times(claim, cell, runs):
-                verdict = judge(claim, cell["sides"], cell["names"], then)
+                verdict = judge(claim, cell["sides"], cell["names"], then, cell["absent"])
                 rows.append(about | place | {"edits": then.edits or verdict.n} | vars(verdict))
         if not tested:
             rows.append(about | {"model": None, "dataset": None, "edits": 0, "found": None, "n": 0})
@@ -232,7 +248,8 @@ def findings_markdown(table: pd.DataFrame) -> str:
         "**What the paper claims and what was found here. Protocol token, final model; differences "
         "in percentage points with 95% paired bootstrap intervals over edits. A claim holds where "
         "the interval lies on its side of zero (or of the number it names), fails where it lies on "
-        f"the other, and is undecided in between; from {ENOUGH_EDITS} edits on. Other models and "
+        f"the other, and is undecided in between; from {ENOUGH_EDITS} edits on. Rivals are the "
+        "editors of the paper's table: a lead holds only against all of them. Other models and "
         "fewer edits than the paper's limit what either says about the paper.**"
     )
     several = f"{_by_model(table)}\n\n" if table["model"].nunique() > 1 else ""
