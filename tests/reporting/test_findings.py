@@ -116,7 +116,26 @@ def test_what_many_edits_ruin_is_not_refuted_by_few(runs):
     below = {"kind": "below", "metric": "score", "value": 10}
     assert verdict(runs, {"a": "good"}, edits=3000, **below) == "not testable at this scale"
     assert verdict(runs, {"a": "good"}, edits=N, **below) == "does not hold"
-    assert verdict(runs, {"a": "poor"}, edits=3000, **below) == "holds"
+    assert verdict(runs, {"a": "poor"}, edits=3000, **below) == "holds at 40 edits"
+
+
+@pytest.mark.parametrize(
+    ("edits", "scale"), [(3000, " at 40 edits"), (N + 1, " at 40 edits"), (N, ""), (0, "")]
+)
+def test_a_verdict_on_fewer_edits_than_the_papers_names_them(runs, edits, scale):
+    names = ("a", "b")
+    for kind, ours, other, wanted in (
+        ("best", "good", "poor", "holds"),
+        ("best", "poor", "good", "does not hold"),
+        ("least", "poor", "good", "holds"),
+        ("difference", "poor", "good", "does not hold"),
+        ("difference", "good", "good", "undecided"),
+        ("above", "good", "good", "holds"),
+    ):
+        test = {"kind": kind, "metric": "efficacy", "method": "a", "value": 50}
+        found = verdict(runs, dict(zip(names, (ours, other), strict=True)), edits=edits, **test)
+        assert found == wanted + scale
+    assert verdict(runs, {"a": "good", "b": "poor"}, edits=edits, **test) == "does not hold" + scale
 
 
 def test_time_is_compared_edit_by_edit(runs):
@@ -143,15 +162,15 @@ def test_long_runs_are_judged_at_every_milestone(tmp_path):
     best = {"kind": "best", "metric": "score", "method": "a"}
     table = findings([claim(**best, mode="consecutive", edits=3000)], [cell], runs)
     assert table[["edits", "n", "verdict"]].to_numpy().tolist() == [
-        [100, 40, "holds"],
-        [40, 40, "does not hold"],
+        [100, 40, "holds at 100 edits"],
+        [40, 40, "does not hold at 40 edits"],
     ]
     assert "100, 40 asked (3000)" in findings_markdown(table)
     below = {"kind": "below", "metric": "score", "value": 10, "mode": "consecutive"}
     cell["sides"] = {"a": "a"}
     for edits, wanted in ((3000, "not testable at this scale"), (100, "does not hold")):
         table = findings([claim(**below, edits=edits)], [cell], runs)
-        assert table["verdict"].tolist() == [wanted, "holds"]
+        assert table["verdict"].tolist() == [wanted, "holds at 40 edits"]
     assert findings([claim(**best, mode="batch")], [cell | {"sides": {"a": "a", "b": "b"}}], runs)[
         "edits"
     ].tolist() == [40]

@@ -133,12 +133,16 @@ def judge(
 
     ``sides``: file or run folder by role; ``names``: what readers see of them; ``absent``: rivals
     that did not run. Fewer than :data:`ENOUGH_EDITS` edits decide nothing: their verdict says so.
+    Where the paper made more edits than were made here, a verdict names the edits made here.
     """
     verdict = _judged(claim, sides, names, runs)
     if "editors" in claim.test:
         verdict = _among(verdict, [names[r] for r in sides if r != claim.test["method"]], absent)
     if verdict.n < ENOUGH_EDITS:
         return replace(verdict, verdict=f"too few edits ({verdict.n})")
+    made = runs.edits or verdict.n
+    if made < claim.edits and verdict.verdict in (HOLDS, FAILS, OPEN):
+        return replace(verdict, verdict=f"{verdict.verdict} at {made} edits")
     return verdict
 
 
@@ -249,8 +253,9 @@ def findings_markdown(table: pd.DataFrame) -> str:
         "in percentage points with 95% paired bootstrap intervals over edits. A claim holds where "
         "the interval lies on its side of zero (or of the number it names), fails where it lies on "
         f"the other, and is undecided in between; from {ENOUGH_EDITS} edits on. Rivals are the "
-        "editors of the paper's table: a lead holds only against all of them. Other models and "
-        "fewer edits than the paper's limit what either says about the paper.**"
+        "editors of the paper's table: a lead holds only against all of them. Where the paper made "
+        "more edits, a verdict names those made here; that fewer ruin nothing says nothing about "
+        "ruin (not testable at this scale). Other models and fewer edits than the paper's limit what either says about the paper.**"
     )
     several = f"{_by_model(table)}\n\n" if table["model"].nunique() > 1 else ""
     lines = [["Claim", "Paper", "Model", "Data set", "Edits (paper)", "Found", "Verdict"]]
@@ -270,10 +275,9 @@ def findings_markdown(table: pd.DataFrame) -> str:
 def _by_model(table: pd.DataFrame) -> str:
     """Lay out the verdicts of every claim, model beside model."""
     tested = table.dropna(subset="model")
-    cells = tested["verdict"].str.cat(tested["edits"].astype(str), " (").add(")")
-    rows = tested.assign(cell=cells).groupby(["claim", "model"], sort=False)["cell"].agg("; ".join)
+    rows = tested.groupby(["claim", "model"], sort=False)["verdict"].agg("; ".join)
     wide = rows.unstack().reindex(
         index=tested["claim"].unique(), columns=tested["model"].unique(), fill_value="–"
     )
-    head = ["Claim (verdict, edits)", *wide.columns]
+    head = ["Claim", *wide.columns]
     return markdown_table([head, *([claim, *wide.loc[claim].fillna("–")] for claim in wide.index)])
