@@ -23,6 +23,8 @@ from kmebench.reporting.tables import markdown_table
 
 HOLDS, FAILS, OPEN, SMALL = "holds", "does not hold", "undecided", "not testable at this scale"
 NOT_RUN, FEW_RIVALS = "not run", "not testable without all rivals"
+#: Of claims about time: runs share their machine, and a search chose the steps of each editor.
+UNTESTED = "not tested"
 #: Consecutive edits from which on a claim is judged at every milestone, and not at the end alone.
 MANY = 100
 #: Claims about time and paths do not depend on how many edits were made.
@@ -99,8 +101,12 @@ class Runs:
 
     def seconds(self, folder: str) -> np.ndarray:
         """Seconds of every call of the editor."""
-        timing = read_json(self._results / folder / "timing.json")
-        return np.array([sum(call["seconds"].values()) for call in timing["calls"]])
+        calls = read_json(self._results / folder / "timing.json")["calls"]
+        return np.array([sum(call["seconds"].values()) for call in calls])
+
+    def steps(self, folder: str) -> float:
+        """Optimisation steps per call of the editor."""
+        return float(read_json(self._results / folder / "timing.json")["steps_per_call"])
 
     def slower(self, a: str, b: str) -> Interval:
         """Seconds per call of a − b, its 95% paired interval, and the number of calls."""
@@ -165,14 +171,12 @@ def _judged(
         gap = runs.middle(sides[test["method"]], test["from"], test["to"])
         return _signed("middle layers − others", gap, "points per layer")
     if kind == "faster":
-        gap = runs.slower(sides[test["b"]], sides[test["a"]])
-        return _signed(f"{names[test['b']]} − {names[test['a']]}", gap, "s per edit")
+        return _time(test["b"], test["a"], sides, names, runs)
     if kind == "slowest":
         seconds = {role: runs.seconds(folder).mean() for role, folder in sides.items()}
         rival = max((role for role in seconds if role != test["method"]), key=seconds.__getitem__)
-        gap = runs.slower(sides[test["method"]], sides[rival])
-        text = f"{names[test['method']]} − {names[rival]} (the slowest other)"
-        return _signed(text, gap, "s per edit")
+        named = {**names, rival: f"{names[rival]} (the slowest other)"}
+        return _time(test["method"], rival, sides, named, runs)
     if kind == "difference":
         gap = runs.difference(sides["a"], sides["b"], metric)
         return _signed(f"{names['a']} − {names['b']}", gap, f"points of {metric}")
@@ -204,6 +208,15 @@ def _against_number(
         small = test["kind"] == "below" and (runs.edits or n) < claim.edits
         return Verdict(text, n, SMALL if small else FAILS)
     return Verdict(text, n, OPEN)
+
+
+def _time(
+    a: str, b: str, sides: Mapping[str, str], names: Mapping[str, str], runs: Runs
+) -> Verdict:
+    """Seconds and steps of two runs; they decide nothing."""
+    gap = runs.slower(sides[a], sides[b])
+    unit = f"s per edit, in {runs.steps(sides[a]):.1f} and {runs.steps(sides[b]):.1f} steps"
+    return replace(_signed(f"{names[a]} − {names[b]}", gap, unit), verdict=UNTESTED)
 
 
 def _signed(text: str, gap: Interval, unit: str) -> Verdict:
@@ -246,17 +259,22 @@ def _times(claim: Claim, cell: Mapping[str, Any], runs: Runs) -> list[Runs]:
     return [*map(runs.after, runs.milestones(cell["sides"].values())), runs]
 
 
+_CAPTION = (
+    "What the paper claims and what was found here. Protocol token, final model; differences with "
+    "95% paired bootstrap intervals over edits, in percentage points (of times in seconds); means "
+    "with 95% intervals that are exact at 0 and 100. A claim holds where the interval lies on its "
+    "side of zero (or of the number it names), fails where it lies on the other, and is undecided "
+    f"in between; from {ENOUGH_EDITS} edits on. Rivals are the editors of the paper's table: a "
+    "lead holds only against all of them. Where the paper made more edits, a verdict names those "
+    "made here, and ruin that fewer edits do not bring is not testable. Times test nothing: the "
+    "machines did other work too, and searches chose how many steps an editor takes "
+    "(docs/performance.md). Verdicts are not corrected for their number. Other models and fewer "
+    "edits than the paper's limit what either says about the paper."
+)
+
+
 def findings_markdown(table: pd.DataFrame) -> str:
     """Render for people."""
-    caption = (
-        "**What the paper claims and what was found here. Protocol token, final model; differences "
-        "in percentage points with 95% paired bootstrap intervals over edits. A claim holds where "
-        "the interval lies on its side of zero (or of the number it names), fails where it lies on "
-        f"the other, and is undecided in between; from {ENOUGH_EDITS} edits on. Rivals are the "
-        "editors of the paper's table: a lead holds only against all of them. Where the paper made "
-        "more edits, a verdict names those made here; that fewer ruin nothing says nothing about "
-        "ruin (not testable at this scale). Other models and fewer edits than the paper's limit what either says about the paper.**"
-    )
     several = f"{_by_model(table)}\n\n" if table["model"].nunique() > 1 else ""
     lines = [["Claim", "Paper", "Model", "Data set", "Edits (paper)", "Found", "Verdict"]]
     for row in table.to_dict("records"):
@@ -269,7 +287,7 @@ def findings_markdown(table: pd.DataFrame) -> str:
         cells = ["–" if pd.isna(x) else str(x) for x in shown]
         claim = f"{row['claim']} ({row['where']})"
         lines.append([claim, row["paper"], *cells, row["verdict"]])
-    return f"{caption}\n\n{several}{markdown_table(lines)}\n"
+    return f"**{_CAPTION}**\n\n{several}{markdown_table(lines)}\n"
 
 
 def _by_model(table: pd.DataFrame) -> str:
