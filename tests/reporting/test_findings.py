@@ -206,6 +206,18 @@ def test_middle_layers_are_compared_per_layer(runs, tmp_path):
         assert verdict(runs, {"pac": f"{name}.safetensors"}, **test) == expected
 
 
+@pytest.mark.parametrize(("depth", "first", "last"), [(32, 3, 17), (30, 3, 16), (24, 2, 13)])
+def test_the_middle_is_layers_4_to_18_of_32_counted_from_1(depth, first, last, tmp_path):
+    """Only those layers have all of the impact; one less or one more would spread it."""
+    (middle,) = (c for c in read_claims(CLAIMS) if c.id == "middle-layers")
+    scores = np.zeros((N, depth, 2, 3), dtype=np.float32)
+    scores[:, first : last + 1] = 1
+    save_file({"positive_scores": scores}, tmp_path / "paths.safetensors")
+    runs = Runs(tmp_path, {"resamples": 10, "seed": 0})
+    gap = runs.middle("paths.safetensors", middle.test["from"], middle.test["to"])
+    assert gap[0] == pytest.approx(100 / (last + 1 - first))
+
+
 def test_a_claim_that_no_run_tests_is_shown_as_such(runs):
     table = findings([claim(kind="best", method="pac", metric="score")], [], runs)
     assert table["verdict"].tolist() == ["not run"]

@@ -113,10 +113,14 @@ class Runs:
         return self._interval(self.seconds(a) - self.seconds(b))
 
     def middle(self, path: str, start: float, stop: float) -> Interval:
-        """Share of T+'s impact per layer: middle layers − others, in percentage points."""
+        """Share of T+'s impact per layer: middle layers − others, in percentage points.
+
+        The middle begins and ends at the borders of layers next to these shares of the depth.
+        """
         shares = layer_shares(self._results / path)
-        depth = np.arange(shares.shape[1]) / shares.shape[1]
-        middle = (depth >= start) & (depth < stop)
+        layers = shares.shape[1]
+        middle = np.zeros(layers, dtype=bool)
+        middle[round(start * layers) : round(stop * layers)] = True
         return self._interval(shares[:, middle].mean(axis=1) - shares[:, ~middle].mean(axis=1))
 
     def _points(self, a: pd.DataFrame, b: pd.DataFrame, metric: str) -> Interval:
