@@ -183,7 +183,8 @@ def test_health_stands_in_columns_of_its_own_where_it_was_measured():
 
 
 def test_long_runs_say_when_half_of_the_best_score_was_lost():
-    scores = {1: 0.3, 10: 0.8, 100: 0.41, 300: 0.39, 1000: 0.45}  # a first edit may fail
+    # A first edit may be right by luck.
+    scores = {1: 1.0, 10: 0.1, 19: 1.0, 30: 0.8, 100: 0.41, 300: 0.39, 1000: 0.45}
     when = dict.fromkeys(scores, "milestone") | {1000: "final"}
     rows = [
         metric(method, "score", value, when=when[n], edits_done=n, n=300)
@@ -195,7 +196,7 @@ def test_long_runs_say_when_half_of_the_best_score_was_lost():
     assert half["gpt-j", "pac", "zsre"] == 300
     assert pd.isna(half["gpt-j", "full-c", "zsre"])  # half is not below half
     markdown = to_markdown(table, LAYOUT)
-    assert "Half at: edits after which Score was below half of its best" in markdown
+    assert "Half at: edits after which Score was below half of its best from 20 on" in markdown
     (line,) = [x for x in markdown.splitlines() if "PAC" in x and "45.0" in x]
     assert [x.strip() for x in line.split("|")[-3:-1]] == ["300", "1.25"]
     assert "half_after" not in TABLE

@@ -56,7 +56,8 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
     ``write_efficacy`` (consecutive: right after each edit); n, seconds_per_edit, failed_edits,
     protocol, mode, variant, seed; every tabled metric of the final model's state that any run
     has, in its own unit; and, of consecutive runs of more than :data:`NEWEST` edits,
-    ``half_after``: the edits after which Score was first below half of its best (NaN: never).
+    ``half_after``: the edits, from :data:`ENOUGH_EDITS` on, after which Score was first below half
+    of its best (NaN: never).
     Missing runs are rows of NaN. The paper's numbers stand beside the variant ``default`` only.
     """
     of_mode = metrics[metrics["mode"] == layout.mode]
@@ -118,8 +119,12 @@ def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]
 
 
 def _half_after(cell: pd.DataFrame) -> float:
-    """The first milestone at which Score is below half of the best one until then."""
+    """The first milestone at which Score is below half of the best one until then.
+
+    Milestones of fewer than :data:`ENOUGH_EDITS` edits do not count: one right edit scores 100.
+    """
     asked = cell["when"].isin(["milestone", "final"]) & (cell["metric"] == "score")
+    asked &= cell["edits_done"] >= ENOUGH_EDITS
     scores = cell[asked].set_index("edits_done")["value"].sort_index()
     below = scores < scores.cummax() / 2
     return float(below.idxmax()) if below.any() else float("nan")
@@ -163,6 +168,7 @@ def caption(table: pd.DataFrame, layout: Layout) -> str:
         text += "; in brackets the paper's number"
     if "half_after" in table:
         text += f"; {_HALF}: edits after which Score was below half of its best"
+        text += f" from {ENOUGH_EDITS} on"
     for metric in _states(table):
         text += f"; {metric.label}: {metric.meaning} ({metric.unit})"
     return f"{text}.{_failures(table, layout)}"
