@@ -75,6 +75,35 @@ def test_every_protocol_gives_the_values_worked_out_by_hand(protocol):
     np.testing.assert_allclose(found, np.array(BY_HAND[protocol]))
 
 
+def told(new, true, when):
+    return {f"target_new_logprob{when}": new, f"target_true_logprob{when}": true}
+
+
+def test_nothing_is_preferred_to_itself():
+    """A record of ZsRE may want what is true; a broken model may say two targets alike."""
+    asked = [
+        told(-1.0, -1.0, "_before") | told(-0.5, -0.5, "_after"),  # one target
+        told(-2.0, -1.0, "_before") | told(-0.5, -0.5, "_after"),  # two, one as bad as the other
+        told(-2.0, -1.0, "_before") | told(-0.1, -0.5, "_after"),
+    ]
+    frame = pd.DataFrame([row(str(i), "edit", **numbers) for i, numbers in enumerate(asked)])
+    values = request_values(frame, "probability")
+    assert values["efficacy"].tolist() == pytest.approx([NAN, 0.0, 1.0], nan_ok=True)
+    summary = summarise(values).set_index("metric")
+    assert summary.loc["efficacy", ["value", "n"]].tolist() == [0.5, 2]
+    unedited = frame.filter(regex="^(?!.*_(before|after))")
+    unedited = as_edited(unedited.assign(**told([-1.0, -2.0, -2.0], [-1.0] * 3, "")))
+    values = request_values(unedited, "probability")
+    assert values["efficacy"].tolist() == pytest.approx([NAN, 0.0, 0.0], nan_ok=True)
+
+
+def test_score_counts_requests_that_have_one_of_its_parts():
+    values = sparse([1.0, 0.0]).assign(locality=NAN)
+    values.loc[0, ["efficacy", "generality"]] = NAN
+    summary = summarise(values).set_index("metric")
+    assert summary["n"].to_dict() == {"efficacy": 19, "generality": 1, "score": 19}
+
+
 def test_locality_compares_with_the_unedited_model_not_with_the_gold_answer():
     gold = row("0", "locality", target_ids=[1, 2], before_ids=[5, 6], after_ids=[1, 2])
     assert request_values(pd.DataFrame([gold]), "token")["locality"].item() == 0.0

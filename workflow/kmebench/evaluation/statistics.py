@@ -77,11 +77,11 @@ def as_edited(original: pd.DataFrame) -> pd.DataFrame:
 def summarise(values: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Mean of every metric over requests, with its bootstrap interval.
 
-    Returns metric, value, low, high, n (requests with a value). Requests are resampled
-    jointly, so the interval of Score knows that its three parts go together. Score is the mean of
-    its parts' means; only a part that compares with the unedited model may be missing. Where all
-    requests have 0, or all 1, the interval is :func:`exact_at_edges`; that of Score is composed of
-    its parts' where all of these are such.
+    Returns metric, value, low, high, n (requests with a value, or with a part's). Requests are
+    resampled jointly, so the interval of Score knows that its three parts go together. Score is
+    the mean of its parts' means; only a part that compares with the unedited model may be missing.
+    Where all requests have 0, or all 1, the interval is :func:`exact_at_edges`; that of Score is
+    composed of its parts' where all of these are such.
     """
     measured = [m.name for m in metrics_of("request") if m.kinds and values[m.name].notna().any()]
     composites = [m for m in _composites() if set(_required(m)) <= set(measured)]
@@ -96,7 +96,9 @@ def summarise(values: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> 
     table = np.ascontiguousarray(values[measured], dtype=float)
     value, *ends = bootstrap(table, means, resamples=resamples, seed=seed)
     low, high = _with_exact_ends(table, np.stack(ends), measured, composites)
-    counts = [*(~np.isnan(table)).sum(axis=0), *[len(table)] * len(composites)]
+    known = ~np.isnan(table)
+    of_parts = [known[:, [name in m.parts for name in measured]] for m in composites]
+    counts = [*known.sum(axis=0), *(parts.any(axis=1).sum() for parts in of_parts)]
     names = [*measured, *(m.name for m in composites)]
     columns = {"metric": names, "value": value, "low": low, "high": high, "n": counts}
     return pd.DataFrame(columns)
