@@ -45,7 +45,7 @@ def comparison_markdown(table: pd.DataFrame, title: str, protocol: str) -> str:
     caption = (
         f"**{title}. Protocol {protocol}, {edits} edits; A − B in percentage points with 95% "
         "paired bootstrap intervals over edits, in bold where the interval leaves out zero (not "
-        "corrected for their number)"
+        "corrected for the number of comparisons)"
     )
     if n[0] < ENOUGH_EDITS:
         caption += f"; none is bold among fewer than {ENOUGH_EDITS} edits"
