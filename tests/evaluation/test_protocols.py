@@ -42,7 +42,7 @@ def predictions():
 
 def shown(scored):
     """A table and the figure over edits, from scored runs of two editors."""
-    columns = ["behind_low", "behind_high", "seconds_per_edit", "failed_edits"]
+    columns = ["behind_p", "seconds_per_edit", "failed_edits"]
     metrics = pd.concat(
         scored.assign(**RUN | {"method": method}, **dict.fromkeys(columns, 0.0))
         for method in ("pac", "rome")

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -121,6 +122,53 @@ def test_every_run_is_compared_with_the_best_on_the_same_requests(files):
     assert table.loc["poor", "behind"] == pytest.approx((0.5 + 0 + 0.5) / 3)
     assert table.loc["poor", "behind_low"] == 0.0  # a sample of the second request alone
     assert table.loc["poor", "behind_high"] == 0.5
+    assert np.isnan(table.loc["good", "behind_p"])  # it is not compared with itself
+
+
+def answers(right, n=40):
+    """Final predictions of which the first ``right`` edits are as wanted."""
+    return predictions("final", n, [[1, 2] if i < right else [8, 9] for i in range(n)])
+
+
+def test_each_more_rival_makes_it_harder_to_be_told_from_the_best():
+    """Five of forty edits are a difference beside one rival, and none beside eleven."""
+    best, near = (RUN | {"method": "a"}, answers(30)), (RUN | {"method": "b"}, answers(25))
+    others = [(RUN | {"method": f"c{k}"}, answers(25)) for k in range(10)]
+    p = {}
+    for finals in ([best, near], [best, near, *others]):
+        table = behind_best(finals, {"resamples": 1000, "seed": 0})
+        at = (table["protocol"] == "token") & (table["metric"] == "efficacy")
+        p[len(finals)] = table[at].set_index("method")["behind_p"]["b"]
+    assert p[2] < 0.05
+    assert p[12] == pytest.approx(11 * p[2])
+    assert p[12] > 0.05
+
+
+def test_an_exact_tie_with_the_best_is_no_difference():
+    finals = [(RUN | {"method": name}, answers(30)) for name in ("a", "b")]
+    table = behind_best(finals, {"resamples": 200, "seed": 0})
+    at = (table["protocol"] == "token") & (table["metric"] == "score")
+    assert table[at].set_index("method").loc["b", ["behind", "behind_p"]].tolist() == [0, 1]
+
+
+def test_the_best_score_is_the_one_that_tables_show():
+    """One request has a paraphrase: right for one editor alone, whose edits are worse."""
+
+    def of(edits, paraphrase):
+        frame = predictions("final", 4, [[1, 2] if right else [8, 9] for right in edits])
+        kept = frame[(frame["kind"] == "edit") | (frame["position"] == 0)].copy()
+        (row,) = kept.index[kept["kind"] == "paraphrase"]
+        kept.at[row, "after_ids"] = [1, 2] if paraphrase else [8, 9]
+        return kept
+
+    finals = [
+        (RUN | {"method": "writes"}, of([0, 1, 1, 1], 0)),  # mean of requests 9/12, Score 3/12
+        (RUN | {"method": "generalises"}, of([0, 0, 0, 1], 1)),  # mean of requests 4/12, Score 5/12
+    ]
+    table = behind_best(finals, {"resamples": 20, "seed": 0})
+    at = (table["protocol"] == "token") & (table["metric"] == "score")
+    behind = table[at].set_index("method")["behind"]
+    assert behind.to_dict() == pytest.approx({"writes": 2 / 12, "generalises": 0.0})
 
 
 def test_other_models_and_data_sets_are_no_rivals(files):

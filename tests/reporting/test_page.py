@@ -26,7 +26,7 @@ def metric(method, name, value, *, dataset="z", protocol="token", experiment="ta
     row = {"experiment": experiment, "model": "m", "dataset": dataset, "mode": "batch"}
     row |= {"method": method, "variant": "default", "seed": 0, "protocol": protocol}
     row |= {"when": "final", "edits_done": 30, "metric": name, "value": value, "n": 30}
-    row |= {"low": value - 0.1, "high": value + 0.1, "behind_low": 0.1, "behind_high": 0.3}
+    row |= {"low": value - 0.1, "high": value + 0.1, "behind_p": 0.01}
     return row | more
 
 
@@ -35,11 +35,11 @@ def metrics():
     names = ("efficacy", "generality", "locality", "score")
     rows = [metric("original", "score", 0.1, edits_done=0)]
     rows += [metric("pac", name, 0.5, dataset="c") for name in names]
-    rows += [metric("pac", name, 0.6, behind_low=-0.1) for name in names]
-    rows += [metric("none", name, 0.2, behind_low=np.nan, behind_high=np.nan) for name in names]
-    rows += [metric("rome", name, 0.7, behind_low=0.0, behind_high=0.0) for name in names]
+    rows += [metric("pac", name, 0.6, behind_p=0.2) for name in names]
+    rows += [metric("none", name, 0.2, behind_p=np.nan) for name in names]
+    rows += [metric("rome", name, 0.7, behind_p=np.nan) for name in names]
     rows += [metric("pac", "score", 0.9, protocol="wild")]
-    sweep = {"experiment": "sweep", "behind_low": 0.5}
+    sweep = {"experiment": "sweep", "behind_p": 0.03}
     rows += [metric("pac", name, 0.6, **sweep) for name in names]
     rows += [metric("pac", "score", 0.8, variant="paths=5+lambda=0.0", **sweep)]
     return pd.DataFrame(rows)
@@ -162,6 +162,14 @@ def test_many_ties_are_counted_and_models_are_named_where_there_are_several():
     first, _ = sentences(many, [])["Who is best"]
     assert first.startswith("A, ZsRE, batch: E6 has")
     assert "; 6 others cannot be told from it" in first
+
+
+def test_an_exact_tie_with_the_best_is_named():
+    """Which of two equal ones is compared with the other is chance."""
+    for ties in ((True, False), (False, True)):
+        rows = [cell(name, 80.0, tied=tie) for name, tie in zip(("A", "B"), ties, strict=True)]
+        (text,) = sentences([*rows, cell("C", 60.0)], [])["Who is best"]
+        assert "; B cannot be told from it" in text
 
 
 def test_fewer_than_twenty_edits_make_no_claim():

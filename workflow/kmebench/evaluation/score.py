@@ -14,6 +14,8 @@ from kmebench.evaluation.protocols import HEALTH, PROTOCOLS, Metric, metrics_of
 from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS, check_columns
 from kmebench.evaluation.statistics import (
     as_edited,
+    holm,
+    mean_of,
     paired_difference,
     request_values,
     summarise,
@@ -165,9 +167,11 @@ def behind_best(
 
     ``finals``: runs with their final predictions. Returns the columns of :data:`RUN`, protocol,
     when, metric, and ``behind``, ``behind_low``, ``behind_high``: the best run's value minus
-    this one's with its 95% paired bootstrap interval; 0 for the best.
+    this one's with its 95% paired bootstrap interval; 0 for the best. ``behind_p``: the p-value of
+    this difference, two-sided, by Holm over all runs that are compared with the best (NaN there).
     """
-    columns = [*RUN, "protocol", "when", "metric", "behind", "behind_low", "behind_high"]
+    columns = [*RUN, "protocol", "when", "metric"]
+    columns += ["behind", "behind_low", "behind_high", "behind_p"]
     cells: dict[tuple, list] = {}
     for spec, frame in finals:
         cells.setdefault((spec["model"], spec["dataset"]), []).append((spec, frame))
@@ -185,15 +189,18 @@ def behind_best(
 
 def _behind(
     values: Sequence[pd.DataFrame], metric: Metric, statistics: Mapping[str, int]
-) -> list[tuple[float, float, float]]:
-    """Difference of the best to each, with its interval; NaN where nothing was predicted."""
-    means = [metric.direction * float(v[metric.name].mean()) for v in values]
+) -> list[tuple[float, float, float, float]]:
+    """Difference of the best to each, its interval and p; NaN where nothing was predicted."""
+    nan = float("nan")
+    means = [metric.direction * mean_of(v, metric) for v in values]
     if np.isnan(means).all():
-        return [(float("nan"),) * 3] * len(values)
+        return [(nan,) * 4] * len(values)
     best = int(np.nanargmax(means))
-    return [
-        (0.0, 0.0, 0.0)
+    found = [
+        (0.0, 0.0, 0.0, nan)
         if index == best
-        else paired_difference(values[best], other, metric.name, **statistics)[:3]
+        else paired_difference(values[best], other, metric.name, **statistics)[:4]
         for index, other in enumerate(values)
     ]
+    adjusted = holm([p for *_, p in found])
+    return [(mean, low, high, p) for (mean, low, high, _), p in zip(found, adjusted, strict=True)]

@@ -264,10 +264,11 @@ class _Run:
     def time_questions(self, requests: Sequence[EditRequest]) -> None:
         """Note what a question about ``requests`` costs before and after the edits."""
         started = time.perf_counter()
-        setup = self.setup
-        found = question_milliseconds(setup.model, requests, setup.settings)
-        self.outcome.question_milliseconds = found
-        self.outcome.evaluation_seconds += time.perf_counter() - started
+        setup, outcome = self.setup, self.outcome
+        outcome.question_milliseconds = question_milliseconds(
+            setup.model, requests, setup.settings, outcome.evaluation_seconds
+        )
+        outcome.evaluation_seconds += time.perf_counter() - started
 
     def save(self, stopped_by: str | None, done: int | None = None) -> None:
         """Write a checkpoint after ``done`` edits or epochs; see :meth:`Checkpoints.save`."""

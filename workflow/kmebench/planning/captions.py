@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-_INTERVALS = "bars are 95% bootstrap intervals over edits"
+_INTERVALS = "bars are 95% intervals over edits"
 #: How to read a figure, by its kind in the config.
 _READ = {
     "overview": "One mark per editor, coloured by family; its area is Generality. Dashed: the "
@@ -22,7 +22,7 @@ _READ = {
     "norms": "Frobenius norm of an edit in each layer, median over calls of the editor",
     "sizes": "Grey: the editor of the best Score among the others, with its name; hollow: the "
     f"paper's numbers. Filled: ours; {_INTERVALS}",
-    "paper": "On the diagonal both numbers are equal; bars are 95% bootstrap intervals of ours",
+    "paper": "On the diagonal both numbers are equal; bars are 95% intervals of ours",
 }
 #: Kinds that show metrics, which are of one protocol.
 _SCORED = ("overview", "cost", "sweep", "edits")

@@ -267,6 +267,7 @@ class Reported:
                 "dataset": self.label("datasets", dataset),
                 "sides": {role: self._tested(claim, run) for role, run in sides.items()},
                 "names": {role: self._run_label(run) for role, run in sides.items()},
+                "absent": claims.absent(self.config, claim, sides),
             }
             for claim in claims.read_claims(CLAIMS)
             for model, dataset, sides in claims.cells_of(self.config, claim)

@@ -11,7 +11,7 @@ named: ``sizes/qwen2.5-coder-0.5b`` is that model in reference/sizes.
 ``a - b`` in place of the run is the paired difference of two runs. In place of the metric, ``n`` is
 the number of edits, and ``forgotten`` the Efficacy now minus that right after each edit.
 ``score@100`` is the Score after 100 edits. All are of protocol ``token`` and, without ``@``, of the
-final model, in percent, with 95% bootstrap intervals. A table stands likewise between two comments:
+final model, in percent, with 95% intervals. A table stands likewise between two comments:
 its name in :data:`TABLES` and its folder. After a change of the reference results:
 
 python -m kmebench.reporting.quotes
