@@ -30,7 +30,7 @@ HEADER = ["edits", "steps/edit", "s/edit", "checkpoint (s)", "checkpoint (MiB)",
 class Watched(Checkpoints):
     """Checkpoints that note what they took, and the memory of the process."""
 
-    def save(self, model, editor, done, frames, outcome, stopped_by=None) -> None:
+    def save(self, model, editor, done, frames, outcome, stopped_by) -> None:
         start = time.perf_counter()
         super().save(model, editor, done, frames, outcome, stopped_by)
         seconds = time.perf_counter() - start

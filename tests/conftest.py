@@ -184,6 +184,14 @@ def requests() -> list[EditRequest]:
     ]
 
 
+def without_word(model: EditableModel, word: str) -> EditableModel:
+    """Make texts with a word of one token NaN, on a model whose head has weights of its own."""
+    (row,) = model.tokenizer(word)["input_ids"]
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[row] = torch.nan
+    return model
+
+
 @pytest.fixture(scope="session")
 def encoder_folder(tokenizer, tmp_path_factory) -> Path:
     return write_encoder(tmp_path_factory.mktemp("encoder"), tokenizer)

@@ -1,6 +1,8 @@
 """What lies outside the workflow: which files are a model's, and when content has changed."""
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -120,3 +122,13 @@ def test_what_may_not_be_read_counts_as_gone(model, tmp_path, monkeypatch):
     monkeypatch.setattr(origins, "sha256_of", refuse)
     assert origins.parameter(model, tmp_path / "note") == "told"
     assert origins.parameter(tmp_path / "nowhere", tmp_path / "note") == "told"
+
+
+def test_a_note_that_cannot_be_read_is_not_taken_for_missing(tmp_path, monkeypatch):
+    def refuse(path, **_):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    origins.write_note(tmp_path / "note", "told", "taken")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(OSError, match="Stale"):
+        origins.parameter(None, tmp_path / "note")

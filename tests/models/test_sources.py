@@ -1,5 +1,6 @@
 """Model sources."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from kmebench.errors import ModelError
+from kmebench.io import files
 from kmebench.io.files import sha256_of
 from kmebench.models import sources
 from kmebench.models.editable import EditableModel
@@ -48,11 +50,16 @@ def test_a_local_folder_is_taken_by_reference_and_never_changed(folder, tmp_path
         )
 
 
-def test_what_a_killed_link_stage_left_is_never_written_through(folder, trained, tmp_path):
+def test_what_a_killed_link_stage_left_is_never_written_through(
+    folder, trained, tmp_path, monkeypatch
+):
     """The config then names another source, whose files must not land in the user's folder."""
-    (tmp_path / ".made.partial").mkdir()
+    # In a container the next process may have the number of the one that was killed.
+    monkeypatch.setattr(files, "_NUMBERS", itertools.count())
+    left = tmp_path / f".made.{files._HOST}-{os.getpid()}-0.partial"
+    left.mkdir()
     for path in folder.iterdir():
-        (tmp_path / ".made.partial" / path.name).symlink_to(path)
+        (left / path.name).symlink_to(path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     trained.model.config.bos_token_id, kept = 1, trained.model.config.bos_token_id
     try:

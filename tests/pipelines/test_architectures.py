@@ -178,7 +178,7 @@ def test_a_paper_architecture_passes_through_every_stage(
                     "hypernetwork": str(tmp_path / f"{editor}.network"),
                 },
                 original=str(tmp_path / "original.parquet"),
-                inputs=[__file__],
+                inputs={"code": [__file__]},
                 output=output,
             )
             runs.append({"model": "m", "dataset": "d", "mode": mode, "method": editor})

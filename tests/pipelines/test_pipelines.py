@@ -126,6 +126,10 @@ def test_an_edit_that_cannot_be_made_stops_the_run_or_is_left_out(
     assert final["position"].unique().tolist() == [0, 1, 2]
     assert saved.restore(make_model("gptj", torch.float32), Unable(how))[2].failed == outcome.failed
 
+    setup = Setup(make_model("gptj", torch.float32), Unable(how), SETTINGS, saved)
+    with pytest.raises(EditError, match=r"It was skipped before: .* delete .*/b "):
+        run_consecutive(setup, requests)
+
     batches = in_batches(model, Unable(how), requests, 1, tmp_path / "c", skip_failed=True)
     assert [f["case_ids"] for f in batches.failed] == [["b"]]
     assert batches.predictions["position"].unique().tolist() == [0, 1, 2]

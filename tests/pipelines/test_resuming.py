@@ -1,17 +1,33 @@
 """Checkpoints: runs that end before their time go on with the same bytes."""
 
+import builtins
+import errno
+import io
 import os
+import re
 import signal
+from functools import partial
+from random import Random
 
 import pandas as pd
 import pytest
 import torch
 
 from kmebench.editors.base import build_editor
-from kmebench.pipelines.checkpoints import Checkpoints
-from kmebench.pipelines.pipelines import Setup, run_breadth_first
+from kmebench.evaluation.frames import write_frame
+from kmebench.evaluation.schema import NORMS
+from kmebench.pipelines.checkpoints import Checkpoints, Outcome, norms_frame
+from kmebench.pipelines.pipelines import Setup, run_breadth_first, run_consecutive
 from kmebench.preemption import SIGNALS, PreemptedError, noted_signals
-from tests.pipelines.runs import SETTINGS, Counting, comparable, consecutive, in_batches
+from tests.pipelines.runs import (
+    SETTINGS,
+    Counting,
+    checkpoints,
+    comparable,
+    consecutive,
+    in_batches,
+    same_tensors,
+)
 
 EPOCHS = {
     "full-c": {"mini_batch": 2, "steps": 4, "tolerance": 0.0, "learning_rate": 1e-3},
@@ -27,8 +43,9 @@ class Stopped(Checkpoints):
 
     at = 0
 
-    def save(self, model, editor, done, frames, outcome, stopped_by=None):
-        super().save(model, editor, done, frames, outcome, "SIGTERM" if done == self.at else None)
+    def save(self, model, editor, done, frames, outcome, stopped_by):
+        signal = "SIGTERM" if done == self.at else None
+        super().save(model, editor, done, frames, outcome, lambda: signal)
 
 
 @pytest.mark.parametrize("name", EPOCHS)
@@ -59,6 +76,35 @@ def test_breadth_first_goes_on_after_an_epoch_with_the_same_bytes(
             part.factors(), resumed.edit.weights[parameter].factors(), strict=True
         ):
             assert torch.equal(one, other)
+
+
+class Tight(Checkpoints):
+    """As if memory ran out behind the first epoch, once."""
+
+    full = False
+
+    def save(self, model, editor, done, *rest):
+        super().save(model, editor, done, *rest)
+        if not self.full:
+            self.full = True
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+
+def test_the_second_try_replaces_the_epochs_that_the_first_has_saved(
+    make_model, requests, tmp_path
+):
+    def run(micro_batch, kept):
+        torch.manual_seed(1)
+        editor = build_editor("full-c", EPOCHS["full-c"] | {"micro_batch": micro_batch}, {})
+        setup = Setup(make_model("gptj", torch.float32), editor, SETTINGS, kept)
+        return run_breadth_first(setup, requests)
+
+    expected = run(2, Checkpoints(tmp_path / "a", 1, {}, "epochs"))
+    found = run(4, Tight(tmp_path / "b", 1, {}, "epochs"))
+    assert found.micro_batch == 2
+    assert found.times[0]["steps"] == expected.times[0]["steps"]
+    assert comparable(found.predictions).equals(comparable(expected.predictions))
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["4"]
 
 
 def test_a_signal_ends_breadth_first_after_its_epoch(make_model, requests, tmp_path, monkeypatch):
@@ -94,18 +140,77 @@ def test_resumed_session_equals_an_uninterrupted_one(fail_at, make_model, reques
     assert torch.equal(resumed_editor.calls, torch.tensor([3.0]))
 
 
-def test_a_checkpoint_of_another_configuration_is_not_resumed(make_model, requests, tmp_path):
+def stopped_at(edits, identity, make_model, requests, folder):
+    """Be killed in the edit after ``edits``; return how many were made."""
+    editor = Signalled(signal.SIGTERM, at=0)
+    editor.fail_at = edits
     with pytest.raises(KeyboardInterrupt):
-        consecutive(make_model("gptj", torch.float32), Counting(2), requests, tmp_path)
-    editor = Counting()
-    consecutive(make_model("gptj", torch.float32), editor, requests, tmp_path, identity="other")
-    assert editor.calls == 3  # all three edits were made anew
+        consecutive(make_model("gptj", torch.float32), editor, requests, folder, identity=identity)
+    return editor.edits - 1
+
+
+def test_a_checkpoint_of_another_configuration_is_set_aside_and_goes_on_when_that_comes_back(
+    make_model, requests, tmp_path, caplog
+):
+    one, other = ({"settings": {"a": a, "same": 1}, "inputs": a} for a in (1, 2))
+    run = partial(stopped_at, make_model=make_model, requests=requests, folder=tmp_path)
+    assert run(2, one) == 2
+    assert run(1, other) == 1
+    assert "configuration (run.inputs, run.settings.a differ) and stays" in caplog.text
+    own, aside = sorted(tmp_path.iterdir())
+    assert own.name == "1"
+    assert aside.name.startswith("set-aside-2-")
+    assert run(2, one) == 0
+    own, aside = sorted(tmp_path.iterdir())
+    assert own.name == "2"
+    assert aside.name.startswith("set-aside-1-")
+    assert run(2, other) == 1  # behind the first
+    # The run is complete; a state of another one is not its to remove.
+    consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path, identity=other)
+    checkpoints(tmp_path, identity=other).clear()
+    (aside,) = tmp_path.iterdir()
+    assert aside.name.startswith("set-aside-2-")
+    assert run(2, one) == 0
+    checkpoints(tmp_path, identity=one).clear()
+    assert not tmp_path.exists()
+
+
+def test_of_other_configurations_that_with_most_edits_is_kept(
+    make_model, requests, tmp_path, caplog
+):
+    run = partial(stopped_at, make_model=make_model, requests=requests, folder=tmp_path)
+    run(2, "most")
+    run(1, "few")
+    run(1, "now")
+    assert "of other configurations one is kept" in caplog.text
+    assert [path.name[:11] for path in sorted(tmp_path.iterdir())] == ["1", "set-aside-2"]
+    assert run(2, "most") == 0
 
 
 def test_only_the_newest_checkpoint_is_kept(make_model, requests, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         consecutive(make_model("gptj", torch.float32), Counting(2), requests, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+def test_norms_are_a_table_with_the_bits_that_they_have_in_memory(make_model, tmp_path):
+    """Of 32 layers after 300 edits; as indented JSON they took 63 bytes each."""
+    random = Random(0)
+    call = {"requests": 1, "steps": 1, "seconds": {"solve": 0.1}}
+    layers = [f"model.layers.{layer}.mlp.{w}.weight" for layer in range(32) for w in ("up", "down")]
+    norms = [{name: random.random() for name in layers} for _ in range(299)]
+    outcome = Outcome(times=[call] * 300, norms=[*norms[:100], {}, *norms[100:]])
+    model, kept = make_model("gptj", torch.float32), checkpoints(tmp_path / "kept")
+    kept.save(model, Counting(), 300, [], outcome)
+    _, _, restored = kept.restore(model, Counting())
+    assert restored.norms == outcome.norms  # to the last bit
+    for name, found in (("straight", outcome), ("resumed", restored)):
+        write_frame(norms_frame(found), NORMS, tmp_path / name)
+    assert (tmp_path / "straight").read_bytes() == (tmp_path / "resumed").read_bytes()
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "kept" / "300").iterdir()}
+    assert sizes["norms.parquet"] < 12 * 299 * 64
+    assert sizes["outcome.json"] < 300 * 60
+    assert sizes["record.json"] < 2000
 
 
 def test_a_half_written_checkpoint_is_ignored(make_model, requests, tmp_path):
@@ -116,7 +221,10 @@ def test_a_half_written_checkpoint_is_ignored(make_model, requests, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["masters.safetensors", "editor.safetensors", "predictions.parquet", "record.json", None],
+    [
+        *("masters.safetensors", "editor.safetensors", "predictions.parquet"),
+        *("norms.parquet", "outcome.json", "record.json", None),
+    ],
 )
 def test_a_damaged_checkpoint_is_not_resumed(name, make_model, requests, tmp_path, caplog):
     straight = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "a")
@@ -134,6 +242,36 @@ def test_a_damaged_checkpoint_is_not_resumed(name, make_model, requests, tmp_pat
     assert editor.calls == 3
     assert "is damaged: deleting it" in caplog.text
     pd.testing.assert_frame_equal(comparable(afresh.predictions), comparable(straight.predictions))
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("name", ["record.json", "masters.safetensors", None])
+def test_a_checkpoint_that_cannot_be_read_stays(
+    name, number, make_model, requests, tmp_path, monkeypatch
+):
+    with pytest.raises(KeyboardInterrupt):
+        consecutive(make_model("gptj", torch.float32), Counting(2), requests, tmp_path)
+    away = tmp_path / "2" / name if name else tmp_path
+    whole = {"open": io.open, "listdir": os.listdir, "scandir": os.scandir}
+
+    def refusing(read):
+        def refuse(path, *arguments, **options):
+            if os.fspath(path) == str(away):
+                raise OSError(number, os.strerror(number), path)
+            return read(path, *arguments, **options)
+
+        return refuse
+
+    with monkeypatch.context() as patch:
+        for read in ("listdir", "scandir"):
+            patch.setattr(os, read, refusing(whole[read]))
+        for module in (io, builtins):
+            patch.setattr(module, "open", refusing(whole["open"]))
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path)
+    goes_on = Signalled(signal.SIGTERM, at=0)
+    consecutive(make_model("gptj", torch.float32), goes_on, requests, tmp_path)
+    assert goes_on.edits == 1
 
 
 class Signalled(Counting):
@@ -181,6 +319,47 @@ def test_a_run_stopped_in_its_last_edit_saves_that_too(make_model, requests, tmp
     outcome = consecutive(make_model("gptj", torch.float32), goes_on, requests, tmp_path)
     assert goes_on.edits == 0
     assert "final" in set(outcome.predictions["when"])
+
+
+@pytest.mark.parametrize("name", ["consecutive", "breadth_first", *EPOCHS])
+@pytest.mark.parametrize("how", ["killed", signal.SIGTERM])
+def test_a_run_that_ends_in_its_final_evaluation_has_no_edit_to_make_again(
+    name, how, make_model, requests, tmp_path
+):
+    calls = []
+
+    def run(folder, ends_at):
+        model, measured = make_model("gptj", torch.float32), []
+        editor = build_editor(name, EPOCHS[name], {}) if name in EPOCHS else Counting()
+        whole = editor.edit
+        editor.edit = lambda *given: (calls.append(folder), whole(*given))[1]
+
+        def measure(edited):
+            measured.append(edited)
+            if len(measured) == ends_at:
+                if how == "killed":
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), how)
+            return {"sum": float(edited.ffn[0].value.weight.sum())}
+
+        kept = Checkpoints(tmp_path / folder, 100, {}, "edits")
+        setup = Setup(model, editor, SETTINGS, kept, measure=measure)
+        torch.manual_seed(1)
+        return (run_consecutive if name == "consecutive" else run_breadth_first)(setup, requests)
+
+    straight = run("a", ends_at=0)
+    with pytest.raises(KeyboardInterrupt if how == "killed" else PreemptedError):
+        # One milestone is measured before.
+        run("b", ends_at=2 if name == "consecutive" else 1)
+    edits = len(calls)
+    torch.manual_seed(5)
+    resumed = run("b", ends_at=0)
+    assert len(calls) == edits
+    assert comparable(resumed.predictions).equals(comparable(straight.predictions))
+    assert resumed.norms == straight.norms
+    assert resumed.health == straight.health
+    assert len(resumed.times) == len(straight.times)
+    same_tensors(straight.edit.weights.tensors(), resumed.edit.weights.tensors())
 
 
 def test_a_second_signal_is_obeyed_as_usual():

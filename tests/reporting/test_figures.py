@@ -10,8 +10,7 @@ from safetensors.numpy import save_file
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.frames import write_frame
 from kmebench.evaluation.schema import NORMS
-from kmebench.pipelines.checkpoints import Outcome
-from kmebench.pipelines.run import norms_frame
+from kmebench.pipelines.checkpoints import Outcome, norms_frame
 from kmebench.planning.appearance import Style
 from kmebench.reporting import figure_tables, figures, panels
 from kmebench.reporting.paper import COLUMNS

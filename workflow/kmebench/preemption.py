@@ -24,16 +24,37 @@ def noted_signals() -> Iterator[Callable[[], str | None]]:
     the process as it would without this. Signals can be noted in the main thread only.
     """
     received: list[str] = []
+    with _handled(received.append):
+        yield lambda: received[0] if received else None
+
+
+@contextmanager
+def ended_by_signals(error: Callable[[str], Exception]) -> Iterator[None]:
+    """Raise ``error`` of the name of the signal when SIGTERM or SIGUSR1 comes in the block.
+
+    For what can be made again from what is saved. See :func:`noted_signals`.
+    """
+
+    def end(name: str) -> None:
+        raise error(name)
+
+    with _handled(end):
+        yield
+
+
+@contextmanager
+def _handled(handle: Callable[[str], None]) -> Iterator[None]:
+    """Call ``handle`` with the name of the first signal; obey a second one as usual."""
     usual = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number).name)
+    def first(number: int, frame: FrameType | None) -> None:
         _restore(usual)
+        handle(signal.Signals(number).name)
 
     for number in SIGNALS:
-        signal.signal(number, note)
+        signal.signal(number, first)
     try:
-        yield lambda: received[0] if received else None
+        yield
     finally:
         _restore(usual)
 

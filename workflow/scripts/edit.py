@@ -26,6 +26,6 @@ with script_log(snakemake):
         assets={k: v for k, v in snakemake.input.items() if k not in EVERY_RUN},
         original=snakemake.input.original,
         neutral=snakemake.input.get("neutral"),
-        inputs=list(snakemake.input),
+        inputs={k: [v] if isinstance(v, str) else v for k, v in snakemake.input.items()},
         output=dict(snakemake.output.items()),
     )

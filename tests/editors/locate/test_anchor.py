@@ -17,7 +17,7 @@ from kmebench.errors import ConfigError
 from kmebench.io.tensors import TensorFile, write_tensors
 from kmebench.models.encoding import SubjectText
 from kmebench.pipelines.pipelines import Setup, run_batches
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, without_word
 from tests.pipelines.runs import SETTINGS, checkpoints, comparable, killed_and_resumed
 
 LAYER = 1
@@ -153,6 +153,20 @@ def test_lengths_are_those_of_values_of_the_bare_prompt(
 def test_too_few_development_records_are_a_sentence(needed, make_model, requests, tmp_path):
     with pytest.raises(ConfigError, match=r"anchor asks for 3 .* which has 2; lower anchor, or"):
         measure(tmp_path / "a", make_model("gptj"), requests[:2], needed.settings)
+
+
+@pytest.mark.parametrize("good", [19, 18])
+def test_a_value_that_diverged_counts_as_the_longest(good, needed, make_model, requests, tmp_path):
+    model = without_word(make_model("gptj"), " Japan")
+    asked = [requests[0]] * good + [requests[1]] * (20 - good)
+    measure(tmp_path / "a", model, asked, {**needed.settings, "records": 20})
+    if good == 19:
+        measure(tmp_path / "b", model, asked[:1], {**needed.settings, "records": 1})
+        expected = Anchor.open(tmp_path / "b", 2.0).length
+        assert Anchor.open(tmp_path / "a", 2.0).length == pytest.approx(expected, rel=1e-9)
+    else:
+        with pytest.raises(ConfigError, match=r"of 20 .*, 2 became NaN or infinite; lower learn"):
+            Anchor.open(tmp_path / "a", 2.0)
 
 
 @pytest.mark.parametrize("method", METHODS)

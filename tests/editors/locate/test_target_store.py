@@ -3,13 +3,19 @@
 import pytest
 import torch
 
+from kmebench.editors import contexts
 from kmebench.editors.base import build_editor
 from kmebench.editors.locate import target_store
 from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.target_store import cache_targets, stored_targets
 from kmebench.editors.locate.targets import optimise_targets
-from kmebench.errors import KMEBenchError
+from kmebench.errors import EditError, KMEBenchError, ModelError
+from kmebench.evaluation.predict import Settings
 from kmebench.io.parts import Parts
+from kmebench.memory import NoMemoryError
+from kmebench.pipelines.checkpoints import Checkpoints
+from kmebench.pipelines.pipelines import Setup, run_batches
+from tests.conftest import without_word
 
 SETTINGS = {
     "site": "layer",
@@ -99,11 +105,79 @@ def test_out_of_memory_half_as_many_are_optimised_at_once(
     assert stored_targets(tmp_path / "targets", ["a"]).values.isfinite().all()
 
 
+@pytest.fixture
+def no_japan(make_model, monkeypatch):
+    """A model that makes NaN of a word that request b alone holds; contexts are without it."""
+    for module in (target_store, contexts):
+        monkeypatch.setattr(module, "sample_contexts", lambda *_, **__: (("{}",), ("Rome. {}",)))
+    return without_word(make_model("gptj"), " Japan")
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 100])  # 1: a part that holds no target
+def test_a_target_that_is_not_finite_fails_alone_and_when_it_is_read(
+    at_once, no_japan, requests, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(target_store, "_REQUESTS_AT_ONCE", at_once)
+    others_are_what_they_are(no_japan, requests, tmp_path)
+    with pytest.raises(EditError, match=r"^targets: the target of request 'b' at layer 1 became"):
+        stored_targets(tmp_path / "all", ["a", "b"])
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_so_does_a_request_that_the_model_cannot_be_given(
+    at_once, make_model, requests, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(target_store, "_REQUESTS_AT_ONCE", at_once)
+    model = make_model("gptj")
+    encode = model.encode_subjects
+
+    def encode_subjects(texts):
+        if any(text.subject == "Japan" for text in texts):
+            raise ModelError("No token holds the end of the subject 'Japan'.")
+        return encode(texts)
+
+    monkeypatch.setattr(model, "encode_subjects", encode_subjects)
+    others_are_what_they_are(model, requests, tmp_path)
+    with pytest.raises(EditError, match=r"^Cannot edit request 'b': No token holds"):
+        stored_targets(tmp_path / "all", ["b"])
+
+
+def others_are_what_they_are(model, requests, folder):
+    for name, some in (("all", requests), ("others", [requests[0], requests[2]])):
+        cache_targets(Parts(folder / name, {}), model, some, SETTINGS)
+    found, expected = (stored_targets(folder / name, ["c", "a"]) for name in ("all", "others"))
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-9, atol=1e-12)
+    assert torch.equal(found.steps, expected.steps)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_batch_with_such_a_request_is_skipped_or_ends_the_run(skip, no_japan, requests, tmp_path):
+    cache_targets(Parts(tmp_path / "targets", {}), no_japan, requests, SETTINGS)
+    write_covariance(tmp_path / "covariance", {1: torch.eye(24)}, 60, {"source": "self"})
+    assets = {name: tmp_path / name for name in ("covariance", "targets")}
+    editor = build_editor("memit", {"layers": (1,), "steps": 3}, assets)
+    setup = Setup(no_japan, editor, Settings(8, 1), Checkpoints(tmp_path / "k", 1, {}), skip)
+    if skip:
+        assert [f["case_ids"] for f in run_batches(setup, requests, 1).failed] == [["b"]]
+    else:
+        with pytest.raises(EditError, match=r"target of request 'b' .* lower learning_rate"):
+            run_batches(setup, requests, 1)
+
+
+def test_out_of_memory_names_what_reaches_the_stage(make_model, requests, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(target_store, "optimise_targets", full)
+    with pytest.raises(NoMemoryError, match=r"10 at once \(.*\): choose a smaller dtype\.$"):
+        cache_targets(Parts(tmp_path / "t", {}), make_model("gptj"), requests, SETTINGS)
+
+
 def test_requests_that_are_not_there_and_other_files_are_refused(targets, tmp_path):
     with pytest.raises(KMEBenchError, match=r"targets holds no target for request 'x'.*delete it"):
         stored_targets(targets, ["a", "x"])
     write_covariance(tmp_path / "other", {0: torch.eye(2)}, 1, {})
-    with pytest.raises(KMEBenchError, match=r"other is not a file of format kmebench.targets.v2"):
+    with pytest.raises(KMEBenchError, match=r"other is not a file of format kmebench.targets.v3"):
         stored_targets(tmp_path / "other", ["a"])
 
 

@@ -13,7 +13,7 @@ from kmebench.editors.locate.target_rows import TargetRows
 from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.errors import EditError
 from kmebench.models.encoding import SubjectText, encode_subjects
-from tests.conftest import FAMILIES, SOME_FAMILIES, in_turn
+from tests.conftest import FAMILIES, SOME_FAMILIES, in_turn, without_word
 
 CONTEXTS = (("{}",), ("The Seine. {}", "I {} {. {}"), ("Paris stands in Mount Fuji. {}",))
 SITES = ("layer", "value", "attention-value")
@@ -401,6 +401,29 @@ def test_a_delta_that_is_no_number_is_refused(make_model, requests):
     model, settings = make_model("gptj"), replace(SETTINGS, learning_rate=float("inf"), steps=2)
     with pytest.raises(EditError, match=r"rome: .* 'a' at layer 1 .* \(now inf\)"):
         optimise_targets(model, requests[:1], CONTEXTS, settings, "rome")
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_request_that_fails_leaves_the_others_what_they_are(site, make_model, requests):
+    model = without_word(make_model("gptj"), " Japan")
+    settings = replace(SETTINGS, site=site, keep_failed=True)
+    expected = optimise_targets(model, [requests[0], requests[2]], CONTEXTS, settings, "memit")
+    for micro_batch in (1, 2, 3):
+        asked = replace(settings, micro_batch=micro_batch)
+        found = optimise_targets(model, requests, CONTEXTS, asked, "memit")
+        assert found.failed.keys() == {"b"}
+        assert found.values[1].isnan().all()
+        kept = found.values[[0, 2]]
+        torch.testing.assert_close(kept, expected.values, rtol=1e-9, atol=1e-12)
+        assert found.steps.tolist() == [expected.steps[0], 0, expected.steps[1]]
+
+
+def test_deltas_that_are_no_numbers_are_kept_as_failed(make_model, requests):
+    model = make_model("gptj")
+    settings = replace(SETTINGS, learning_rate=float("inf"), keep_failed=True)
+    found = optimise_targets(model, requests, CONTEXTS, settings, "rome")
+    assert found.values.isnan().all()
+    assert "rome: the target of request 'c' at layer 1" in found.failed["c"]
 
 
 def test_one_large_batch_shows_its_passes_and_one_request_does_not(make_model, requests, caplog):

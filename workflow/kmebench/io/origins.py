@@ -97,9 +97,13 @@ def write_note(note: str | Path, told: str | None, digest: str | None) -> None:
 
 
 def _read_note(note: str | Path) -> dict[str, Any]:
-    """Without a note, or with one that is damaged, nothing is known to have been taken."""
+    """Without a note, or with one that is damaged, nothing is known to have been taken.
+
+    Raises:
+        OSError: it is there and cannot be read: to take it for missing would make all anew.
+    """
     try:
         taken = json.loads(Path(note).read_text(encoding="utf-8"))
         return {key: taken[key] for key in ("parameter", "digest")}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {"parameter": None, "digest": None}

@@ -12,8 +12,9 @@ its first batch.
 mini-batches, several times, and the final model is evaluated.
 
 Runs save their state (after every batch; every few edits, where a turn ends; every epoch, which
-the name of a breadth-first checkpoint counts) and resume from it with the same bytes. Asked to
-stop by SIGTERM or SIGUSR1, they finish the turn or epoch under way, save, and end.
+the name of a breadth-first checkpoint counts; before the final evaluation, which may take longer
+than the edits) and resume from it with the same bytes. Asked to stop by SIGTERM or SIGUSR1, they
+finish the turn or epoch under way, save, and end; in the final evaluation they end at once.
 """
 
 import logging
@@ -39,7 +40,7 @@ from kmebench.memory import NoMemoryError, halved_if_needed
 from kmebench.models.editable import EditableModel
 from kmebench.pipelines.checkpoints import Checkpoints, Outcome
 from kmebench.pipelines.footprint import bytes_left, question_milliseconds
-from kmebench.preemption import noted_signals
+from kmebench.preemption import ended_by_signals, noted_signals
 
 logger = logging.getLogger("kmebench")
 
@@ -78,7 +79,7 @@ def run_batches(setup: Setup, requests: Sequence[EditRequest], batch_size: int) 
             setup.editor.load_state_dict({})
             run.done = start + len(batch)
             if run.done < len(requests):
-                run.save(stopped_by())
+                run.save(stopped_by)
     return run.outcome_with_predictions()
 
 
@@ -108,21 +109,24 @@ def run_consecutive(
                     run.predict([numbered[i] for i in asked], "milestone", run.done)
                     run.measure(run.done)
                     run.weigh(run.done)
-            if run.done // every > start // every or stopped_by():
-                run.save(stopped_by())
+            if run.done // every > start // every or run.done == n or stopped_by():
+                run.save(stopped_by)
     run.conclude(requests)
     return run.outcome_with_predictions()
 
 
 def run_breadth_first(setup: Setup, requests: Sequence[EditRequest]) -> Outcome:
-    """Edit all requests in one call, without rollback, resuming behind the last epoch saved."""
+    """Edit all requests in one call, without rollback, resuming behind the last epoch saved.
+
+    What is saved behind the call counts as many epochs as before, or one.
+    """
     run = _Run.restored(setup)
-    if isinstance(setup.editor, EpochEditor):
+    if not run.outcome.times:  # the call has not returned yet
         with noted_signals() as stopped_by:
-            setup.editor.after_epoch = lambda epochs: run.save(stopped_by(), epochs)
+            if isinstance(setup.editor, EpochEditor):
+                setup.editor.after_epoch = lambda epochs: run.save(stopped_by, epochs)
             run.edit(requests)
-    else:
-        run.edit(requests)
+            run.save(stopped_by, run.done or 1)
     run.conclude(requests)
     return run.outcome_with_predictions()
 
@@ -158,8 +162,18 @@ class _Run:
 
     @classmethod
     def restored(cls, setup: Setup) -> "_Run":
-        """Go on from the newest checkpoint, or begin."""
-        return cls(setup, *setup.checkpoints.restore(setup.model, setup.editor))
+        """Go on from the newest checkpoint, or begin.
+
+        Raises:
+            EditError: it lacks an edit that failed, which this run is not to skip.
+        """
+        run = cls(setup, *setup.checkpoints.restore(setup.model, setup.editor))
+        if run.outcome.failed and not setup.skip_failed:
+            raise EditError(
+                f"{run.outcome.failed[0]['error']} It was skipped before: set on_failed_edit: skip "
+                f"again, or delete {setup.checkpoints.folder} to begin anew."
+            )
+        return run
 
     def edit(self, batch: Sequence[EditRequest]) -> None:
         """Edit and apply; a failed edit changes neither model nor editor."""
@@ -219,9 +233,14 @@ class _Run:
             yield
 
     def conclude(self, requests: Sequence[EditRequest]) -> None:
-        """Evaluate the final model of a run without rollback, and keep all of its edits."""
-        n = len(requests)
-        with self.finished(noted=True):
+        """Evaluate the final model of a run without rollback, and keep all of its edits.
+
+        Raises:
+            PreemptedError: a signal came; all edits are saved.
+        """
+        n, checkpoints = len(requests), self.setup.checkpoints
+        ended = ended_by_signals(lambda name: checkpoints.stopped(name, self.done))
+        with ended, self.finished(noted=True):
             self.predict(enumerate(requests), "final", n)
             self.measure(n)
             self.weigh(n)
@@ -270,11 +289,11 @@ class _Run:
         )
         outcome.evaluation_seconds += time.perf_counter() - started
 
-    def save(self, stopped_by: str | None, done: int | None = None) -> None:
+    def save(self, stopped_by: Callable[[], str | None], done: int | None = None) -> None:
         """Write a checkpoint after ``done`` edits or epochs; see :meth:`Checkpoints.save`."""
-        setup, count = self.setup, self.done if done is None else done
+        setup, self.done = self.setup, self.done if done is None else done
         setup.checkpoints.save(
-            setup.model, setup.editor, count, self.frames, self.outcome, stopped_by
+            setup.model, setup.editor, self.done, self.frames, self.outcome, stopped_by
         )
 
     def outcome_with_predictions(self) -> Outcome:

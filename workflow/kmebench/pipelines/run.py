@@ -31,7 +31,7 @@ from kmebench.io.checked_files import read_parquet
 from kmebench.io.files import write_json
 from kmebench.models.editable import EditableModel, describe
 from kmebench.modes import split_mode
-from kmebench.pipelines.checkpoints import Checkpoints, Outcome
+from kmebench.pipelines.checkpoints import Checkpoints, Outcome, norms_frame
 from kmebench.pipelines.footprint import gate_shares
 from kmebench.pipelines.pipelines import (
     Measure,
@@ -51,6 +51,10 @@ PACKAGES = (
     "snakemake",
 )
 
+#: Settings by which no saved state differs: when it is saved, what an edit does that cannot be made
+#: (there is none in it, or it is noted there), and which requests are asked, which are digested.
+_DECIDE_NOTHING = ("checkpoint_every", "on_failed_edit", "on_bad_record")
+
 
 def run_cell(
     load: Callable[[], EditableModel],
@@ -59,7 +63,7 @@ def run_cell(
     *,
     assets: Mapping[str, str],
     original: str,
-    inputs: Sequence[str],
+    inputs: Mapping[str, Sequence[str]],
     output: Mapping[str, str],
     neutral: str | None = None,
 ) -> None:
@@ -68,8 +72,9 @@ def run_cell(
     Health is measured on the text in the file ``neutral``, if there is one, and never in batches.
     ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, milestone_sample,
     on_failed_edit, on_bad_record, evaluation. Requests that the model cannot be asked are left out.
-    ``inputs`` names all that the outcome depends on, the model's folder and source files among
-    it: a checkpoint made with others, or with other settings or requests, is not resumed.
+    ``inputs`` are the files and folders that the outcome depends on, by what they are: ``model``,
+    ``code`` and so on. A checkpoint made with others, or with other settings that decide the
+    outcome or other requests, is not resumed.
     """
     started = time.perf_counter()
     model = load()
@@ -81,9 +86,9 @@ def run_cell(
         Path(output["predictions"]).parent / "checkpoints",
         settings["checkpoint_every"],
         {
-            "settings": dict(settings),
+            "settings": {k: v for k, v in settings.items() if k not in _DECIDE_NOTHING},
             "requests": _digest(requests),
-            "inputs": origins.digest_of(inputs),
+            "inputs": {name: origins.digest_of(paths) for name, paths in inputs.items()},
         },
         "epochs" if settings["mode"] == "breadth_first" else "edits",
     )
@@ -160,17 +165,6 @@ def timing(
     }
 
 
-def norms_frame(outcome: Outcome) -> pd.DataFrame:
-    """Return a row for each parameter that a call of the editor changed (schema ``NORMS``)."""
-    calls = enumerate(zip(outcome.times, outcome.norms, strict=True))
-    rows = [
-        (number, call["requests"], parameter, norm)
-        for number, (call, norms) in calls
-        for parameter, norm in norms.items()
-    ]
-    return pd.DataFrame(rows, columns=NORMS.names)
-
-
 def peak_memory() -> dict[str, int]:
     """Return the peak memory of the process, and of the GPU if there is one, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -204,9 +198,16 @@ def record(
 
 
 def git_commit() -> str | None:
-    """Return the commit of the checkout, with ``-dirty`` for local changes; None outside one."""
+    """Return the commit of this code, with ``-dirty`` for local changes.
+
+    None where it lies in no checkout, or where git is not installed.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     return done.stdout.strip() or None
 
 

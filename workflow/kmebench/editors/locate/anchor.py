@@ -9,11 +9,13 @@ scaled to the mean length m that such values have on the unedited model:
 m is measured on development records (:mod:`kmebench.editors.locate.anchor_stage`).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from kmebench.errors import ConfigError
 from kmebench.io.tensors import TensorFile
 
 FORMAT = "kmebench.anchor.v1"
@@ -33,9 +35,17 @@ class Anchor:
         """Read the lengths of a stage.
 
         Raises:
+            ConfigError: more values diverged than are dropped.
             KMEBenchError: the file is of another kind, or damaged.
         """
-        return cls(trimmed_mean(TensorFile.open(path, FORMAT).tensor("lengths")), guard)
+        lengths = TensorFile.open(path, FORMAT).tensor("lengths")
+        length = trimmed_mean(lengths)
+        if math.isnan(length):
+            raise ConfigError(
+                f"anchor: of {len(lengths)} development requests, whose values NAS measures, "
+                f"{int(lengths.isnan().sum())} became NaN or infinite; lower learning_rate."
+            )
+        return cls(length, guard)
 
     def scaled(self, deltas: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:
         """Return δ' [B, D] with ‖v0 + δ'‖ = m, and which edits are given up, bool [B].
@@ -50,6 +60,6 @@ class Anchor:
 
 
 def trimmed_mean(lengths: Tensor) -> float:
-    """Return the mean of lengths [N] without the largest N // 20."""
+    """Return the mean of lengths [N] without the largest N // 20; NaN counts as the largest."""
     kept = len(lengths) - len(lengths) // TRIM
     return float(lengths.double().sort().values[:kept].mean())

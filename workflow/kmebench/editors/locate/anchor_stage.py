@@ -24,7 +24,7 @@ def measure(
     """Write ‖v0 + δ‖ of the first ``records`` development requests, none of them edited.
 
     ``settings``: ``records``, and what :class:`TargetSettings` holds of layer and loss. δ is
-    added to the layer's output, as MEMIT's, in the bare prompt alone.
+    added to the layer's output, as MEMIT's, in the bare prompt alone. NaN where it is not finite.
 
     Raises:
         ConfigError: there are fewer requests.
@@ -36,7 +36,8 @@ def measure(
             f"anchor asks for {records} requests of the development split, which has "
             f"{len(requests)}; lower anchor, or raise the data set's development."
         )
-    whole, chosen = TargetSettings(site="layer", **loss), requests[:records]
+    whole = TargetSettings(site="layer", **loss, keep_failed=True)
+    chosen = requests[:records]
     targets = halved_if_needed(
         lambda size: optimise_targets(
             model, chosen, ((SLOT,),), replace(whole, micro_batch=size), "anchor"

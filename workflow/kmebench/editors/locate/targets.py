@@ -22,7 +22,7 @@ Requests are independent: they share forward passes of their upper layers (see
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +66,7 @@ class TargetSettings:
     stop_loss: float = 0.05  # nats; of the whole loss
     micro_batch: int = 20  # requests optimised together
     anchor: Anchor | None = None  # of NAS
+    keep_failed: bool = False  # NaN for a request whose target is not finite, instead of an error
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Targets:
     steps: Tensor  # [B], updates that each request took
     losses: Tensor  # [steps, B], of each forward pass; NaN after a request has stopped
     given_up: Tensor  # [B], bool: NAS refuses the edit, and its δ is 0
+    failed: Mapping[str, str]  # case_id -> why its target is NaN, where these are kept
 
 
 def optimise_targets(
@@ -90,7 +92,8 @@ def optimise_targets(
     """Optimise the targets of ``requests`` on the live weights; leaves the model as it was.
 
     Raises:
-        EditError: a loss or a target becomes NaN or infinite; names ``editor``, layer and case_id.
+        EditError: a loss or a target becomes NaN or infinite, and is not to be kept; names
+            ``editor``, layer and case_id.
         ModelError: a prompt has no slot, or no token holds the end of its subject.
     """
     texts = [_texts(request, prefixes(contexts), settings) for request in requests]
@@ -105,6 +108,7 @@ def optimise_targets(
     deltas = torch.zeros_like(start)
     losses = start.new_full((settings.steps, len(requests)), torch.nan)
     steps = torch.zeros(len(requests), dtype=torch.long)
+    failed: dict[str, str] = {}
     widths = [max(len(e.ids) - e.subject_last for e in group) for group in encoded]
     chunks = list(length_sorted_chunks(widths, settings.micro_batch))
     for chunk in track(chunks, "batches of targets", len(chunks)) if len(chunks) > 1 else chunks:
@@ -115,9 +119,10 @@ def optimise_targets(
             passes = track(passes, "passes of the targets", settings.steps)
         losses[:, chunk] = run.optimise(rows, passes)
         deltas[:, chunk], steps[chunk] = run.deltas.detach(), run.steps.cpu()
+        failed |= {run.requests[place].case_id: why for place, why in run.failed.items()}
     written, given_up = _anchored(model, requests, settings, deltas[0], editor)
     values = _standing(model, requests, settings, start[0], start[0] + written)
-    return Targets(values, start[0], written, steps, losses, given_up)
+    return Targets(values, start[0], written, steps, losses, given_up, failed)
 
 
 def _texts(
@@ -183,6 +188,7 @@ class _Run:
         self.share = torch.ones_like(self.norms[0])  # [b], of L(y*) in the loss
         self.steps = torch.zeros_like(self.norms[0], dtype=torch.long)  # [b]
         self.said = torch.zeros_like(self.steps)  # [b], passes in which all contexts say y*
+        self.failed: dict[int, str] = {}  # request among b -> why
 
     def optimise(self, rows: TargetRows, passes: Iterable[int]) -> Tensor:
         """Move the deltas in all ``passes``; return the losses of each, [steps, b]."""
@@ -192,17 +198,23 @@ class _Run:
             with torch.enable_grad():
                 loss, parts = self._loss(rows, learning)
             losses[step, learning] = loss.detach()
-            self._check_finite(loss.detach(), learning, step)
-            goes_on = self._goes_on(loss.detach(), parts, learning)
+            finite = self._finite(loss.detach(), learning, step)
+            goes_on = self._goes_on(loss.detach(), parts, learning) & finite
             if step == self.settings.steps - 1 or not goes_on.any():
                 break
             self.adam.zero_grad()
             loss.backward(goes_on.to(loss.dtype))
+            moved = learning[goes_on]
+            self._step(moved)
+            finite = self._finite(self.deltas.detach()[:, moved].sum(dim=(0, 2)), moved, step)
+            goes_on = goes_on.masked_scatter(goes_on, finite)
             learning = learning[goes_on]
-            self._step(learning)
-            self._check_finite(self.deltas.detach()[:, learning].sum(dim=(0, 2)), learning, step)
+            if not len(learning):
+                break
             if not goes_on.all():
                 rows = rows.select(goes_on.nonzero().flatten())
+        with torch.no_grad():
+            self.deltas[:, list(self.failed)] = torch.nan
         return losses
 
     def _loss(self, rows: TargetRows, learning: Tensor) -> tuple[Tensor, Losses]:
@@ -236,11 +248,17 @@ class _Run:
         self.deltas.copy_(settled)
         self.steps[learning] += 1
 
-    def _check_finite(self, values: Tensor, learning: Tensor, step: int) -> None:
-        bad = learning[~values.isfinite()].tolist()
-        if bad:
-            raise EditError(
-                f"{self.editor}: the target of request {self.requests[bad[0]].case_id!r} at layer "
+    def _finite(self, values: Tensor, learning: Tensor, step: int) -> Tensor:
+        """Say which requests' values are finite; note why others fail, or refuse to go on."""
+        finite = values.isfinite()
+        for place in learning[~finite].tolist():
+            why = (
+                f"{self.editor}: the target of request {self.requests[place].case_id!r} at layer "
                 f"{self.settings.layer} became NaN or infinite at step {step}; lower "
                 f"learning_rate (now {self.settings.learning_rate:g})."
             )
+            if not self.settings.keep_failed:
+                raise EditError(why)
+            logger.warning(why)
+            self.failed[place] = why
+        return finite
