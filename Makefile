@@ -21,9 +21,9 @@ SNAKEMAKE = PATH="$(abspath $(BIN)):$$PATH" snakemake --cores all
 
 # What `make tables` makes again: a results folder, and the configs that it was made with. README.md
 # shows a picture of the first.
-EDITORS := results/reference/smollm2-135m-editors
+EDITORS := reference/smollm2-135m-editors
 REFERENCE ?= $(EDITORS)
-CONFIGS ?= config/real.yaml config/reference-editors.yaml
+CONFIGS ?= config/real.yaml config/reference/editors.yaml
 REPORT_RULES := all metrics tables figures notebooks score table compare costs findings \
 	node_importance figure notebook index
 

@@ -61,7 +61,7 @@ rule all:
 onstart:
     print(grid.describe(config))
     if workflow.local_exec:
-        forkserver.start(config["device"], config["threads"])
+        forkserver.start(inputs.devices, config["threads"])
 
 
 onsuccess:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kmebench import forkserver
+from kmebench import devices, forkserver
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
 
@@ -30,7 +30,7 @@ BODY
 @pytest.fixture
 def server(monkeypatch):
     """A server that lives as long as a process of the test's own, which is killed at the end."""
-    starter = "from kmebench import forkserver; import os, time; forkserver.start('cpu', 1)"
+    starter = "from kmebench import forkserver; import os, time; forkserver.start(['cpu'], 1)"
     shown = f"{starter}; print(os.environ['KMEBENCH_FORKSERVER'], flush=True); time.sleep(60)"
     owner = subprocess.Popen([sys.executable, "-c", shown], stdout=subprocess.PIPE, text=True)
     address = owner.stdout.readline().strip()
@@ -165,15 +165,15 @@ def test_a_fork_outlives_the_owner_of_its_server_as_a_script_would(server, start
     assert process.communicate("go on\n", timeout=30)[0] == "done\n"
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps", "balanced"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps", "balanced"])
 def test_no_server_where_jobs_may_use_a_gpu(device, monkeypatch):
     monkeypatch.delenv(forkserver.ADDRESS, raising=False)
-    forkserver.start(device, 1)
+    forkserver.start(["cpu", device], 1)
     assert forkserver.ADDRESS not in os.environ
 
 
 def test_no_server_for_auto_beside_a_gpu(monkeypatch, tmp_path):
     monkeypatch.delenv(forkserver.ADDRESS, raising=False)
-    monkeypatch.setattr(forkserver, "_GPUS", (str(tmp_path),))
-    forkserver.start("auto", 1)
+    monkeypatch.setattr(devices, "_FILES", (str(tmp_path),))
+    forkserver.start(["auto"], 1)
     assert forkserver.ADDRESS not in os.environ

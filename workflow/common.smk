@@ -4,7 +4,7 @@ This file lies directly in workflow/ so that Snakemake puts that folder on sys.p
 library is importable here, in scripts and in cluster jobs without being installed.
 """
 
-import os
+
 import sys
 
 from kmebench import forkserver
@@ -14,11 +14,12 @@ from kmebench.planning.dependencies import code
 from kmebench.planning.inputs import (
     OPENFACTS,
     METRIC,
+    MINUTES,
     MODE,
     SELECTION,
     TARGET,
+    VARIANT,
     Inputs,
-    minutes,
     one_of,
     openfacts_tables,
 )
@@ -27,7 +28,7 @@ from kmebench.planning.notebooks import MODEL_NOTEBOOKS, TABLE_NOTEBOOKS, Notebo
 from kmebench.planning.overlays import read_overlay
 from kmebench.planning.page import Page
 from kmebench.planning.reported import CLAIMS, Reported
-from kmebench.planning.warnings import warnings_of
+from kmebench.planning.warnings import mirror_of, warnings_of
 
 for configfile_path in workflow.configfiles:
     read_overlay(configfile_path)  # refuses a key that stands twice; Snakemake does not
@@ -38,8 +39,20 @@ if workflow.is_main_process:  # not in the process of a job
         print(f"Warning: {warning}", file=sys.stderr)
 
 RESULTS = str(workflow.pathvars.get("results"))  # unless the config moves it (pathvars)
-MIRROR = config["data_mirror"] or os.environ.get("KMEBENCH_DATA_MIRROR", "")
-inputs = Inputs(config, RESULTS, MIRROR)
+MIRROR = mirror_of(config)
+
+
+def elsewhere():
+    """Whether other machines run the jobs: known once the run has begun.
+
+    The executor of a dry run is its own. Then we go by --jobs, which all but local ones must have.
+    """
+    if workflow.dryrun:
+        return workflow.resource_settings.nodes is not None
+    return not workflow.local_exec
+
+
+inputs = Inputs(config, RESULTS, MIRROR, elsewhere)
 reported = Reported(config, RESULTS)
 page = Page(reported)
 notebooks = Notebooks(config, RESULTS)

@@ -383,7 +383,8 @@ def test_other_unicode_encodings_are_named(encoding, tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "not valid JSON at line 1, column 1"),
+        ("", "is empty, expected a list of records"),
+        (" \n", "is empty, expected a list of records"),
         (
             "\nsubject,src",
             r"line 2, column 1 .*; it must hold a list of records, or a record on each",
@@ -408,7 +409,7 @@ def test_only_a_file_that_ends_early_may_be_truncated(tmp_path):
     path = tmp_path / "set.json"
     odd = {"a": 'x"\\\u00e9\U0001f600', "b": [True, False, None, -1.5e-3, 2, {}]}
     whole = json.dumps([odd, odd])
-    for end in range(len(whole)):
+    for end in range(1, len(whole)):
         path.write_text(whole[:end])
         with pytest.raises(DataError, match="it ends early and may be truncated"):
             read_records(path, "easyedit")

@@ -1,12 +1,14 @@
 """Selection, the development split, and contradictions."""
 
+import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from kmebench.data.edit_sets import read_records
-from kmebench.data.prepare import Selection, conflicts, prepare
+from kmebench.data.prepare import Selection, conflicts, edited_elsewhere, prepare
 from kmebench.data.records import EditRequest
 from kmebench.errors import DataError
 
@@ -138,6 +140,28 @@ def test_conflicts_are_kept_and_reported_or_dropped_and_refilled():
     assert dropped.report["dropped_for_conflicts"] == ["1", "3", "6"]
 
 
+def asking(case_id, subject, *prompts):
+    locality = tuple((prompt, "so") for prompt in prompts)
+    return EditRequest(str(case_id), subject, "{} is in", "Rome", locality=locality)
+
+
+def test_locality_prompts_that_another_request_edits_are_reported():
+    requests = [
+        asking(0, "Rome", "Turin is in", "Oslo is in", "ada is in"),
+        asking(1, "Ada", "Ada is in"),  # its own edit
+        asking(2, "Turin", "Rome is in it"),
+        asking(3, "ADA"),
+        asking(4, "Oslo"),  # not selected
+    ]
+    report = prepare(indexed(requests), [], Selection(n=4)).report["locality_edited_elsewhere"]
+    assert report["count"] == 3
+    assert [tuple(found.values()) for found in report["prompts"]] == [
+        ("0", "Turin is in", ["2"]),
+        ("0", "ada is in", ["1", "3"]),
+        ("1", "Ada is in", ["3"]),
+    ]
+
+
 MIRROR = Path(os.environ.get("KMEBENCH_DATA_MIRROR", ""))
 ZSRE = MIRROR / "zsre_mend_eval_portability_gpt4.json"
 
@@ -149,3 +173,19 @@ def test_the_five_contradicting_records_of_the_real_zsre_are_found():
     groups = prepare(records, bad, Selection(n=20)).report["conflicts_among_selected"]
     leedstown = [g for g in groups if g["subject"] == "USS Leedstown (APA-56)"]
     assert [g["case_ids"] for g in leedstown] == [["14", "15", "17", "18", "19"]]
+
+
+COUNTERFACT = MIRROR / "counterfact_edit.zip"
+
+
+@pytest.mark.skipif(not COUNTERFACT.is_file(), reason="needs the real CounterFact file")
+def test_the_paper_s_counterfact_asks_22_locality_prompts_that_it_edits(tmp_path):
+    with zipfile.ZipFile(COUNTERFACT) as archive:
+        raw = json.loads(archive.read("counterfact_edit.json"))
+    path = tmp_path / "segments.json"
+    path.write_text(json.dumps(raw[:1000] + raw[2800:3800] + raw[4800:5800]))
+    chosen = [request for _, request in read_records(path, "easyedit")[0]]
+    found = edited_elsewhere(chosen)
+    assert found["count"] == len(found["prompts"]) == 22
+    edits = {request.case_id: request.filled_prompt for request in chosen}
+    assert all(edits[c] == p["prompt"] for p in found["prompts"] for c in p["edited_by"])

@@ -125,10 +125,14 @@ def install(tmp_path, monkeypatch):
 
     def install(code: str) -> None:
         (tmp_path / "theirs.py").write_text(
+            "from dataclasses import dataclass\n"
             "from kmebench.editors.base import Editor\n"
+            "from kmebench.editors.needs import Need\n"
             "from kmebench.editors.cards import Card, hyperparameters\n"
             "@hyperparameters\nclass H:\n    size: int = 1\n"
             "@hyperparameters\nclass NoDefault:\n    size: int\n"
+            "@dataclass\nclass Learnt(Need):\n    asset: str\n    rule = 'train_stage'\n"
+            "    def path(self, model, dataset): return 'trained/file'\n"
             "def card(needs=lambda h, p: (), name='theirs', of='theirs:Theirs', hparams=H):\n"
             "    return Card(name, of, hparams, 'own', 'me', needs)\n" + code
         )
@@ -178,6 +182,12 @@ def test_a_card_that_cannot_be_used_is_told_only_to_who_asks_for_it(install, cod
         ("lambda h: ()", "cannot say what .*TypeError"),
         ("lambda h, p: None", "cannot say what"),
         ("lambda h, p: ['paths']", "needs 'paths', which is no"),
+        ("lambda h, p: (Learnt('original'),)", "'theirs' needs a file under the key 'original'"),
+        (
+            "lambda h, p: (Learnt('code'),)",
+            "the key 'code', under which its runs read another",
+        ),
+        ("lambda h, p: [Learnt('a'), Learnt('b'), Learnt('a')]", "the key 'a', under which"),
     ],
 )
 def test_needs_that_are_none_are_a_sentence(install, needs, complaint):

@@ -20,15 +20,15 @@ def test_an_edit_is_written_and_kept_lost_or_neither():
     wrong = {"after_ids": [1, 9]}  # half of the tokens right are not enough
     frame = pd.DataFrame(
         [
-            row("0", "edit", moment="write"),
+            row("0", "edit", when="write"),
             row("0", "edit"),
-            row("1", "edit", moment="write"),
+            row("1", "edit", when="write"),
             row("1", "edit", **wrong),
-            row("2", "edit", moment="write", **wrong),
+            row("2", "edit", when="write", **wrong),
             row("2", "edit"),  # a later edit brought it
             row("3", "edit"),  # its edit failed
-            row("0", "edit", moment="checkpoint", edits_done=1, **wrong),
-            row("1", "paraphrase", moment="write", **wrong),
+            row("0", "edit", when="milestone", edits_done=1, **wrong),
+            row("1", "paraphrase", when="write", **wrong),
         ]
     )
     assert list(fates(frame)["fate"]) == ["kept", "lost", "never written", "never written"]
@@ -45,8 +45,9 @@ def test_a_subject_or_a_relation_comes_again_only_if_it_comes_later():
         request(2, "FRANCE", "The king of {} is", "P35"),
         request(3, "Chile", "{} has the king", "P35"),
     ]
-    assert again_later(requests, same_subject) == [True, False, False, False]
-    assert again_later(requests, same_relation) == [True, False, True, False]
+    assert again_later(requests, same_subject, 2).tolist() == [True, False]
+    assert again_later(requests, same_subject, 1).tolist() == [False, False, False]
+    assert again_later(requests, same_relation, 1).tolist() == [True, False, True]
 
 
 def test_the_closest_of_the_keys_that_follow():

@@ -35,14 +35,14 @@ def predictions():
     for case_id, kind, ids in ANSWERS:
         row = dict.fromkeys(PREDICTIONS.names)
         row |= {"case_id": case_id, "position": int(case_id), "kind": kind, "target_ids": [1]}
-        row |= {"before_ids": [3], "after_ids": ids, "moment": "final", "edits_done": 2}
+        row |= {"before_ids": [3], "after_ids": ids, "when": "final", "edits_done": 2}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def shown(scored):
     """A table and the figure over edits, from scored runs of two editors."""
-    columns = ["behind_low", "behind_high", "seconds_per_edit", "failed_edits"]
+    columns = ["behind_p", "seconds_per_edit", "failed_edits"]
     metrics = pd.concat(
         scored.assign(**RUN | {"method": method}, **dict.fromkeys(columns, 0.0))
         for method in ("pac", "rome")
@@ -52,7 +52,7 @@ def shown(scored):
     layout = Layout("T", "token", "consecutive", names, datasets, methods)
     labels = {"models": {"m": "M"}, "datasets": {"d": "D"}, "methods": {"pac": "A", "rome": "B"}}
     table = wide_table(metrics, None, layout)
-    figure = survival(metrics.assign(moment="final"), labels, "token")
+    figure = survival(metrics.assign(when="final"), labels, "token")
     return to_markdown(table, layout), to_latex(table, layout), figure
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,13 +16,13 @@ from kmebench.evaluation.score import behind_best, score_experiment, score_state
 from tests.conftest import RUN
 
 
-def predictions(moment, edits_done, after):
+def predictions(when, edits_done, after):
     rows = []
     for position, ids in enumerate(after):
         for kind in ("edit", "paraphrase", "locality"):
             row = dict.fromkeys(PREDICTIONS.names)
             row |= {"case_id": str(position), "position": position, "kind": kind, "batch": 0}
-            row |= {"prompt": "p", "target": "t", "moment": moment, "edits_done": edits_done}
+            row |= {"prompt": "p", "target": "t", "when": when, "edits_done": edits_done}
             row |= {"target_ids": [1, 2], "before_ids": [3, 4], "after_ids": ids}
             rows.append(row)
     return pd.DataFrame(rows)
@@ -64,8 +65,8 @@ def value(table, **wanted):
 def test_retention_and_write_time_stand_apart(files):
     table = score(files)
     at = {"method": "pac", "protocol": "token", "metric": "efficacy"}
-    assert value(table, moment="final", **at) == 0.75
-    assert value(table, moment="write", **at) == 1.0
+    assert value(table, when="final", **at) == 0.75
+    assert value(table, when="write", **at) == 1.0
     assert value(table, method="original", protocol="token", metric="efficacy") == 0.5
     spent = table.loc[
         table["method"] == "pac", ["seconds_per_edit", "steps_per_call", "failed_edits"]
@@ -73,20 +74,20 @@ def test_retention_and_write_time_stand_apart(files):
     assert spent.drop_duplicates().to_numpy().tolist() == [[1.5, 3.0, 2.0]]
 
 
-def test_checkpoints_are_scored_each_by_itself(files):
+def test_milestones_are_scored_each_by_itself(files):
     frame = pd.concat(
         [
-            predictions("checkpoint", 1, [[1, 2]]),
-            predictions("checkpoint", 3, [[1, 9], [1, 2], [8, 9]]),
+            predictions("milestone", 1, [[1, 2]]),
+            predictions("milestone", 3, [[1, 9], [1, 2], [8, 9]]),
             predictions("final", 4, [[1, 2]] * 4),
         ]
     )
     write_frame(frame, PREDICTIONS, files / "run.parquet")
     table = score(files)
     at = {"method": "pac", "protocol": "token", "metric": "efficacy"}
-    assert value(table, moment="checkpoint", edits_done=1, **at) == 1.0
-    assert value(table, moment="checkpoint", edits_done=3, **at) == 0.5
-    assert value(table, moment="final", edits_done=4, **at) == 1.0
+    assert value(table, when="milestone", edits_done=1, **at) == 1.0
+    assert value(table, when="milestone", edits_done=3, **at) == 0.5
+    assert value(table, when="final", edits_done=4, **at) == 1.0
 
 
 def test_what_was_written_last_stands_apart_in_long_runs(files, monkeypatch):
@@ -94,18 +95,18 @@ def test_what_was_written_last_stands_apart_in_long_runs(files, monkeypatch):
     frame = pd.concat(
         [
             *(predictions("write", done, [ids]) for done, ids in enumerate(answers, start=1)),
-            predictions("checkpoint", 3, [[8, 9]] * 3),
+            predictions("milestone", 3, [[8, 9]] * 3),
             predictions("final", 4, [[8, 9]] * 4),
         ]
     )
     write_frame(frame, PREDICTIONS, files / "run.parquet")
     at = {"method": "pac", "protocol": "token", "metric": "efficacy"}
-    assert "newest" not in set(score(files)["moment"])  # all are
+    assert "newest" not in set(score(files)["when"])  # all are
     monkeypatch.setattr("kmebench.evaluation.score.NEWEST", 2)
     table = score(files)
-    assert value(table, moment="newest", edits_done=3, **at) == 0.25
-    assert value(table, moment="newest", edits_done=4, **at) == 0.75
-    assert value(table, moment="write", **at) == 0.625
+    assert value(table, when="newest", edits_done=3, **at) == 0.25
+    assert value(table, when="newest", edits_done=4, **at) == 0.75
+    assert value(table, when="write", **at) == 0.625
 
 
 def test_every_run_is_compared_with_the_best_on_the_same_requests(files):
@@ -121,6 +122,53 @@ def test_every_run_is_compared_with_the_best_on_the_same_requests(files):
     assert table.loc["poor", "behind"] == pytest.approx((0.5 + 0 + 0.5) / 3)
     assert table.loc["poor", "behind_low"] == 0.0  # a sample of the second request alone
     assert table.loc["poor", "behind_high"] == 0.5
+    assert np.isnan(table.loc["good", "behind_p"])  # it is not compared with itself
+
+
+def answers(right, n=40):
+    """Final predictions of which the first ``right`` edits are as wanted."""
+    return predictions("final", n, [[1, 2] if i < right else [8, 9] for i in range(n)])
+
+
+def test_each_more_rival_makes_it_harder_to_be_told_from_the_best():
+    """Five of forty edits are a difference beside one rival, and none beside eleven."""
+    best, near = (RUN | {"method": "a"}, answers(30)), (RUN | {"method": "b"}, answers(25))
+    others = [(RUN | {"method": f"c{k}"}, answers(25)) for k in range(10)]
+    p = {}
+    for finals in ([best, near], [best, near, *others]):
+        table = behind_best(finals, {"resamples": 1000, "seed": 0})
+        at = (table["protocol"] == "token") & (table["metric"] == "efficacy")
+        p[len(finals)] = table[at].set_index("method")["behind_p"]["b"]
+    assert p[2] < 0.05
+    assert p[12] == pytest.approx(11 * p[2])
+    assert p[12] > 0.05
+
+
+def test_an_exact_tie_with_the_best_is_no_difference():
+    finals = [(RUN | {"method": name}, answers(30)) for name in ("a", "b")]
+    table = behind_best(finals, {"resamples": 200, "seed": 0})
+    at = (table["protocol"] == "token") & (table["metric"] == "score")
+    assert table[at].set_index("method").loc["b", ["behind", "behind_p"]].tolist() == [0, 1]
+
+
+def test_the_best_score_is_the_one_that_tables_show():
+    """One request has a paraphrase: right for one editor alone, whose edits are worse."""
+
+    def of(edits, paraphrase):
+        frame = predictions("final", 4, [[1, 2] if right else [8, 9] for right in edits])
+        kept = frame[(frame["kind"] == "edit") | (frame["position"] == 0)].copy()
+        (row,) = kept.index[kept["kind"] == "paraphrase"]
+        kept.at[row, "after_ids"] = [1, 2] if paraphrase else [8, 9]
+        return kept
+
+    finals = [
+        (RUN | {"method": "writes"}, of([0, 1, 1, 1], 0)),  # mean of requests 9/12, Score 3/12
+        (RUN | {"method": "generalises"}, of([0, 0, 0, 1], 1)),  # mean of requests 4/12, Score 5/12
+    ]
+    table = behind_best(finals, {"resamples": 20, "seed": 0})
+    at = (table["protocol"] == "token") & (table["metric"] == "score")
+    behind = table[at].set_index("method")["behind"]
+    assert behind.to_dict() == pytest.approx({"writes": 2 / 12, "generalises": 0.0})
 
 
 def test_other_models_and_data_sets_are_no_rivals(files):
@@ -145,9 +193,9 @@ def test_a_control_is_nobodys_rival(files):
         {"resamples": 20, "seed": 0},
         controls=["none"],
     )
-    at = {"moment": "final", "protocol": "token", "metric": "locality"}
+    at = {"when": "final", "protocol": "token", "metric": "locality"}
     assert value(table, method="none", **at) == 1.0
-    final = table[(table["metric"] == "locality") & (table["moment"] == "final")]
+    final = table[(table["metric"] == "locality") & (table["when"] == "final")]
     behind = final.set_index(["protocol", "method"])["behind"]
     assert behind["token", "pac"] == 0.0
     assert behind.xs("none", level="method").isna().all()
@@ -174,9 +222,9 @@ def test_states_are_scored_beside_requests(files):
     )
     states = table[table["protocol"] == "health"]
     at = {"metric": "perplexity_ratio"}
-    assert value(states, moment="checkpoint", edits_done=1, **at) == 1.0
-    assert value(states, moment="final", edits_done=2, **at) == 3.0
-    assert value(states, moment="final", metric="kl") == 0.25
+    assert value(states, when="milestone", edits_done=1, **at) == 1.0
+    assert value(states, when="final", edits_done=2, **at) == 3.0
+    assert value(states, when="final", metric="kl") == 0.25
     assert set(states["n"]) == {60}
     assert states[["low", "high", "behind"]].isna().all(axis=None)
     without = table[table["protocol"] != "health"].reset_index(drop=True)

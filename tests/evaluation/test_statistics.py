@@ -5,10 +5,14 @@ import pandas as pd
 import pytest
 
 from kmebench.errors import KMEBenchError
+from kmebench.evaluation.protocols import METRICS
 from kmebench.evaluation.statistics import (
     as_edited,
+    bootstrap,
     cohort_of,
     cohorts,
+    holm,
+    mean_of,
     paired_difference,
     request_values,
     summarise,
@@ -23,7 +27,7 @@ def row(case_id, kind, **columns):
         "case_id": case_id,
         "position": int(case_id),
         "kind": kind,
-        "moment": "final",
+        "when": "final",
         "edits_done": 2,
         "batch": 0,
         "prompt": "p",
@@ -69,6 +73,35 @@ def test_every_protocol_gives_the_values_worked_out_by_hand(protocol):
     values = request_values(FRAME, protocol)
     found = values[["efficacy", "generality", "locality"]].to_numpy()
     np.testing.assert_allclose(found, np.array(BY_HAND[protocol]))
+
+
+def told(new, true, when):
+    return {f"target_new_logprob{when}": new, f"target_true_logprob{when}": true}
+
+
+def test_nothing_is_preferred_to_itself():
+    """A record of ZsRE may want what is true; a broken model may say two targets alike."""
+    asked = [
+        told(-1.0, -1.0, "_before") | told(-0.5, -0.5, "_after"),  # one target
+        told(-2.0, -1.0, "_before") | told(-0.5, -0.5, "_after"),  # two, one as bad as the other
+        told(-2.0, -1.0, "_before") | told(-0.1, -0.5, "_after"),
+    ]
+    frame = pd.DataFrame([row(str(i), "edit", **numbers) for i, numbers in enumerate(asked)])
+    values = request_values(frame, "probability")
+    assert values["efficacy"].tolist() == pytest.approx([NAN, 0.0, 1.0], nan_ok=True)
+    summary = summarise(values).set_index("metric")
+    assert summary.loc["efficacy", ["value", "n"]].tolist() == [0.5, 2]
+    unedited = frame.filter(regex="^(?!.*_(before|after))")
+    unedited = as_edited(unedited.assign(**told([-1.0, -2.0, -2.0], [-1.0] * 3, "")))
+    values = request_values(unedited, "probability")
+    assert values["efficacy"].tolist() == pytest.approx([NAN, 0.0, 0.0], nan_ok=True)
+
+
+def test_score_counts_requests_that_have_one_of_its_parts():
+    values = sparse([1.0, 0.0]).assign(locality=NAN)
+    values.loc[0, ["efficacy", "generality"]] = NAN
+    summary = summarise(values).set_index("metric")
+    assert summary["n"].to_dict() == {"efficacy": 19, "generality": 1, "score": 19}
 
 
 def test_locality_compares_with_the_unedited_model_not_with_the_gold_answer():
@@ -127,6 +160,37 @@ def test_intervals_are_seeded_contain_the_mean_and_cover_the_truth():
 BY_NAME = ("efficacy", "generality", "locality", "portability")
 
 
+def constant(n, **parts):
+    return pd.DataFrame({name: [value] * n for name, value in parts.items()})
+
+
+@pytest.mark.parametrize("n", [1, 20, 50])
+def test_what_is_always_right_may_be_wrong_the_next_time(n):
+    """The ends are where n of n, or none, has a probability of 2.5%; of Score, composed of them."""
+    right = constant(n, efficacy=1.0, generality=1.0, locality=1.0, portability=0.0)
+    table = summarise(right).set_index("metric")[["low", "high"]]
+    for name in (*METRICS["score"].parts, "score"):
+        assert table.loc[name, "low"] ** n == pytest.approx(0.025)
+        assert table.loc[name, "high"] == 1.0
+    assert table.loc["portability", "low"] == 0.0
+    assert (1 - table.loc["portability", "high"]) ** n == pytest.approx(0.025)
+    untouched = constant(n, efficacy=0.0, generality=0.0, locality=1.0, portability=NAN)
+    low, high = summarise(untouched).set_index("metric").loc["score", ["low", "high"]]
+    reach = 1 - 0.025 ** (1 / n)
+    assert (low, high) == pytest.approx(((1 - reach) / 3, (1 + 2 * reach) / 3))
+
+
+def test_only_what_is_alike_at_an_edge_has_exact_ends():
+    half = constant(30, efficacy=0.5, generality=1.0, locality=1.0, portability=NAN)
+    table = summarise(half).set_index("metric")[["low", "high"]]
+    assert table.loc["efficacy"].tolist() == [0.5, 0.5]  # of no share of requests
+    assert table.loc["score"].tolist() == pytest.approx([2.5 / 3] * 2)
+    some = half.assign(generality=[1.0] * 10 + [NAN] * 20)
+    assert summarise(some).set_index("metric").loc["generality", "low"] ** 10 == pytest.approx(
+        0.025
+    )
+
+
 def test_the_interval_of_score_knows_that_its_parts_go_together():
     """Efficacy and locality exclude each other: their sum never varies."""
     half = pd.DataFrame(
@@ -142,29 +206,84 @@ def test_the_interval_of_score_knows_that_its_parts_go_together():
     assert summary.loc["efficacy", "high"] - summary.loc["efficacy", "low"] > 0.1
 
 
-def test_moments_are_never_mixed():
-    written = FRAME.assign(moment="write")
-    with pytest.raises(KMEBenchError, match="several moments"):
+def test_times_of_asking_are_never_mixed():
+    written = FRAME.assign(when="write")
+    with pytest.raises(KMEBenchError, match="several times in a run"):
         request_values(pd.concat([FRAME, written]), "token")
-    early, late = (FRAME.assign(moment="checkpoint", edits_done=n) for n in (1, 3))
-    with pytest.raises(KMEBenchError, match="several moments"):
+    early, late = (FRAME.assign(when="milestone", edits_done=n) for n in (1, 3))
+    with pytest.raises(KMEBenchError, match="several times in a run"):
         request_values(pd.concat([early, late]), "token")
 
 
 def test_paired_differences_need_the_same_requests():
     values = request_values(FRAME, "token")
-    difference, low, high, n = paired_difference(values, values, "efficacy")
-    assert (difference, low, high, n) == (0.0, 0.0, 0.0, 2)
+    assert paired_difference(values, values, "efficacy") == (0.0, 0.0, 0.0, 1.0, 2)
     better = values.assign(efficacy=values["efficacy"] + [0.1, 0.3])
     assert paired_difference(better, values, "efficacy")[0] == pytest.approx(0.2)
     with pytest.raises(KMEBenchError, match="only on the same requests"):
         paired_difference(values, values[:1], "efficacy")
 
 
+def sparse(generality):
+    """Twenty requests, of which two have paraphrases."""
+    table = {"case_id": [str(i) for i in range(20)], "position": range(20)}
+    table |= {"efficacy": [1.0] * 10 + [0.0] * 10, "locality": [1.0, 0.5] * 10}
+    return pd.DataFrame(table).assign(generality=generality + [NAN] * 18, portability=NAN)
+
+
+def test_a_difference_of_scores_is_that_of_the_scores_that_tables_show():
+    """Each of two paraphrases counts for a sixth of Score, and not for a sixtieth."""
+    a = sparse([1.0, 1.0])
+    b = sparse([0.0, 0.0]).assign(efficacy=[1.0] * 14 + [0.0] * 6)
+    shown = [summarise(x, resamples=10).set_index("metric").loc["score", "value"] for x in (a, b)]
+    assert shown == pytest.approx([(0.5 + 1.0 + 0.75) / 3, (0.7 + 0.0 + 0.75) / 3])
+    found, low, high, _, n = paired_difference(a, b, "score")
+    assert found == pytest.approx(shown[0] - shown[1]) == pytest.approx(0.8 / 3)
+    assert [mean_of(x, METRICS["score"]) for x in (a, b)] == pytest.approx(shown)
+    # A sample holds one of the two paraphrases or both, or has no Score.
+    picks = np.random.default_rng(0).integers(20, size=(1000, 20))
+    whole = picks[(picks < 2).any(axis=1)]
+    by_hand = (1 - ((whole >= 10) & (whole < 14)).mean(axis=1)) / 3
+    assert (low, high) == pytest.approx(tuple(np.percentile(by_hand, [2.5, 97.5])))
+    assert n == 20
+
+
+def test_where_every_request_has_every_part_score_is_a_mean_of_requests():
+    generator = np.random.default_rng(1)
+    names = METRICS["score"].parts
+    a, b = (
+        sparse([1.0, 1.0]).assign(**{name: (generator.random(20) < p) * 1.0 for name in names})
+        for p in (0.5, 0.8)
+    )
+    each = (a[list(names)].mean(axis=1) - b[list(names)].mean(axis=1)).to_numpy()
+    found, low, high, *_ = paired_difference(a, b, "score")
+    assert (found, low, high) == pytest.approx(bootstrap(each, resamples=1000, seed=0))
+
+
+def test_p_is_twice_the_share_of_samples_that_do_not_have_the_sign():
+    a = constant(30, efficacy=1.0).assign(case_id=range(30))
+    b = a.assign(efficacy=[0.0] * 6 + [2.0] + [1.0] * 23)  # sums of six and of minus one
+    picks = np.random.default_rng(0).integers(30, size=(1000, 30))
+    sums = ((picks < 6) * 1.0 - (picks == 6)).sum(axis=1)
+    p = paired_difference(a, b, "efficacy").p
+    assert p == pytest.approx(2 * (sums <= 0).mean())
+    assert 0.01 < p < 0.2
+    assert paired_difference(b, a, "efficacy").p == p
+    assert paired_difference(a, a.assign(efficacy=0.0), "efficacy").p == 2 / 1000  # and not 0
+
+
+def test_holm_is_the_step_down_that_he_published():
+    """The i-th smallest of m times m − i + 1, never below the one before it, 1 at most."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.01, NAN, 0.3, 0.4]) == pytest.approx([0.03, NAN, 0.6, 0.6], nan_ok=True)
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
 def test_cohorts_follow_each_group_of_edits_through_time():
-    checkpoint = FRAME[FRAME["case_id"] == "0"].assign(moment="checkpoint", edits_done=1)
-    written = FRAME.assign(moment="write")
-    table = cohorts(pd.concat([FRAME, checkpoint, written]), "token")
+    milestone = FRAME[FRAME["case_id"] == "0"].assign(when="milestone", edits_done=1)
+    written = FRAME.assign(when="write")
+    table = cohorts(pd.concat([FRAME, milestone, written]), "token")
     assert table[["edits_done", "cohort", "efficacy"]].to_numpy().tolist() == [
         [1, 1, 1.0],
         [2, 1, 1.0],

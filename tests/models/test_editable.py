@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from kmebench.models.editable import seed_everything
 
@@ -48,3 +49,16 @@ def test_a_generation_hands_the_head_one_matrix(make_model):
         model.generate([(1, 2, 3), (4, 5)], 3)
     assert len(seen) > 1
     assert all(seen)
+
+
+def test_a_generation_is_greedy_whatever_the_models_own_settings_are(make_model):
+    """Qwen's instruct models come with a repetition penalty, others with barred tokens."""
+    model = make_model("llama")
+    ids = [1, 2, 3]
+    for _ in range(12):
+        ids.append(int(model.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    most = ids[3]
+    own = GenerationConfig(repetition_penalty=1.5, suppress_tokens=[most], no_repeat_ngram_size=1)
+    model.model.generation_config = own
+    assert model.generate([(1, 2, 3)], 12)[0].tolist() == ids[3:]
+    assert model.model.generation_config is own

@@ -196,7 +196,7 @@ def test_a_paper_architecture_passes_through_every_stage(
         [tmp_path / "original.parquet"],
         {"resamples": 10, "seed": 0},
     )
-    final = metrics[metrics["moment"] == "final"]
+    final = metrics[metrics["when"] == "final"]
     assert set(final["mode"]) == {"batch", "consecutive", "breadth_first"}
     for _, of_run in final.groupby(["method", "mode"]):
         assert set(of_run["protocol"]) == {"token", "exact", "free", "wild", "probability"}
@@ -210,11 +210,11 @@ def _check(spec, output):
     assert timing["seconds_per_edit"] == pytest.approx(sum(timing["seconds"].values()))
     frame = read_predictions(output["predictions"])
     if spec["mode"] == "consecutive":
-        assert set(frame["moment"]) == {"final", "write", "checkpoint"}
+        assert set(frame["when"]) == {"final", "write", "milestone"}
         edit = Edit.load(output["delta"])
         assert edit.weights.norms() or edit.overlays or spec["method"] == "none"
     elif spec["mode"] == "breadth_first":
-        assert set(frame["moment"]) == {"final"}
+        assert set(frame["when"]) == {"final"}
         assert Edit.load(output["delta"]).weights.norms()
     else:
         assert set(frame["batch"]) == {0, 1}

@@ -119,7 +119,7 @@ def test_an_oracle_opens_for_every_question(make_model, requests, encoder_folder
 def test_only_the_end_of_a_run_counts():
     rows = [("write", "edit", True), ("final", "edit", False), ("final", "edit", True)]
     rows += [("final", "locality", None)]
-    frame = pd.DataFrame(rows, columns=["moment", "kind", "gate"])
+    frame = pd.DataFrame(rows, columns=["when", "kind", "gate"])
     assert gate_shares(frame) == {"edit": 0.5}
 
 
@@ -214,7 +214,8 @@ def clocked(monkeypatch):
 
     def predict(model, prompts, settings, *, decode):
         asked.append(([p.case_id for p in prompts], dict(model.edits.overlays), decode))
-        clock[0] += 0.1 * (1 + len(model.edits.overlays))
+        busy = 50 if len(asked) in (1, 4) else 1  # another job has the machine for a moment
+        clock[0] += 0.1 * busy * (1 + len(model.edits.overlays))
         return {}
 
     monkeypatch.setattr(footprint, "predict", predict)
@@ -230,29 +231,47 @@ def remembering(make_model, requests):
     return model
 
 
-def test_before_is_the_same_pass_without_overlays(remembering, requests, clocked):
+def test_before_is_the_same_pass_without_overlays_by_turns(remembering, requests, clocked):
     carried = dict(remembering.edits.overlays)
-    found = question_milliseconds(remembering, requests[:1], SETTINGS)
-    assert found == {"before": pytest.approx(100 / 3), "after": pytest.approx(200 / 3)}
-    assert clocked == [(["a"] * 3, carried, False), (["a"] * 3, {}, False)]
+    found = question_milliseconds(remembering, requests[:1], SETTINGS, 1e6)
+    assert found == {
+        "before": pytest.approx(100 / 3),
+        "after": pytest.approx(200 / 3),
+        "questions": 3,
+        "repeats": 3,
+    }
+    assert clocked == [(["a"] * 3, carried, False), (["a"] * 3, {}, False)] * 3
     assert dict(remembering.edits.overlays) == carried
 
 
 def test_weights_are_measured_once(make_model, requests, clocked):
     model = make_model("gptj")
     model.apply(Counting().edit(model, requests))
-    found = question_milliseconds(model, requests[:1], SETTINGS)
+    found = question_milliseconds(model, requests[:1], SETTINGS, 1e6)
     assert found["before"] == found["after"] == pytest.approx(100 / 3)
-    assert len(clocked) == 1
+    assert len(clocked) == 3
 
 
-@pytest.mark.parametrize(("edits", "asked"), [(1, 1), (40, 1), (50, 2), (640, 16), (3000, 16)])
-def test_few_requests_are_timed_spread_over_all(edits, asked, make_model, clocked):
+@pytest.mark.parametrize("edits", [1, 15, 16, 50, 3000])
+def test_sixteen_requests_are_timed_drawn_from_all(edits, make_model, clocked):
     requests = [EditRequest(str(i), "France", "{} is", "Rome") for i in range(edits)]
-    question_milliseconds(make_model("gptj"), requests, SETTINGS)
-    ((cases, _, _),) = clocked
-    assert len(cases) == asked
-    assert int(cases[-1]) >= edits - max(40, edits / 15)
+    found = question_milliseconds(make_model("gptj"), requests, SETTINGS, 1e6)
+    cases = [int(case) for (case,), _, _ in clocked]
+    few = min(edits, 16)
+    assert cases[:few] * 3 == cases
+    assert len({*cases}) == few == found["questions"]
+    assert max(cases) - min(cases) >= 0.7 * (edits - 1)
+
+
+def test_what_takes_too_long_ends_early(make_model, clocked):
+    """A pass takes 0.1 s, the first and the fourth 5 s; 2% of the evaluation are left for all."""
+    requests = [EditRequest(str(i), "France", "{} is", "Rome") for i in range(50)]
+    model = make_model("gptj")
+    for seconds, asked in ((0, 2), (240, 2), (300, 4), (522.5, 7), (600, 16)):
+        del clocked[:]
+        found = question_milliseconds(model, requests, SETTINGS, seconds)
+        assert found["questions"] == asked, seconds
+        assert found["repeats"] == (1 if asked < 16 else 2)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_every_batch_starts_from_the_original_model_and_from_no_memory(
     assert editor.calls == 0
     alone = in_batches(model, Counting(), requests[2:], 2, tmp_path / "b").predictions
     second = outcome.predictions[outcome.predictions["batch"] == 1]
-    assert second["moment"].unique().tolist() == ["final"]
+    assert second["when"].unique().tolist() == ["final"]
     assert second["position"].unique().tolist() == [2]
     assert len(alone) == len(second)
 
@@ -122,7 +122,7 @@ def test_an_edit_that_cannot_be_made_stops_the_run_or_is_left_out(
     assert [f["case_ids"] for f in outcome.failed] == [["b"]]
     assert editor.calls == 2  # its memory is as if it had not been asked
     assert [bool(norms) for norms in outcome.norms] == [True, False, True]
-    final = outcome.predictions[outcome.predictions["moment"] == "final"]
+    final = outcome.predictions[outcome.predictions["when"] == "final"]
     assert final["position"].unique().tolist() == [0, 1, 2]
     assert saved.restore(make_model("gptj", torch.float32), Unable(how))[2].failed == outcome.failed
 
@@ -153,23 +153,23 @@ def test_what_an_editor_adds_at_the_end_is_evaluated_and_taken_back_before_the_r
     finished = consecutive(model, Finishing(), requests, tmp_path / "a")
     plain = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "b")
     differs = {
-        moment: comparable(frame).compare(
-            comparable(plain.predictions[plain.predictions["moment"] == moment])
+        when: comparable(frame).compare(
+            comparable(plain.predictions[plain.predictions["when"] == when])
         )
-        for moment, frame in finished.predictions.groupby("moment")
+        for when, frame in finished.predictions.groupby("when")
     }
     assert differs["write"].empty  # after edits 2 and 3 too: what edit 1 ended with is gone
-    assert not differs["checkpoint"].empty
+    assert not differs["milestone"].empty
     assert not differs["final"].empty
     assert torch.equal(
         finished.edit.weights[name].dense(original.shape), original + Finishing.change - original
     )
     assert name not in plain.edit.weights
-    assert "finish" in finished.times[-1]["seconds"]
+    assert "final_edit" in finished.times[-1]["seconds"]
     assert torch.equal(model.parameter(name), original)
 
     batches = in_batches(model, Finishing(), requests[:1], 1, tmp_path / "c")
-    first = finished.predictions[finished.predictions["moment"] == "checkpoint"]
+    first = finished.predictions[finished.predictions["when"] == "milestone"]
     assert batches.predictions["ids"].tolist() == first["ids"].tolist()
 
 
@@ -187,11 +187,11 @@ def test_consecutive_edits_accumulate_and_are_scored_when_written_and_at_the_end
     model = make_model("gptj", torch.float32)
     original = model.parameter(model.ffn[0].value.weight_name).clone()
     outcome = consecutive(model, Counting(), requests, tmp_path)
-    moments = outcome.predictions.groupby("moment")["edits_done"].unique()
-    assert moments["write"].tolist() == [1, 2, 3]
-    assert moments["final"].tolist() == [3]
-    assert moments["checkpoint"].tolist() == [1]
-    final = outcome.predictions[outcome.predictions["moment"] == "final"]
+    asked = outcome.predictions.groupby("when")["edits_done"].unique()
+    assert asked["write"].tolist() == [1, 2, 3]
+    assert asked["final"].tolist() == [3]
+    assert asked["milestone"].tolist() == [1]
+    final = outcome.predictions[outcome.predictions["when"] == "final"]
     assert final["position"].unique().tolist() == [0, 1, 2]
     assert final["free_ids"].notna().all()
     (name,) = outcome.edit.weights
@@ -205,7 +205,7 @@ def test_breadth_first_edits_everything_at_once_and_keeps_it(make_model, request
     outcome = run_breadth_first(Setup(model, editor, SETTINGS, checkpoints(tmp_path)), requests)
     assert editor.calls == 1
     assert [call["requests"] for call in outcome.times] == [3]
-    assert outcome.predictions["moment"].unique().tolist() == ["final"]
+    assert outcome.predictions["when"].unique().tolist() == ["final"]
     assert outcome.predictions["position"].unique().tolist() == [0, 1, 2]
     assert outcome.predictions["edits_done"].unique().tolist() == [3]
     (name,) = outcome.edit.weights
@@ -313,10 +313,10 @@ def test_a_milestone_asks_about_a_sample_and_the_end_about_all(make_model, reque
     setup = Setup(model, Counting(), SETTINGS, checkpoints(tmp_path))
     frame = run_consecutive(setup, four, milestone_sample=2).predictions
     asked = {
-        (moment, done): sorted(rows["position"].unique())
-        for (moment, done), rows in frame.groupby(["moment", "edits_done"])
+        (when, done): sorted(rows["position"].unique())
+        for (when, done), rows in frame.groupby(["when", "edits_done"])
     }
-    assert asked["checkpoint", 1] == [0]
-    assert asked["checkpoint", 3] == positions_asked(4, 3, 2)
+    assert asked["milestone", 1] == [0]
+    assert asked["milestone", 3] == positions_asked(4, 3, 2)
     assert asked["final", 4] == [0, 1, 2, 3]
     assert [asked["write", i] for i in (1, 2, 3, 4)] == [[0], [1], [2], [3]]

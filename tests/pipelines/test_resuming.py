@@ -318,7 +318,7 @@ def test_a_run_stopped_in_its_last_edit_saves_that_too(make_model, requests, tmp
     goes_on = Signalled(signal.SIGTERM, at=0)
     outcome = consecutive(make_model("gptj", torch.float32), goes_on, requests, tmp_path)
     assert goes_on.edits == 0
-    assert "final" in set(outcome.predictions["moment"])
+    assert "final" in set(outcome.predictions["when"])
 
 
 @pytest.mark.parametrize("name", ["consecutive", "breadth_first", *EPOCHS])

@@ -52,8 +52,8 @@ def test_turns_are_what_calls_of_the_editor_make_one_after_another(
 ):
     found = turns(make_model("gptj", torch.float32), Counting(), seven, turn, tmp_path)
     wrote, final = by_hand(make_model("gptj", torch.float32), Counting(), seven, turn)
-    for moment, expected in (("write", wrote), ("final", final)):
-        rows = found.predictions[found.predictions["moment"] == moment].reset_index(drop=True)
+    for when, expected in (("write", wrote), ("final", final)):
+        rows = found.predictions[found.predictions["when"] == when].reset_index(drop=True)
         assert comparable(rows[expected.columns]).equals(comparable(expected))
     sizes = {1: [1] * 7, 3: [3, 3, 1], 10: [7]}[turn]  # the last turn holds what is left
     assert [call["requests"] for call in found.times] == sizes
@@ -65,8 +65,8 @@ def test_all_so_far_are_asked_behind_the_turn_that_reaches_a_milestone(make_mode
         model = make_model("gptj", torch.float32)
         outcome = turns(model, Counting(), seven, turn, tmp_path / str(turn), measure=measure)
         frame = outcome.predictions
-        asked = frame[frame["moment"] == "checkpoint"].groupby("edits_done")["position"].nunique()
-        ends = frame[frame["moment"] == "write"]["edits_done"].unique().tolist()
+        asked = frame[frame["when"] == "milestone"].groupby("edits_done")["position"].nunique()
+        ends = frame[frame["when"] == "write"]["edits_done"].unique().tolist()
         return dict(asked), ends, [state["edits_done"] for state in outcome.health]
 
     assert measured(1) == ({1: 1, 3: 3}, [1, 2, 3, 4, 5, 6, 7], [1, 3, 7])
@@ -131,7 +131,7 @@ def test_a_turn_that_fails_is_left_out_as_a_whole_and_asked_all_the_same(
     assert [f["case_ids"] for f in outcome.failed] == [["a1", "b1", "c1"]]
     assert [bool(norms) for norms in outcome.norms] == [True, False, True]
     assert editor.calls == 2  # as if it had not been asked
-    wrote = outcome.predictions[outcome.predictions["moment"] == "write"]
+    wrote = outcome.predictions[outcome.predictions["when"] == "write"]
     assert wrote["position"].unique().tolist() == list(range(7))
 
 
@@ -143,7 +143,7 @@ def test_requests_of_a_turn_may_contradict_each_other(trained, capital_requests,
     outcome = turns(trained, build_editor("full-c", hparams, {}), [first, other], 2, tmp_path)
     trained.revert()
     assert [call["requests"] for call in outcome.times] == [2]
-    final = outcome.predictions[outcome.predictions["moment"] == "final"]
+    final = outcome.predictions[outcome.predictions["when"] == "final"]
     assert set(final["case_id"]) == {first.case_id, "other"}
 
 

@@ -54,17 +54,60 @@ def test_a_sweep_may_be_over_seeds_and_figures_may_share_an_experiment():
     checked(kind="paper", tables=["table1", "table2"])
 
 
+ABLATIONS = ("ablation-paths", "ablation-lambda", "ablation-negatives")
+ONLY = {
+    "by their names": {"only_experiments": ["table2"]},
+    "one by one": {"experiments": dict.fromkeys(("table1", *ABLATIONS))},
+}
+
+
+@pytest.mark.parametrize("overlay", ONLY.values(), ids=ONLY)
+def test_what_shows_nothing_but_experiments_left_out_is_left_out(overlay, tmp_path):
+    (tmp_path / "only.yaml").write_text(yaml.safe_dump(overlay))
+    config = read_checked_config(Path("config.yaml"), [tmp_path / "only.yaml"])
+    assert list(config["experiments"]) == ["table2"]
+    assert list(config["tables"]) == ["table2"]
+    assert config["figures"]["overview"]["experiments"] == ["table2"]
+    assert "figure3-time" in config["figures"]
+    assert "figure5-paths" not in config["figures"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "shown"), [(["memit"], True), (["pac"], True), (["none"], False)]
+)
+def test_a_figure_that_has_nothing_to_show_is_left_out(methods, shown):
+    config = read_config(Path("config.yaml"))
+    config["experiments"]["table2"]["methods"] = methods
+    check_config(config)
+    assert ("figure3-time" in config["figures"]) == shown
+    assert ("figure4-nodes" in config["figures"]) == (methods == ["pac"])
+    assert "edits" in config["figures"]
+
+
+def test_figures_of_tables_go_with_the_last_of_them():
+    config = read_config(Path("config.yaml"))
+    config["figures"] = {"mine": {"title": "Sizes", "kind": "paper", "tables": ["table1"]}}
+    config["experiments"]["table1"] = None
+    check_config(config)
+    assert not config["figures"]
+
+
+def test_the_only_experiments_must_be_there():
+    config = read_config(Path("config.yaml"))
+    config["only_experiments"] = ["tabel2"]
+    with pytest.raises(
+        ConfigError, match=r"only_experiments names 'tabel2'.*did you mean 'table2'"
+    ):
+        check_config(config)
+
+
 def test_an_overlay_takes_entries_out_by_null(tmp_path):
     overlay = tmp_path / "fewer.yaml"
-    overlay.write_text("figures: {negatives: null}\nexperiments: {ablation-negatives: null}\n")
-    config = read_config(Path("config.yaml"), [overlay])
-    with pytest.raises(ConfigError, match=r"tables\.ablation-negatives\.experiment"):
-        check_config(config)  # a table still asks for it
-    config = read_config(Path("config.yaml"), [overlay])
-    config["tables"]["ablation-negatives"] = None
-    check_config(config)
+    overlay.write_text("figures: {negatives: null}\ntables: {ablation-paths: null}\n")
+    config = read_checked_config(Path("config.yaml"), [overlay])
     assert "negatives" not in config["figures"]
-    assert "ablation-negatives" not in config["experiments"] | config["tables"]
+    assert "ablation-paths" not in config["tables"]
+    assert {"ablation-negatives", "ablation-paths"} <= set(config["experiments"])
 
 
 def test_a_method_may_be_its_name_alone():
@@ -259,6 +302,11 @@ class Odd(Need):
 
 ODD = Card("odd", "own:Own", Nothing, "own", "nobody", needs=lambda h, p: (Odd(),))
 LEARNT = Card("l", "own:Own", Nothing, "own", "nobody", needs=lambda h, p: (Trained("a:b", {}),))
+
+def long(h, p):
+    return (Trained("a:b", {"text": "é" * 110, "steps": 1}),)
+
+LONG = Card("long", "own:Own", Nothing, "own", "nobody", needs=long)
 """
 
 
@@ -283,6 +331,35 @@ def test_what_is_trained_needs_a_development_split(tmp_path, monkeypatch):
     with_own_editor("LEARNT", 10, tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"which has none; set datasets\.openfacts-.*development"):
         with_own_editor("LEARNT", 0, tmp_path, monkeypatch)
+
+
+def test_a_stage_whose_file_cannot_have_its_name_is_one_sentence(tmp_path, monkeypatch):
+    complaint = r"editor 'long' make a file name of 2\d\d bytes, more than 215; shorten text\."
+    with pytest.raises(ConfigError, match=complaint):
+        with_own_editor("LONG", 10, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("letters", [10, 100])
+@pytest.mark.parametrize("most", [40, 70])
+def test_a_run_whose_folder_or_log_cannot_have_its_name_is_one_sentence(letters, most):
+    """The log of a run is called by model, data set and method, too."""
+    config = read_config(Path("config.yaml"))
+    config["models"]["m" * letters] = config["models"]["tiny-gptj"]
+    config["experiments"]["table1"] |= {"methods": ["full-c"], "models": ["m" * letters]}
+    config["experiments"]["table1"]["sweep"] = {"layers": [list(range(most))], "steps": [3]}
+    if (letters, most) == (10, 40):
+        return check_config(config)
+    complaint = r"editor 'full-c' make a file name of \d\d\d bytes, more than 255; shorten layers\."
+    with pytest.raises(ConfigError, match=complaint):
+        check_config(config)
+
+
+@pytest.mark.parametrize("section", ["models", "datasets", "methods"])
+def test_a_name_is_no_longer_than_names_of_files_allow(section):
+    config = read_config(Path("config.yaml"))
+    config[section]["n" * 101] = next(iter(config[section].values()))
+    with pytest.raises(ConfigError, match=rf"wrong at {section}: 'n+' is too long .*100 at most"):
+        check_config(config)
 
 
 def test_a_model_of_ones_own_is_four_lines_and_plans_only_itself(tmp_path):

@@ -49,8 +49,8 @@ CONFIG = {
 }
 
 
-def timing(root: Path, dataset, method, seconds, evaluation=None, n=10):
-    run = root / "runs" / "small" / dataset / "consecutive" / method / "default" / "seed0"
+def timing(root: Path, dataset, method, seconds, evaluation=None, n=10, model="small"):
+    run = root / "runs" / model / dataset / "consecutive" / method / "default" / "seed0"
     run.mkdir(parents=True)
     noted = {"requests": n, "seconds_per_edit": seconds}
     if evaluation is not None:
@@ -91,6 +91,22 @@ def test_costs_are_measured_scaled_by_the_paper_or_unknown(measured):
     assert costs.loc["other", "d", "pac"]["source"] == "unknown"
     assert costs.loc["big", "d", "full-c"]["source"] == "unknown"
     assert costs.loc["other"]["hours"].isna().all()
+
+
+def test_a_measured_model_without_pac_is_no_reference_and_hides_none(tmp_path, measured):
+    before = plan.run_costs(CONFIG, measured)
+    for method in ("memit", "full-c", "rome"):  # more than of the model that has PAC
+        timing(tmp_path, "d", method, 7.0, model="partial")
+    after = plan.run_costs(CONFIG, plan.measurements([tmp_path]))
+    assert {"scaled", "measured"} <= set(before["source"])
+    pd.testing.assert_frame_equal(before, after)
+
+
+def test_nothing_is_scaled_where_no_model_has_pac(tmp_path):
+    timing(tmp_path, "d", "memit", 7.0)
+    costs = plan.run_costs(CONFIG, plan.measurements([tmp_path]))
+    assert set(costs["source"]) == {"measured", "unknown"}
+    assert set(plan.run_costs(CONFIG, plan.measurements([]))["source"]) == {"unknown"}
 
 
 def test_a_grid_ends_with_its_longest_run():

@@ -106,7 +106,8 @@ def test_a_name_is_small_letters_digits_points_and_hyphens(section, name):
 
 
 #: Real overlays, and what a slip of the hand, another editor or another encoding puts into one.
-OVERLAYS = [Path(f"config/{name}.yaml").read_bytes() for name in ("ci", "real", "audit", "tune")]
+NAMES = ("ci", "real", "reference/audit", "searches/first")
+OVERLAYS = [Path(f"config/{name}.yaml").read_bytes() for name in NAMES]
 SLIPS = [
     b"\t",
     b"\n",

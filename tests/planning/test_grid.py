@@ -51,10 +51,10 @@ def defaults(editor):
 
 def test_a_swept_value_equal_to_the_configured_one_is_the_default_run(config):
     variants = [run.variant for run in grid.runs_of(config, "sweep")]
-    assert variants == ["paths=5", "paths=5+lambda=0.0", "default", "lambda=0.0"]  # the editor's
+    assert variants == ["paths=5", "lambda=0.0+paths=5", "default", "lambda=0.0"]  # the editor's
     config["methods"]["pac"]["hparams"] = {"lambda": 0.0}
     variants = [run.variant for run in grid.runs_of(config, "sweep")]
-    assert variants == ["paths=5+lambda=0.1", "paths=5", "lambda=0.1", "default"]
+    assert variants == ["lambda=0.1+paths=5", "paths=5", "lambda=0.1", "default"]
     shared = set(grid.runs_of(config, "main")) & set(grid.runs_of(config, "sweep"))
     assert len(shared) == 1
     assert len(grid.all_runs(config)) == 6
@@ -115,7 +115,7 @@ def test_values_of_the_runs_mode_go_before_general_ones_and_the_models_before_th
 def test_a_swept_value_equal_to_that_of_the_mode_is_the_default_run(config):
     config["methods"]["pac"]["hparams"] = {"consecutive": {"paths": 5}, "batch": {"paths": 3}}
     variants = [run.variant for run in grid.runs_of(config, "sweep")]
-    assert variants == ["default", "lambda=0.0", "paths=15", "paths=15+lambda=0.0"]
+    assert variants == ["default", "lambda=0.0", "paths=15", "lambda=0.0+paths=15"]
 
 
 def paths_of(config, run):
@@ -211,16 +211,18 @@ def test_a_bad_config_is_one_sentence_that_names_the_key(path, config):
 
 def test_every_config_of_the_repository_is_valid():
     real = ["real"]
-    on_real = ("tune", "audit", "single", "sizes", "npac-ablations", "full-length")
-    below = dict.fromkeys(on_real, real)
-    for kind in ("tune-*.yaml", "reference*.yaml"):
-        below |= {path.stem: real for path in Path("config").glob(kind)}
-    del below["tune-tiny"]
-    below |= {"ci-real": ["ci"], "reference-full-length": ["real", "full-length"]}
-    for path in Path("config").glob("*.yaml"):
+    folder = Path("config")
+    below = dict.fromkeys(("single", "sizes", "npac-ablations", "full-length"), real)
+    for kind in ("searches", "reference"):
+        below |= {f"{kind}/{path.stem}": real for path in (folder / kind).glob("*.yaml")}
+    del below["searches/tiny"]
+    below |= {"ci-real": ["ci"], "reference/full-length": ["real", "full-length"]}
+    every = [path for path in folder.rglob("*.yaml") if path.parent.name != "tuned"]
+    assert set(below) < {str(path.relative_to(folder).with_suffix("")) for path in every}
+    for path in every:
         config = copy.deepcopy(CONFIG)
-        for name in below.get(path.stem, ()):
-            under = Path(f"config/{name}.yaml").read_text(encoding="utf-8")
+        for name in below.get(str(path.relative_to(folder).with_suffix("")), ()):
+            under = (folder / f"{name}.yaml").read_text(encoding="utf-8")
             merge(config, yaml.safe_load(under))
         merge(config, yaml.safe_load(path.read_text(encoding="utf-8")))
         check_config(config)
@@ -255,7 +257,7 @@ def test_a_default_is_its_editors_own():
     assert name("mine", **{"lambda": 0.1}) == "lambda=0.1"
     assert name("pac-released", epochs=12, shared_state=True) == "default"
     assert name("memit", steps=25, layers=[4, 5, 6, 7, 8]) == "default"
-    assert name("memit", steps=20, moment_weight=5) == "steps=20+moment_weight=5"
+    assert name("memit", steps=20, moment_weight=5) == "moment_weight=5.0+steps=20"
     assert name("full-c", steps=25, layers=None) == "default"
 
 
@@ -266,7 +268,46 @@ def test_values_are_compared_as_the_editor_takes_them():
         return grid.variant_name(config, "m", "full-c", "batch", {"learning_rate": value})
 
     assert name(0.0001) == name("1e-4") == name("1.0e-04") == "default"
-    assert name("2e-4") == "learning_rate=2e-4"
+    assert name("2e-4") == name(2e-4) == "learning_rate=0.0002"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        ({"paths": 20, "negatives": 0}, {"negatives": 0, "paths": 20}, "negatives=0+paths=20"),
+        ({"lambda": 1}, {"lambda": 1.0}, "lambda=1.0"),
+        ({"contrast": "1.0"}, {"lambda": 1}, "lambda=1.0"),
+        ({"learning_rate": "1e-3"}, {"learning_rate": 0.001}, "learning_rate=0.001"),
+        ({"paths": "20"}, {"paths": 20.0}, "paths=20"),
+    ],
+)
+@pytest.mark.parametrize("split", ["openfacts-zsre", "openfacts-zsre.development"])
+def test_a_run_has_one_name_however_a_config_writes_it(one, other, name, split, config):
+    spec = config["experiments"]["sweep"] | {"datasets": [split]}
+    for written in (one, other):
+        config["experiments"]["sweep"] = spec | {"sweep": {k: [v] for k, v in written.items()}}
+        assert [run.variant for run in grid.runs_of(config, "sweep")] == [name]
+
+
+def test_two_spellings_of_a_swept_value_are_one_run(config):
+    config["experiments"]["sweep"]["sweep"] = {"learning_rate": ["1e-3", 0.001, 1e-2]}
+    variants = [run.variant for run in grid.runs_of(config, "sweep")]
+    assert variants == ["learning_rate=0.001", "learning_rate=0.01"]
+
+
+def test_reference_results_lie_where_their_configs_look_for_them(config):
+    """A development split spells every value, and none is dropped as the configured one."""
+    spec = config["experiments"]["sweep"] | {"datasets": ["openfacts-zsre.development"]}
+    found = set()
+    for path in Path("reference").glob("*/runs/*/*/*/*/*/seed*"):
+        method, variant = path.parts[-3:-1]
+        values = grid.parse_variant(variant)
+        swept = {"methods": [method], "sweep": {key: [value] for key, value in values.items()}}
+        config["experiments"]["sweep"] = spec | swept
+        (run,) = grid.runs_of(config, "sweep")
+        assert run.variant == variant
+        found.add(variant)
+    assert {"default", "lambda=0.0", "ridge=10.0", "second_step=momentum"} <= found
 
 
 def test_batches_share_targets_where_layer_and_loss_agree():

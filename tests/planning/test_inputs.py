@@ -1,4 +1,4 @@
-"""What rules read and are told, without Snakemake and without torch."""
+"""What rules read and are told, without Snakemake."""
 
 import copy
 import re
@@ -7,9 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kmebench.editors import cards
 from kmebench.editors.locate.cards import MEMITHparams
+from kmebench.editors.locate.covariance.store import write_covariance
+from kmebench.editors.needs import EVERY_RUN
 from kmebench.errors import ConfigError
 from kmebench.planning import grid, inputs
 from kmebench.planning.config import check_config, read_checked_config
@@ -58,6 +61,7 @@ def test_a_run_reads_its_own_stages_and_no_others(config):
     alphaedit = stages(asked(config).edit(run("alphaedit", "consecutive")))
     assert alphaedit.keys() == {"spectrum1", "spectrum2"}
     assert stages(asked(config).edit(run("full-c"))) == {}
+    assert asked(config).edit(run("full-c", "consecutive")).keys() == set(EVERY_RUN)
     paths = "<results>/trace/tiny-gptj/openfacts-zsre/paths/"
     assert stages(asked(config).edit(run("pac", variant="paths=5"))) == {
         "paths": f"{paths}l2+edit+disjoint+paths=5+negatives=1.safetensors"
@@ -89,6 +93,28 @@ def test_settings_of_a_run_are_complete(config):
     assert settings["hparams"]["layers"] == [1, 2]
     assert settings["hparams"]["moment_weight"] == 15_000.0  # nobody sets it
     assert settings["load"] == {"dtype": "float32", "device": "auto"}
+
+
+OF_RUNS = {"batch_size": 7, "milestone_sample": 5, "checkpoint_every": 3, "on_failed_edit": "skip"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "decides"),
+    [
+        ("batch", {"batch_size"}),
+        ("consecutive", {"milestone_sample"}),
+        ("consecutive+turn=5", {"milestone_sample"}),
+        ("breadth_first", set()),
+    ],
+)
+def test_a_key_that_decides_nothing_about_a_run_is_no_parameter_of_it(mode, decides, config):
+    before = asked(config).settings(run("full-c", mode))
+    changing = {
+        key
+        for key in OF_RUNS
+        if asked(config | {key: OF_RUNS[key]}).settings(run("full-c", mode)) != before
+    }
+    assert changing == decides
 
 
 def test_what_is_trained_reads_the_development_split_and_no_reported_record(config):
@@ -143,6 +169,7 @@ def test_models_are_trained_or_fetched_and_ask_for_what_they_take(config):
     assert rules.fetched_models == [name for name in config["models"] if name != "tiny-gptj"]
     config["device"] = "cuda"
     config["models"]["tiny-gptj"]["device"] = "cpu"
+    assert rules.devices == {"cpu"}  # no run is of another model
     assert rules.gpus(wildcards(model="smollm2-135m")) == 1
     assert rules.gpus(wildcards(model="tiny-gptj")) == 0
     asked_once = rules.memory(wildcards(model="smollm2-135m"), attempt=1)
@@ -155,6 +182,38 @@ def test_models_are_trained_or_fetched_and_ask_for_what_they_take(config):
         for method in ("none", "pac", "memit", "full-c")
     }
     assert asked_once == editing["none"] < editing["pac"] < editing["memit"] < editing["full-c"]
+
+
+def test_the_covariance_keeps_the_layers_that_other_configs_read(config, tmp_path):
+    rules, model = Inputs(config, str(tmp_path), ""), wildcards(model="tiny-gptj")
+    assert rules.covariance_layers(model) == [1, 2]
+    path = tmp_path / "covariance/tiny-gptj.safetensors"
+    for held, asked_for in (([1], [1, 2]), ([0, 2], [0, 1, 2]), ([0, 1, 2, 3], [0, 1, 2, 3])):
+        write_covariance(path, {layer: torch.eye(2) for layer in held}, 8, {"source": "self"})
+        assert rules.covariance_layers(model) == asked_for
+
+
+def test_names_of_hyperparameters_have_digits_and_their_runs_match_the_rule(config, monkeypatch):
+    @cards.hyperparameters
+    class Digits:
+        beta1: float = 0.9
+        L2_weight: float = 0.0
+
+    numbered = replace(cards.card_of("none"), hparams=Digits)
+    monkeypatch.setitem(cards._found(), "none", numbered)
+    spec = config["experiments"]["table2"]
+    spec |= {"methods": ["none"], "sweep": {"beta1": [0.5], "L2_weight": [0.1]}}
+    side = {"mode": "consecutive", "method": "none"}
+    pairs = {"p": {"question": "?", "a": side | {"hparams": {"beta1": 0.5}}, "b": side}}
+    config["comparisons"]["digits"] = {"title": "t", "protocol": "token", "pairs": pairs}
+    config["comparisons"]["digits"] |= {key: spec[key] for key in ("models", "datasets")}
+    check_config(config)
+    variants = {run.variant for run in grid.all_runs(config) if run.method == "none"}
+    assert {"L2_weight=0.1+beta1=0.5", "beta1=0.5", "default"} <= variants
+    assert all(re.fullmatch(inputs.VARIANT, variant) for variant in variants)
+    pairs["p"]["a"]["hparams"] = {"beta-1": 0.5}
+    with pytest.raises(ConfigError, match=r"hparams: 'beta-1' .*letters, digits and underscores"):
+        check_config(config)
 
 
 def test_a_users_data_file_is_known_by_its_content_unless_the_config_pins_it(config, tmp_path):
@@ -213,6 +272,8 @@ def test_ends_are_of_consecutive_runs_on_one_model_and_data_set(config):
     for folder in told["runs"].values():
         assert f"/{told['dataset']}/consecutive/" in folder
         assert f"<results>/{folder}/health.json" in files
+    config["seed"] = 3
+    assert told["runs"].keys() == Notebooks(config, "results").ends_of_runs()[0]["runs"].keys()
     spec["mode"] = "batch"  # nothing ends in a batch
     assert Notebooks(config, "results").ends_of_runs()[0]["runs"] == {}
 

@@ -25,9 +25,9 @@ def metrics(spread=0.1, steps=(1.0, 2.0)):
             "dataset": dataset,
             "variant": variant,
             "protocol": protocol,
-            "moment": moment,
+            "when": when,
             "metric": metric,
-            "value": score if protocol == "token" and moment == "final" else 1 - score,
+            "value": score if protocol == "token" and when == "final" else 1 - score,
             "low": score - spread,
             "high": score + spread,
             "steps_per_call": steps[variant != "default"],
@@ -35,7 +35,7 @@ def metrics(spread=0.1, steps=(1.0, 2.0)):
         for (variant, dataset), score in SCORES.items()
         for method in ("edit", "original")
         for protocol in ("token", "wild")
-        for moment in ("final", "write")
+        for when in ("final", "write")
         for metric in ("score", "efficacy", "generality", "locality")
     ]
     return pd.DataFrame(rows)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from kmebench.planning.config import check_config, read_config
-from kmebench.planning.warnings import warnings_of
+from kmebench.planning.warnings import absent, warnings_of
 
 TINY = {
     "experiments": {
@@ -67,6 +67,24 @@ def test_no_value_that_a_search_chose_is_called_untuned():
                 experiments = {"one": one | {"datasets": ["openfacts-zsre"]}}
                 run = config | {"experiments": experiments, "tables": {}, "figures": {}}
                 assert not any("untuned" in warning for warning in told(run)), file
+
+
+def test_a_folder_and_a_data_file_that_are_not_there_are_named(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("KMEBENCH_DATA_MIRROR", raising=False)
+    source = {"source": "file", "filenames": ["facts.json"]}
+    config["datasets"]["mine"] = {"source": source, "schema": "mend", "n": 2, "development": 2}
+    config["experiments"]["main"]["datasets"] = ["mine.development"]
+    config["models"]["tiny-gptj"]["source"] = {"source": "folder", "path": str(tmp_path / "model")}
+    check_config(config)
+    (model, data) = absent(config)
+    assert model.startswith(f"tiny-gptj: {tmp_path}/model does not exist")
+    assert data.startswith("mine: facts.json has no URL, and no mirror folder is set")
+    config["data_mirror"] = str(tmp_path)
+    (_, data) = absent(config)
+    assert f"it is not in the folder {tmp_path}" in data
+    (tmp_path / "model").mkdir()
+    (tmp_path / "facts.json").write_text("[]")
+    assert absent(config) == []
 
 
 @pytest.mark.parametrize(("tokens", "warned"), [(95, True), (96, False)])

@@ -24,7 +24,7 @@ def run(path, right):
                     "prompt": "p",
                     "target": "t",
                     "target_ids": [1],
-                    "moment": "final",
+                    "when": "final",
                     "edits_done": len(right),
                     "batch": 0,
                     "before_ids": [1],

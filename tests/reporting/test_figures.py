@@ -11,8 +11,8 @@ from kmebench.errors import KMEBenchError
 from kmebench.evaluation.frames import write_frame
 from kmebench.evaluation.schema import NORMS
 from kmebench.pipelines.checkpoints import Outcome, norms_frame
+from kmebench.planning.appearance import Style
 from kmebench.reporting import figure_tables, figures, panels
-from kmebench.reporting.appearance import Style
 from kmebench.reporting.paper import COLUMNS
 from tests.conftest import RUN
 
@@ -28,7 +28,7 @@ LINES = ["Efficacy", "Generality", "Locality", "Score"]
 
 
 def metric(name="efficacy", value=0.5, **other):
-    row = RUN | {"protocol": "token", "moment": "final", "edits_done": 10, "metric": name}
+    row = RUN | {"protocol": "token", "when": "final", "edits_done": 10, "metric": name}
     return row | {"n": 10, "value": value, "low": value - 0.1, "high": value + 0.1} | other
 
 
@@ -79,15 +79,16 @@ def test_layers_of_edits_share_the_square_of_its_norm(tmp_path):
     assert figure.axes[0].get_ylabel() == "2 records"
     assert figure.axes[-1].get_ylabel() == "Share of ‖ΔW‖² (%)"
     file = norms_file(tmp_path, [{}])
-    with pytest.raises(KMEBenchError, match="set the figure to null"):
-        figure_tables.edit_layers([file], [RUN], LABELS)
+    for table_of in (figure_tables.edit_layers, figure_tables.norms):
+        with pytest.raises(KMEBenchError, match="set the figure to null"):
+            table_of([file], [RUN], LABELS)
 
 
 def test_a_sweep_takes_the_final_values_of_its_own_runs():
     metrics = pd.DataFrame(
         [
             metric(value=0.4, variant="paths=5"),
-            metric(value=0.9, variant="paths=5", moment="write"),
+            metric(value=0.9, variant="paths=5", when="write"),
             metric(value=0.8, variant="paths=5", protocol="exact"),
             metric(value=0.1, method="original"),
             metric(value=0.6),
@@ -104,8 +105,8 @@ def test_a_sweep_takes_the_final_values_of_its_own_runs():
 def test_survival_joins_checkpoints_and_the_end_in_the_order_of_the_methods():
     metrics = pd.DataFrame(
         [
-            metric(edits_done=1, moment="checkpoint"),
-            metric(edits_done=1, moment="write"),
+            metric(edits_done=1, when="milestone"),
+            metric(edits_done=1, when="write"),
             metric(),
             metric(method="full-c"),
             metric(method="original"),
@@ -121,8 +122,8 @@ def test_survival_shows_what_was_written_last_behind_all_so_far():
         [
             metric(edits_done=300),
             metric("locality", edits_done=300),
-            metric(value=0.9, edits_done=300, moment="newest"),
-            metric("locality", edits_done=300, moment="newest"),
+            metric(value=0.9, edits_done=300, when="newest"),
+            metric("locality", edits_done=300, when="newest"),
             metric("kl", 0.25, edits_done=300, protocol="health"),
         ]
     )
@@ -169,7 +170,7 @@ def test_survival_ends_with_the_health_of_the_model_in_its_own_units():
     metrics = pd.DataFrame(
         [
             state("perplexity_ratio", 2.5),
-            state("perplexity_ratio", 1.0, edits_done=1, moment="checkpoint"),
+            state("perplexity_ratio", 1.0, edits_done=1, when="milestone"),
             state("kl", 0.25),
             state("perplexity", 30.0),
             metric(method="full-c"),

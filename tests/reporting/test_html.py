@@ -136,6 +136,12 @@ def test_every_table_figure_and_notebook_is_linked(tmp_path):
     assert "Seconds &amp; more" in html
 
 
+def test_a_verdict_keeps_its_colour_whatever_its_scale(tmp_path):
+    row = summary(tmp_path).findings[0] | {"verdict": "does not hold at 50 edits"}
+    html = index(summary(tmp_path, findings=[row]))
+    assert '<td class="verdict does-not-hold">does not hold at 50 edits</td>' in html
+
+
 def test_the_page_needs_nothing_beside_it(tmp_path):
     html = index(summary(tmp_path))
     assert "http" not in html  # nothing is fetched

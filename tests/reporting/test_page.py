@@ -25,8 +25,8 @@ LABELS = {
 def metric(method, name, value, *, dataset="z", protocol="token", experiment="table1", **more):
     row = {"experiment": experiment, "model": "m", "dataset": dataset, "mode": "batch"}
     row |= {"method": method, "variant": "default", "seed": 0, "protocol": protocol}
-    row |= {"moment": "final", "edits_done": 30, "metric": name, "value": value, "n": 30}
-    row |= {"low": value - 0.1, "high": value + 0.1, "behind_low": 0.1, "behind_high": 0.3}
+    row |= {"when": "final", "edits_done": 30, "metric": name, "value": value, "n": 30}
+    row |= {"low": value - 0.1, "high": value + 0.1, "behind_p": 0.01}
     return row | more
 
 
@@ -35,11 +35,11 @@ def metrics():
     names = ("efficacy", "generality", "locality", "score")
     rows = [metric("original", "score", 0.1, edits_done=0)]
     rows += [metric("pac", name, 0.5, dataset="c") for name in names]
-    rows += [metric("pac", name, 0.6, behind_low=-0.1) for name in names]
-    rows += [metric("none", name, 0.2, behind_low=np.nan, behind_high=np.nan) for name in names]
-    rows += [metric("rome", name, 0.7, behind_low=0.0, behind_high=0.0) for name in names]
+    rows += [metric("pac", name, 0.6, behind_p=0.2) for name in names]
+    rows += [metric("none", name, 0.2, behind_p=np.nan) for name in names]
+    rows += [metric("rome", name, 0.7, behind_p=np.nan) for name in names]
     rows += [metric("pac", "score", 0.9, protocol="wild")]
-    sweep = {"experiment": "sweep", "behind_low": 0.5}
+    sweep = {"experiment": "sweep", "behind_p": 0.03}
     rows += [metric("pac", name, 0.6, **sweep) for name in names]
     rows += [metric("pac", "score", 0.8, variant="paths=5+lambda=0.0", **sweep)]
     return pd.DataFrame(rows)
@@ -71,17 +71,17 @@ def test_main_cells_are_the_configured_edits_in_percent_in_the_order_of_the_conf
     assert main_cells(metrics(), LABELS, [], seed=7).empty
 
 
-def test_every_moment_has_a_name_of_its_own():
-    moments = {
+def test_every_time_of_asking_has_a_name_of_its_own():
+    names = {
         ("final", 300): "after all edits",
         ("write", 300): "right after each edit",
-        ("checkpoint", 100): "after 100 edits",
+        ("milestone", 100): "after 100 edits",
         ("newest", 300): "right after each of the last 100 of 300 edits",
     }
-    rows = [metric("pac", "efficacy", 0.5, moment=m, edits_done=n) for m, n in moments]
+    rows = [metric("pac", "efficacy", 0.5, when=m, edits_done=n) for m, n in names]
     told = explorer(in_order(once(pd.DataFrame(rows)), LABELS), LABELS, seed=0)
     when = [name for name, _ in told["columns"]].index("when")
-    assert [row[when] for row in told["rows"]] == list(moments.values())
+    assert [row[when] for row in told["rows"]] == list(names.values())
 
 
 def test_the_table_of_all_numbers_holds_every_protocol_and_variant_once():
@@ -164,6 +164,14 @@ def test_many_ties_are_counted_and_models_are_named_where_there_are_several():
     assert "; 6 others cannot be told from it" in first
 
 
+def test_an_exact_tie_with_the_best_is_named():
+    """Which of two equal ones is compared with the other is chance."""
+    for ties in ((True, False), (False, True)):
+        rows = [cell(name, 80.0, tied=tie) for name, tie in zip(("A", "B"), ties, strict=True)]
+        (text,) = sentences([*rows, cell("C", 60.0)], [])["Who is best"]
+        assert "; B cannot be told from it" in text
+
+
 def test_fewer_than_twenty_edits_make_no_claim():
     few = [row | {"n": 19} for row in CELLS]
     ((title, (text,)),) = sentences(few, [row | {"n": 19} for row in GAPS]).items()
@@ -238,12 +246,12 @@ def predictions(*answers):
             "kind": kind,
             "prompt": f"{kind} {k}?",
             "target": "Rome",
-            "moment": moment,
+            "when": when,
             "wild_before": "Paris",
-            "wild_after": text if moment == "final" else "elsewhere",
+            "wild_after": text if when == "final" else "elsewhere",
         }
         for record, texts in enumerate(answers, start=1)
-        for moment in ("write", "final")
+        for when in ("write", "final")
         for k, (kind, text) in enumerate(zip(kinds, texts, strict=False))
     ]
     return pd.DataFrame(rows)

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from kmebench.errors import ConfigError
+from kmebench.planning.appearance import Style
 from kmebench.planning.config import read_checked_config
 from kmebench.planning.reported import Reported
-from kmebench.reporting.appearance import Style
 from kmebench.reporting.drawing import drawn
 from kmebench.reporting.findings import findings_markdown
 from kmebench.reporting.paper import COLUMNS

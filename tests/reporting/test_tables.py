@@ -26,7 +26,7 @@ LAYOUT = Layout(
 )
 
 
-def metric(method, name, value, *, model="gpt-j", dataset="zsre", moment="final", **other):
+def metric(method, name, value, *, model="gpt-j", dataset="zsre", when="final", **other):
     row = {
         "experiment": "table2",
         "model": model,
@@ -36,7 +36,7 @@ def metric(method, name, value, *, model="gpt-j", dataset="zsre", moment="final"
         "variant": "default",
         "seed": 0,
         "protocol": "token",
-        "moment": moment,
+        "when": when,
         "edits_done": 20,
         "metric": name,
         "value": value,
@@ -45,8 +45,7 @@ def metric(method, name, value, *, model="gpt-j", dataset="zsre", moment="final"
         "n": 20,
         "seconds_per_edit": 1.25,
         "failed_edits": 0,
-        "behind_low": 0.0,
-        "behind_high": 0.0,
+        "behind_p": float("nan"),
     }
     return row | other
 
@@ -58,7 +57,7 @@ METRICS = pd.DataFrame(
         metric("pac", "locality", 0.4),
         metric("pac", "generality", 0.5),
         metric("pac", "score", 0.6),
-        metric("pac", "efficacy", 1.0, moment="write"),
+        metric("pac", "efficacy", 1.0, when="write"),
         metric("full-c", "efficacy", 0.3),
         metric("pac", "efficacy", 0.1, protocol="wild"),
     ]
@@ -110,19 +109,20 @@ def test_markdown_shows_interval_paper_best_and_write():
 
 def test_what_cannot_be_told_from_the_best_is_marked():
     assert "≈" not in to_markdown(TABLE, LAYOUT)
-    near = metric("full-c", "score", 0.5, behind_low=0.0, behind_high=0.3)
-    far = metric("full-c", "locality", 0.1, behind_low=0.1, behind_high=0.5)
+    near = metric("full-c", "score", 0.5, behind_p=0.05)
+    far = metric("full-c", "locality", 0.1, behind_p=0.049)
     table = wide_table(pd.concat([METRICS, pd.DataFrame([near, far])]), PAPER, LAYOUT)
     markdown = to_markdown(table, LAYOUT)
     assert "50.0≈ [40.0, 60.0]" in markdown
     assert "10.0 [0.0, 20.0]" in markdown
     assert markdown.count("≈") == 2  # the caption explains it
+    assert "≈: not distinguishable from it (paired bootstrap, Holm over the editors of" in markdown
     assert r"$50.0^{\approx}_{[40.0,\,60.0]}$" in to_latex(table, LAYOUT)
 
 
 @pytest.mark.parametrize(("n", "marks"), [(19, 0), (20, 1)])
 def test_too_few_edits_have_no_best(n, marks):
-    near = metric("full-c", "score", 0.5, behind_low=0.0, behind_high=0.3)
+    near = metric("full-c", "score", 0.5, behind_p=0.05)
     metrics = pd.concat([METRICS, pd.DataFrame([near])]).assign(n=n)
     table = wide_table(metrics, PAPER, LAYOUT)
     body = to_markdown(table, LAYOUT).split("\n\n", 1)[1]
@@ -137,8 +137,8 @@ def test_the_floor_is_a_row_but_never_the_best():
         **(LAYOUT.__dict__ | {"methods": LAYOUT.methods | {"none": named("No edit")}}),
     )
     rows = [
-        metric("none", "locality", 1.0, behind_low=float("nan"), behind_high=float("nan")),
-        metric("full-c", "locality", 0.3, behind_low=0.1, behind_high=0.2),
+        metric("none", "locality", 1.0),
+        metric("full-c", "locality", 0.3, behind_p=0.01),
     ]
     metrics = pd.concat([METRICS, pd.DataFrame(rows)])
     for controls, best in (((), "100.0"), (["none"], "40.0")):
@@ -154,14 +154,14 @@ def test_the_floor_is_a_row_but_never_the_best():
 
 def state(method, name, value, **other):
     nan = float("nan")
-    unknown = dict.fromkeys(("low", "high", "behind_low", "behind_high"), nan)
+    unknown = dict.fromkeys(("low", "high", "behind_p"), nan)
     return metric(method, name, value, protocol="health", **unknown | {"n": 900} | other)
 
 
 def test_health_stands_in_columns_of_its_own_where_it_was_measured():
     rows = [
         state("pac", "perplexity_ratio", 1.234),
-        state("pac", "perplexity_ratio", 9.0, moment="checkpoint"),
+        state("pac", "perplexity_ratio", 9.0, when="milestone"),
         state("pac", "kl", 0.5),
         state("pac", "perplexity", 17.0),
     ]
@@ -183,10 +183,11 @@ def test_health_stands_in_columns_of_its_own_where_it_was_measured():
 
 
 def test_long_runs_say_when_half_of_the_best_score_was_lost():
-    scores = {1: 0.3, 10: 0.8, 100: 0.41, 300: 0.39, 1000: 0.45}  # a first edit may fail
-    moments = dict.fromkeys(scores, "checkpoint") | {1000: "final"}
+    # A first edit may be right by luck.
+    scores = {1: 1.0, 10: 0.1, 19: 1.0, 30: 0.8, 100: 0.41, 300: 0.39, 1000: 0.45}
+    when = dict.fromkeys(scores, "milestone") | {1000: "final"}
     rows = [
-        metric(method, "score", value, moment=moments[n], edits_done=n, n=300)
+        metric(method, "score", value, when=when[n], edits_done=n, n=300)
         for method, values in {"pac": scores, "full-c": scores | {300: 0.4}}.items()
         for n, value in values.items()
     ]
@@ -195,7 +196,7 @@ def test_long_runs_say_when_half_of_the_best_score_was_lost():
     assert half["gpt-j", "pac", "zsre"] == 300
     assert pd.isna(half["gpt-j", "full-c", "zsre"])  # half is not below half
     markdown = to_markdown(table, LAYOUT)
-    assert "Half at: edits after which Score was below half of its best" in markdown
+    assert "Half at: edits after which Score was below half of its best from 20 on" in markdown
     (line,) = [x for x in markdown.splitlines() if "PAC" in x and "45.0" in x]
     assert [x.strip() for x in line.split("|")[-3:-1]] == ["300", "1.25"]
     assert "half_after" not in TABLE

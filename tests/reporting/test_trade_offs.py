@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 
 from kmebench.planning import grid
+from kmebench.planning.appearance import Style
 from kmebench.planning.config import read_checked_config
 from kmebench.planning.reported import Reported
 from kmebench.reporting import figure_tables, trade_offs
-from kmebench.reporting.appearance import Style
 from kmebench.reporting.panels import save
 from tests.conftest import RUN
 
-REFERENCE = "results/reference/smollm2-135m-editors"
+REFERENCE = "reference/smollm2-135m-editors"
 STYLES = {"A": Style("#0072B2", "o"), "B": Style("#D55E00", "s"), "No edit": Style("#767676", "o")}
 LABELS = {
     "models": {"m": "Model"},
@@ -64,10 +64,10 @@ def test_editors_on_the_same_place_share_a_name():
 
 
 def test_trade_offs_are_final_numbers_of_the_given_runs_in_percent(tmp_path):
-    row = RUN | {"protocol": "token", "moment": "final", "metric": "efficacy", "n": 50}
+    row = RUN | {"protocol": "token", "when": "final", "metric": "efficacy", "n": 50}
     row |= {"value": 0.5, "low": 0.4, "high": 0.6, "seconds_per_edit": 2.0}
     rows = [row, row | {"metric": "score", "value": 0.7}]
-    rows += [row | other for other in ({"moment": "write"}, {"protocol": "wild"}, {"seed": 9})]
+    rows += [row | other for other in ({"when": "write"}, {"protocol": "wild"}, {"seed": 9})]
     pd.DataFrame(rows).to_parquet(tmp_path / "metrics.parquet")
     files = [str(tmp_path / "metrics.parquet")]
     (found,) = figure_tables.trade_offs(files, [RUN], LABELS, "token", ["none"]).to_dict("records")
@@ -84,7 +84,7 @@ def numbers(svg):
 
 def test_the_readmes_picture_is_made_of_the_reference_results(tmp_path):
     """`make tables` makes it; numbers of layout may differ in the last digits elsewhere."""
-    overlays = [Path("config/real.yaml"), Path("config/reference-editors.yaml")]
+    overlays = [Path("config/real.yaml"), Path("config/reference/editors.yaml")]
     reported = Reported(read_checked_config(Path("config.yaml"), overlays), REFERENCE)
     spec = reported.figure(type("Wildcards", (), {"figure": "overview"}))
     files = [f"{REFERENCE}/metrics/{name}.parquet" for name in spec["experiments"]]

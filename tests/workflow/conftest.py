@@ -117,6 +117,7 @@ class Job(NamedTuple):
     rule_name: str
     input: list[str]
     output: list[str]
+    gpu: int | None
 
 
 def count(jobs: Iterable[Job]) -> dict[str, int]:

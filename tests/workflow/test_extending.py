@@ -1,6 +1,8 @@
 """docs/extending.md, followed to the letter."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import yaml
 from kmebench.editors.locate.covariance.store import Covariances
 from kmebench.edits.edit import Edit
 from kmebench.io.tensors import TensorFile
-from tests.workflow.conftest import copied
+from tests.workflow.conftest import ROOT, copied
 
 CARDS = "workflow/kmebench/editors/locate/cards.py"
 
@@ -22,8 +24,9 @@ def page(kind):
     """The files that the page shows, by name: those of this repository, or the others."""
     text = Path("docs/extending.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```\w+\n# (\S+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 7
-    return {name: code for name, code in blocks if name.startswith("workflow/") == (kind == "here")}
+    assert len(blocks) == 10
+    here = ("workflow/", "tests/")
+    return {name: code for name, code in blocks if name.startswith(here) == (kind == "here")}
 
 
 #: The tiny model has four layers, and few steps are enough to compare by.
@@ -40,6 +43,7 @@ def test_an_editor_in_this_repository_is_one_file_and_one_card(finished, tmp_pat
     checkout = copied(finished.folder, tmp_path / "copy")
     for name, code in page("here").items():
         file = checkout.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
         before = file.read_text(encoding="utf-8") if file.exists() else ""
         file.write_text(f"{before}\n\n{code}", encoding="utf-8")
     overlay = checkout.overlay(
@@ -55,6 +59,21 @@ def test_an_editor_in_this_repository_is_one_file_and_one_card(finished, tmp_pat
     )
     # Covariance and targets are those that MEMIT has made; no other editor runs again.
     assert checkout.planned("metrics", configs=configs) == {"edit": 2, "score": 1}
+
+
+def test_an_editor_that_takes_gradients_passes_the_test_beside_it(tmp_path):
+    for folder in ("workflow/kmebench", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    for name, code in page("here").items():
+        with (tmp_path / name).open("a", encoding="utf-8") as file:
+            file.write(f"\n\n{code}")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "workflow")}
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", "."]
+    tests += ["tests/editors/finetune/test_steepest.py"]
+    done = subprocess.run(tests, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d+ passed", done.stdout)
 
 
 @pytest.fixture(scope="module")

@@ -225,6 +225,29 @@ def test_a_further_method_asks_for_its_layers_and_leaves_the_bytes_of_the_others
     assert after["1"].equal(before["1"])
 
 
+def test_configs_that_edit_other_layers_do_not_undo_each_others_covariance(copy_of_outside):
+    folder = copy_of_outside.folder / "results/covariance"
+    before = load_file(folder / "mine.safetensors")
+    other = copy_of_outside.overlay("other", methods={"memit": {"hparams": {"layers": [0]}}})
+    inverses = {1: CONFIGS, 0: (*CONFIGS, other)}
+
+    def planned(layer):
+        target = f"results/covariance/mine/inverse/{layer}.safetensors"
+        return copy_of_outside.planned(target, configs=inverses[layer])
+
+    assert planned(0) == {"covariance": 1, "factorise_covariance": 1}
+    for layer in (0, 1):  # what is computed of the old file is older than the new one
+        target = f"results/covariance/mine/inverse/{layer}.safetensors"
+        copy_of_outside.run(target, configs=inverses[layer])
+        after = load_file(folder / "mine.safetensors")
+        assert sorted(after) == ["0", "1"]
+        assert after["1"].equal(before["1"])
+    assert planned(0) == planned(1) == {}
+    fewer = copy_of_outside.overlay("fewer", covariance={"tokens": 8000})
+    target = "results/covariance/mine.safetensors"
+    assert copy_of_outside.planned(target, configs=(*CONFIGS, fewer)) == {"covariance": 1}
+
+
 CARD = """
 from kmebench.editors.cards import Card, hyperparameters
 

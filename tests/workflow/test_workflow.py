@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from kmebench.data.records import read_requests
+from kmebench.devices import uses_gpu
 from kmebench.edits.edit import Edit
-from tests.workflow.conftest import copied, count, wait_for
+from tests.workflow.conftest import Checkout, copied, count, wait_for
 
 RUN = "results/runs/tiny-gptj/openfacts-zsre/consecutive/pac/default/seed0"
 
@@ -155,6 +156,21 @@ def test_a_change_executes_the_notebooks_that_it_can_influence(changed, because_
     files = {file for job in because_of(changed) for file in job.output}
     pages = {Path(file).name for file in files if file.startswith("results/notebooks/")}
     assert {page[:2] for page in pages} == NOTEBOOKS[changed]
+
+
+@pytest.mark.integration
+def test_a_job_on_a_cluster_asks_for_a_gpu_that_this_machine_may_lack(tmp_path):
+    checkout, slurm = Checkout(tmp_path), ("--workflow-profile", "profiles/slurm")
+    target = "results/original/tiny-gptj/neutral.safetensors"
+
+    def gpus(*arguments, **overlay):
+        configs = ("config/ci.yaml", checkout.overlay("device", **overlay))
+        jobs = checkout.jobs(target, *arguments, configs=configs)
+        return {job.rule_name: job.gpu for job in jobs}
+
+    assert gpus(*slurm) == {"train_model": None, "neutral_text": 1}
+    assert gpus(*slurm, device="cpu")["neutral_text"] == 0
+    assert gpus()["neutral_text"] == int(uses_gpu("auto"))
 
 
 def test_a_changed_default_runs_its_own_editors_runs_again(copy_of_finished):
@@ -423,9 +439,14 @@ def test_an_editor_of_ones_own_needs_a_class_a_card_and_three_lines_of_config(fi
     torch.testing.assert_close(part.values, torch.full_like(part.values, 3 * 0.5))
     timing = json.loads((finished.folder / run / "timing.json").read_text())
     assert timing["failed_edits"] == len(timing["failures"]) == 1
-    stopped = finished.overlay("stopped", on_failed_edit="error")
+    stopped = finished.overlay("stopped", on_failed_edit="error", checkpoint_every=7)
+    target = f"{run}/delta.safetensors"
+    kept = finished.run("-n", target, configs=(*configs, stopped), PYTHONPATH=str(tmp_path))
+    assert "Nothing to be done" in kept
     output = finished.run(
-        f"{run}/delta.safetensors",
+        target,
+        "--forcerun",
+        "edit",
         configs=(*configs, stopped),
         check=False,
         PYTHONPATH=str(tmp_path),

@@ -26,25 +26,25 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+from kmebench.devices import uses_gpu
+
 #: The variable that names the server's socket, and the Python that listens there.
 ADDRESS = "KMEBENCH_FORKSERVER"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
-def start(device: str, threads: int) -> None:
-    """Start a server for the jobs of this process, if none of them may use a GPU.
+def start(devices: Iterable[str], threads: int) -> None:
+    """Start a server for the jobs of this process, if none of their models uses a GPU.
 
     It ends when this process does, however that ends. ``threads`` are those of one job: some
     libraries size their pools when they are imported.
     """
-    usable = sys.platform == "linux" and device in ("auto", "cpu")
-    if not usable or (device == "auto" and any(Path(path).exists() for path in _GPUS)):
+    if sys.platform != "linux" or any(map(uses_gpu, devices)):
         return
     address = str(Path(tempfile.mkdtemp(prefix="kmebench-")) / "forkserver")
     library = str(Path(__file__).parents[1])

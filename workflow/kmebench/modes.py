@@ -6,6 +6,9 @@ Turns of one request are the pipeline ``consecutive`` itself; of more, ``consecu
 
 from kmebench.values import JOIN, read_all, spell_all
 
+#: The variant of a run whose hyper-parameters are the configured ones.
+DEFAULT = "default"
+
 
 def spell_mode(pipeline: str, turn: int) -> str:
     """Spell a pipeline with turns of so many requests."""

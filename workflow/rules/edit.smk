@@ -25,8 +25,11 @@ rule edit:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.editing_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
+        # No parameters: they do not change the bytes of a run that has finished.
+        checkpoint_every=config["checkpoint_every"],
+        on_failed_edit=config["on_failed_edit"],
     params:
         run=inputs.settings,
     message:

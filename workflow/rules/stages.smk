@@ -5,7 +5,7 @@ wildcard_constraints:
     model=one_of(config["models"]),
     dataset=one_of(grid.datasets(config)),
     method=one_of(config["methods"]),
-    variant=r"default|[a-z_]+=[^/]+",
+    variant=VARIANT,
     seed=r"\d+",
 
 
@@ -25,7 +25,7 @@ rule predict_original:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -52,7 +52,7 @@ rule neutral_text:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -80,7 +80,7 @@ rule cache_gradients:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.tracing_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -118,7 +118,8 @@ rule covariance:
         model="<results>/models/{model}",
         code=code("covariance"),
     output:
-        covariance="<results>/covariance/{model}.safetensors",
+        # Not removed before the job, whose parameter is what layers it holds.
+        covariance=update("<results>/covariance/{model}.safetensors"),
         origin="<results>/covariance/{model}.origin.json",
     log:
         "<logs>/covariance/{model}.log",
@@ -128,7 +129,7 @@ rule covariance:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.covariance_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -159,7 +160,7 @@ rule factorise_covariance:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.factor_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         device=inputs.device,
@@ -186,7 +187,7 @@ rule neutral_metric:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.metric_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -214,7 +215,7 @@ rule optimise_targets:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.target_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -243,7 +244,7 @@ rule train_stage:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.training_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,
@@ -274,7 +275,7 @@ rule hypernetwork:
     resources:
         gpu=inputs.gpus,
         mem_mb=inputs.hypernetwork_memory,
-        runtime=minutes,
+        runtime=MINUTES,
         models=1,
     params:
         load=inputs.load,

@@ -7,16 +7,17 @@ hand_over("kmebench.pipelines.run")
 import torch
 
 from kmebench.data.records import read_requests
+from kmebench.editors.needs import EVERY_RUN
 from kmebench.io.logs import script_log
 from kmebench.models.editable import EditableModel, seed_everything
 from kmebench.pipelines.run import run_cell
 
-#: What runs of every editor read; the other inputs are files of cached stages.
-EVERY_RUN = ("model", "requests", "original", "neutral", "code")
-
 with script_log(snakemake):
     torch.set_num_threads(snakemake.threads)
-    settings = snakemake.params.run
+    settings = snakemake.params.run | {
+        "checkpoint_every": snakemake.resources.checkpoint_every,
+        "on_failed_edit": snakemake.resources.on_failed_edit,
+    }
     seed_everything(settings["seed"])
     run_cell(
         lambda: EditableModel.load(snakemake.input.model, **settings["load"]),

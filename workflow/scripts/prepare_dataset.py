@@ -18,6 +18,10 @@ with script_log(snakemake):
     prepared = prepare(records, bad, Selection(**options), left_out)
     for group in prepared.report["conflicts_among_selected"]:
         logger.info("conflict about %(subject)s: requests %(case_ids)s want %(targets)s", group)
+    asked = prepared.report["locality_edited_elsewhere"]["prompts"]
+    if asked:
+        cases = ", ".join(prompt["case_id"] for prompt in asked)
+        logger.info("%d locality prompts are edited by other requests: %s", len(asked), cases)
     write_requests(snakemake.output.requests, prepared.requests)
     write_requests(snakemake.output.development, prepared.development)
     write_requests(snakemake.output.training, prepared.training)

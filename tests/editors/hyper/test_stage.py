@@ -46,7 +46,10 @@ def test_the_name_of_the_file_reads_back_and_holds_what_training_depends_on(name
 
 def test_a_file_whose_name_would_be_too_long_is_a_sentence():
     layers = list(range(20, 40))
-    with pytest.raises(ConfigError, match=r"mend: .* file name of 2\d\d letters, more than 215"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'mend' make a file name of 2\d\d bytes, more than 215; shorten value_layers\.",
+    ):
         needed("mend", value_layers=layers, key_layers=layers)
 
 

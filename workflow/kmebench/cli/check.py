@@ -9,7 +9,7 @@ from rich.table import Table
 from kmebench.cli.terminal import console, table
 from kmebench.planning import grid, provenance
 from kmebench.planning.config import CONFIG, read_checked_config, read_files
-from kmebench.planning.warnings import warnings_of
+from kmebench.planning.warnings import absent, warnings_of
 
 
 def check_command(arguments: argparse.Namespace) -> None:
@@ -17,7 +17,7 @@ def check_command(arguments: argparse.Namespace) -> None:
     config = read_checked_config(CONFIG, arguments.configfile)
     if arguments.explain is None:
         console.print(grid.describe(config))
-        for warning in warnings_of(config):
+        for warning in [*absent(config), *warnings_of(config)]:
             console.print(f"Warning: {warning}")
     else:
         console.print(_values(config, arguments.configfile, arguments.explain))

@@ -95,9 +95,9 @@ def plan(parser: argparse.ArgumentParser) -> None:
         "--measured",
         type=arguments.existing_folder("--measured"),
         nargs="+",
-        default=[Path("results")],
+        default=[Path("results"), Path("reference")],
         metavar="FOLDER",
-        help="finished runs to take seconds per edit from (default: results, with its reference)",
+        help="finished runs to take seconds per edit from (default: results and reference)",
     )
     devices = arguments.count("--devices")
     parser.add_argument("--devices", type=devices, nargs="+", default=[1, 8, 64], metavar="N")

@@ -14,7 +14,7 @@ from kmebench.cli.terminal import console, table
 from kmebench.errors import ConfigError
 from kmebench.io.logs import doing
 from kmebench.planning import cost
-from kmebench.planning.warnings import warnings_of
+from kmebench.planning.warnings import absent, warnings_of
 from kmebench.planning.workflow import reason
 
 
@@ -36,7 +36,7 @@ def plan_command(arguments: argparse.Namespace, config: Mapping[str, Any]) -> No
     if costs[["editing", "evaluation"]].isna().any(axis=None):
         console.print("A ? is a time that no finished run tells; it is in none of these sums.")
     console.print(_disk(cost.disk(config, measured)))
-    for warning in warnings_of(config):
+    for warning in [*absent(config), *warnings_of(config)]:
         console.print(f"Warning: {warning}")
 
 

@@ -54,6 +54,8 @@ def read_records(
 def _raw_records(path: str | Path, name: str) -> list[Any]:
     """Return the records of a JSON list, or of JSON lines, as they stand there."""
     text = _decoded(Path(path).read_bytes(), name)
+    if not text.strip():
+        raise DataError(f"{name} is empty, expected a list of records, or a record on each line.")
     try:
         values = _json_values(text)
     except json.JSONDecodeError as error:

@@ -85,6 +85,7 @@ def prepare(
         "conflicts_among_selected": [
             group for group in found if len(mine & set(group["case_ids"])) > 1
         ],
+        "locality_edited_elsewhere": edited_elsewhere(chosen),
     }
     return Prepared(chosen, development, training, report)
 
@@ -101,7 +102,10 @@ def _select(records: Sequence[Indexed], selection: Selection) -> list[EditReques
         return [r for index, r in records if any(index in segment for segment in wanted)]
     n = len(records) if selection.n is None else selection.n
     if n > len(records):
-        raise DataError(f"n is {n}, but there are {len(records)} usable records.")
+        raise DataError(
+            f"n is {n}, but there are {len(records)} usable records; lower n of this data set, or "
+            "mend the records of its file."
+        )
     if selection.seed is None:
         return [request for _, request in records[:n]]
     picks = sorted(random.Random(selection.seed).sample(range(len(records)), n))
@@ -133,6 +137,24 @@ def _apart_from(others: Sequence[EditRequest], records: Sequence[Indexed]) -> li
         if request.subject.casefold() not in subjects
         and request.filled_prompt.casefold() not in prompts
     ]
+
+
+def edited_elsewhere(requests: Sequence[EditRequest]) -> dict[str, Any]:
+    """Find locality prompts that another of the requests edits (case aside).
+
+    Once that is made, the unedited model's answer is not what they ought to have. Returns count,
+    and prompts: case_id of who asks it, prompt, and the case_ids in edited_by.
+    """
+    editors: dict[str, list[str]] = {}
+    for request in requests:
+        editors.setdefault(request.filled_prompt.casefold(), []).append(request.case_id)
+    found = []
+    for request in requests:
+        for prompt, _ in request.locality:
+            others = [c for c in editors.get(prompt.casefold(), []) if c != request.case_id]
+            if others:
+                found.append({"case_id": request.case_id, "prompt": prompt, "edited_by": others})
+    return {"count": len(found), "prompts": found}
 
 
 def conflicts(requests: Sequence[EditRequest]) -> list[dict[str, Any]]:

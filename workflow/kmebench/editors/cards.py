@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from kmebench.editors.needs import Need, Pipeline
+from kmebench.editors.needs import Need, Pipeline, check_names
 from kmebench.editors.sizes import Job, as_much_again
 from kmebench.errors import ConfigError, KMEBenchError
 from kmebench.names import nearest
@@ -98,7 +98,8 @@ class Card:
         """Return which cached stages a run reads.
 
         Raises:
-            ConfigError: the card cannot tell (a package's may be wrong).
+            ConfigError: the card cannot tell (a package's may be wrong), the values make a name
+                that no file can have, or two files have one key.
         """
         try:
             needs = tuple(self.needs(values, pipeline))
@@ -115,6 +116,7 @@ class Card:
                     f"The card of the editor {self.name!r} needs {need!r}, which is no "
                     "kmebench.editors.needs.Need; mend its function needs."
                 )
+        check_names(self.name, needs)
         return needs
 
     @property

@@ -5,7 +5,6 @@ bare prompt and over prompts that follow texts of the *unedited* model (Meng et 
 3.1 and appendix E.5). An editor samples them before its first edit and keeps them as state.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from kmebench.data.records import SLOT
 from kmebench.editors.base import Editor
+from kmebench.io.tensors import json_tensor, json_value
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, SubjectText
 
@@ -80,15 +80,14 @@ def prefixes(contexts: Contexts) -> list[str]:
 
 def contexts_state(contexts: Contexts) -> dict[str, Tensor]:
     """Pack contexts for ``Editor.state_dict``: JSON as UTF-8 bytes, uint8."""
-    text = json.dumps(contexts, ensure_ascii=False)
-    return {_STATE_KEY: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
+    return {_STATE_KEY: json_tensor(contexts)}
 
 
 def contexts_from_state(state: Mapping[str, Tensor]) -> Contexts | None:
     """Unpack :func:`contexts_state`; none from a state without contexts."""
     if _STATE_KEY not in state:
         return None
-    groups = json.loads(bytes(state[_STATE_KEY].tolist()))
+    groups = json_value(state[_STATE_KEY])
     return tuple(tuple(group) for group in groups)
 
 

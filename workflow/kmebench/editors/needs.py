@@ -4,9 +4,11 @@ A need names its rule and spells its file; a rule reads the settings of its job 
 name. An editor finds the file under ``assets[need.key]``.
 """
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
 from kmebench.errors import ConfigError
@@ -16,8 +18,13 @@ from kmebench.values import DEVELOPMENT, JOIN, read_all, spell_all
 #: estimate spread over (1 ± √(M / tokens))² times that: from 0.25 to 2.25 with four.
 TOKENS_PER_DIMENSION = 4
 
-#: Letters of a file's name, of the 255 that file systems take; endings and marks come to it.
-LONGEST = 215
+#: What runs of every editor read; the other inputs are files of cached stages, by their keys.
+EVERY_RUN = ("model", "requests", "original", "neutral", "code")
+#: Bytes of a file's name that file systems take.
+LONGEST = 255
+#: Of them, what comes to a name that values make: endings, marks of files under way.
+_MARKS = 40
+_VALUE = re.compile(r"([^+.=]+)=([^+]*)")
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class Covariance(Need):
 
     asset: ClassVar[str] = "covariance"
     rule: ClassVar[str] = "covariance"
+    form: ClassVar[str] = "kmebench.moments.v2"  # what the file's header calls it
 
     @property
     def covariance_layers(self) -> tuple[int, ...]:
@@ -271,13 +279,6 @@ class Hypernetwork(Need):
     asset: ClassVar[str] = "hypernetwork"
     rule: ClassVar[str] = "hypernetwork"
 
-    def __post_init__(self) -> None:
-        if len(self.name) > LONGEST:
-            raise ConfigError(
-                f"{self.editor}: the values of its network make a file name of {len(self.name)} "
-                f"letters, more than {LONGEST}; edit matrices of fewer layers."
-            )
-
     @property
     def name(self) -> str:
         """Name of the file, e.g. ``value_layers=28:29+...+steps=200+...+seed=0``."""
@@ -321,6 +322,38 @@ class Development(Need):
     def path(self, model: str, dataset: str) -> str:
         """Return where the file lies below the results: a tuning run reads its own data set."""
         return f"data/{dataset.removesuffix(DEVELOPMENT)}{DEVELOPMENT}.jsonl"
+
+
+def check_names(editor: str, needs: Sequence[Need]) -> None:
+    """Refuse needs of an editor whose files could not be called so, or told from other inputs.
+
+    Raises:
+        ConfigError: a name is too long (:func:`check_length`), or a key has a file already.
+    """
+    for number, need in enumerate(needs):
+        if need.key in (*EVERY_RUN, *(other.key for other in needs[:number])):
+            raise ConfigError(
+                f"The editor {editor!r} needs a file under the key {need.key!r}, under which its "
+                "runs read another; give the need another key or asset."
+            )
+        for part in PurePosixPath(need.path("", "")).with_suffix("").parts:
+            check_length(part, editor, LONGEST - _MARKS)
+
+
+def check_length(name: str, editor: str, most: int = LONGEST) -> None:
+    """Refuse a file's name that file systems do not take.
+
+    Raises:
+        ConfigError: it has more bytes than ``most``; names the value that takes most of them.
+    """
+    size = len(name.encode())
+    if size > most:
+        values = dict(_VALUE.findall(name)) or {"the names of the model and the data set": name}
+        key = max(values, key=lambda key: len(values[key]))
+        raise ConfigError(
+            f"The values of the editor {editor!r} make a file name of {size} bytes, more than "
+            f"{most}; shorten {key}."
+        )
 
 
 _NEEDS = (

@@ -4,7 +4,6 @@ The layer's input at a prompt's last token is the query. If it lies in the ball 
 key, the layer's output is replaced by that key's value; else nothing happens, bit by bit.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kmebench.edits.overlays import Hook, Overlay, Passage, check_beside
+from kmebench.io.tensors import json_tensor, json_value
 from kmebench.precision import at_least_float32
 
 if TYPE_CHECKING:
@@ -90,14 +90,13 @@ class Codebook(Overlay):
     def tensors(self) -> dict[str, Tensor]:
         """Return keys, values, radii, and everything else as JSON in bytes."""
         facts = [self.module, self.replacement, self.labels]
-        text = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
         parts = {"keys": self.keys, "values": self.values, "radii": self.radii}
-        return {**parts, "facts": text}
+        return {**parts, "facts": json_tensor(facts)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Rebuild a codebook; see :meth:`Overlay.from_tensors`."""
-        module, replacement, labels = json.loads(bytes(tensors["facts"].tolist()))
+        module, replacement, labels = json_value(tensors["facts"])
         keys, values, radii = (tensors[name] for name in ("keys", "values", "radii"))
         dimensions = (keys.dim(), values.dim(), radii.dim())
         if dimensions != (2, 2, 1) or not len(keys) == len(values) == len(radii) == len(labels):

@@ -8,9 +8,9 @@ frozen value; an edit makes a successor. Where its gate is closed it is the iden
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -114,6 +114,12 @@ class Overlay(ABC):
         Raises:
             ModelError: so it is.
         """
+
+    def to(self, device: torch.device) -> Self:
+        """Return it with its tensors on a device; those of an edit from a file lie on the CPU."""
+        own: Any = self  # a dataclass
+        lying = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return cast(Self, replace(own, **{name: value.to(device) for name, value in lying.items()}))
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ through the memory with the largest A, among those whose A reaches their own thr
 it goes through the layer itself, and nothing happens, bit by bit.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kmebench.edits.overlays import Hook, Overlay, Passage, check_beside
+from kmebench.io.tensors import json_tensor, json_value
 from kmebench.precision import at_least_float32
 
 if TYPE_CHECKING:
@@ -102,15 +102,14 @@ class SideMemory(Overlay):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return changes, thresholds, mask, and everything else as JSON in bytes."""
-        facts = json.dumps([self.module, self.ratio, self.edits, self.merged])
-        text = torch.frombuffer(bytearray(facts.encode()), dtype=torch.uint8)
+        facts = [self.module, self.ratio, self.edits, self.merged]
         parts = {"changes": self.changes, "thresholds": self.thresholds, "mask": self.mask}
-        return {**parts, "facts": text}
+        return {**parts, "facts": json_tensor(facts)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Rebuild side memories; see :meth:`Overlay.from_tensors`."""
-        module, ratio, edits, merged = json.loads(bytes(tensors["facts"].tolist()))
+        module, ratio, edits, merged = json_value(tensors["facts"])
         changes, thresholds, mask = (tensors[k] for k in ("changes", "thresholds", "mask"))
         n = len(edits)
         if changes.shape != (n, *mask.shape) or thresholds.shape != (n,) or mask.dim() != 2:

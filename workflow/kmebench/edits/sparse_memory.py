@@ -7,7 +7,6 @@ that share the most with its own, if they share enough: W a_t + W_r (m ∘ a_t).
 happens, bit by bit.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kmebench.edits.overlays import Hook, Overlay, Passage, check_beside
+from kmebench.io.tensors import json_tensor, json_value
 from kmebench.precision import at_least_float32
 
 if TYPE_CHECKING:
@@ -99,15 +99,14 @@ class SparseMemory(Overlay):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors, and everything else as JSON in bytes."""
-        facts = json.dumps([self.module, self.threshold, self.active])
-        text = torch.frombuffer(bytearray(facts.encode()), dtype=torch.uint8)
+        facts = [self.module, self.threshold, self.active]
         own = {name: getattr(self, name) for name in ("change", "masks", "order", "background")}
-        return {**own, "facts": text}
+        return {**own, "facts": json_tensor(facts)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Rebuild a sparse memory; see :meth:`Overlay.from_tensors`."""
-        module, threshold, active = json.loads(bytes(tensors["facts"].tolist()))
+        module, threshold, active = json_value(tensors["facts"])
         own = [tensors[name] for name in ("change", "masks", "order", "background")]
         widths = {tensor.shape[-1] for tensor in own}
         if len(widths) > 1 or [tensor.dim() for tensor in own] != [2, 2, 1, 1]:

@@ -6,7 +6,6 @@ scope ``oracle`` every request is asked behind its own fact, as IKE was publishe
 that is at least the threshold. Whose question it is must not matter then, and is not looked at.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Self
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from kmebench.edits.overlays import Overlay, Text
 from kmebench.edits.sentences import SentenceEncoder
+from kmebench.io.tensors import json_tensor, json_value
 
 Scope = Literal["oracle", "retrieved"]
 
@@ -79,15 +79,14 @@ class TextMemory(Overlay):
     def tensors(self) -> dict[str, Tensor]:
         """Return the keys, and everything else as JSON in bytes; the encoder by its hash."""
         encoder = [part for part in astuple(self.encoder) if part]  # most are not tuned
-        told = json.dumps([self.scope, self.threshold, encoder, self.facts]).encode()
+        told = [self.scope, self.threshold, encoder, self.facts]
         keys = {} if self.keys is None else {"keys": self.keys}
-        return {**keys, "facts": torch.frombuffer(bytearray(told), dtype=torch.uint8)}
+        return {**keys, "facts": json_tensor(told)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Rebuild a text memory; see :meth:`Overlay.from_tensors`."""
-        told = json.loads(tensors["facts"].numpy().tobytes())
-        scope, threshold, encoder, facts = told
+        scope, threshold, encoder, facts = json_value(tensors["facts"])
         keys = tensors["keys"] if facts else None
         if keys is not None and len(keys) != len(facts):
             raise ValueError("a text memory has one key per fact")

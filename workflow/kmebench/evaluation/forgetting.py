@@ -23,22 +23,23 @@ def fates(frame: pd.DataFrame) -> pd.DataFrame:
     failed were never written.
     """
     written, kept = (
-        request_values(frame[frame["moment"] == moment], "exact").set_index("position")
-        for moment in ("write", "final")
+        request_values(frame[frame["when"] == when], "exact").set_index("position")
+        for when in ("write", "final")
     )
     was_written = (written["efficacy"] == 1).reindex(kept.index, fill_value=False)
     fate = np.select([~was_written, kept["efficacy"] < 1], FATES[:2], FATES[2])
     return kept[["case_id"]].assign(fate=fate).reset_index().sort_values("position")
 
 
-def again_later(requests: Sequence[EditRequest], of: Callable[[EditRequest], str]) -> list[bool]:
-    """Return for every request whether a later one has the same value of ``of``."""
-    seen: set[str] = set()
-    found = []
-    for request in reversed(requests):
-        found.append(of(request) in seen)
-        seen.add(of(request))
-    return found[::-1]
+def again_later(
+    requests: Sequence[EditRequest], of: Callable[[EditRequest], str], window: int
+) -> np.ndarray:
+    """Return whether one of the ``window`` requests that follow has the same value of ``of``.
+
+    Of all requests that so many follow: older ones have more chances, and are lost more often.
+    """
+    values = [of(request) for request in requests]
+    return np.array([v in values[i + 1 : i + 1 + window] for i, v in enumerate(values[:-window])])
 
 
 def same_subject(request: EditRequest) -> str:

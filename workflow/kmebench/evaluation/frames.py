@@ -75,19 +75,20 @@ def beside_original(after: pd.DataFrame, original: str | Path) -> pd.DataFrame:
             f"The unedited model has no prediction for {row['kind']} prompt {row['prompt']!r} of "
             f"request {row['case_id']!r}; delete {original} and run the workflow again."
         )
-    columns = {f"{name}_{when}": _renamed(name, when) for name in _PREDICTED for when in WHEN}
+    columns = {f"{name}_{state}": _renamed(name, state) for name in _PREDICTED for state in STATES}
     return joined.rename(columns=columns)
 
 
-WHEN = ("before", "after")
+#: Of the model: unedited, edited.
+STATES = ("before", "after")
 
 
-def _renamed(name: str, when: str) -> str:
+def _renamed(name: str, state: str) -> str:
     """``free_ids`` -> ``free_before_ids``; ``wild`` -> ``wild_before``."""
     stem, _, last = name.rpartition("_")
     if last != "ids":
-        return f"{name}_{when}"
-    return f"{stem}_{when}_ids" if stem else f"{when}_ids"
+        return f"{name}_{state}"
+    return f"{stem}_{state}_ids" if stem else f"{state}_ids"
 
 
 def write_frame(frame: pd.DataFrame, schema: pa.Schema, path: str | Path) -> None:

@@ -46,7 +46,17 @@ def _all_equal(predicted: Sequence[int], wanted: Sequence[int]) -> float:
 
 def _preferred(row: Row, first: str, second: str) -> float:
     a, b = (row[f"target_{target}_logprob_after"] for target in (first, second))
-    return float("nan") if np.isnan(a) or np.isnan(b) else float(a > b)
+    return float("nan") if np.isnan(a) or np.isnan(b) or _are_one(row) else float(a > b)
+
+
+def _are_one(row: Row) -> bool:
+    """Whether both targets are the same, so that none can be preferred.
+
+    A row does not hold them. The same target has the same log-probability, before the edit too,
+    when no model is so broken that it gives two targets the same.
+    """
+    ends = [end for end in ("before", "after") if f"target_new_logprob_{end}" in row]
+    return all(row[f"target_new_logprob_{e}"] == row[f"target_true_logprob_{e}"] for e in ends)
 
 
 PROTOCOLS = {

@@ -33,7 +33,7 @@ ORIGINAL = pa.schema(
 PREDICTIONS = pa.schema(
     [
         *_PROMPT,
-        ("moment", pa.string()),
+        ("when", pa.string()),
         ("edits_done", pa.int32()),
         ("batch", pa.int32()),
         ("before_ids", IDS),

@@ -14,11 +14,14 @@ from kmebench.evaluation.protocols import HEALTH, PROTOCOLS, Metric, metrics_of
 from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS, check_columns
 from kmebench.evaluation.statistics import (
     as_edited,
+    holm,
+    mean_of,
     paired_difference,
     request_values,
     summarise,
 )
 from kmebench.io.checked_files import read_json, read_parquet, trusted
+from kmebench.modes import DEFAULT
 
 #: Columns that name a run.
 RUN = ["model", "dataset", "mode", "method", "variant", "seed"]
@@ -38,30 +41,30 @@ def read_predictions(path: str | Path, *, original: bool = False) -> pd.DataFram
     return read_parquet(path)
 
 
-#: Moments that are scored, each with its protocols: free generation is made at the end alone.
-MOMENTS = {
+#: When a model is asked, each with the protocols that score it: free generation comes at the end.
+WHEN = {
     "final": tuple(PROTOCOLS),
     "write": ("token", "exact"),
-    "checkpoint": ("token", "exact"),
+    "milestone": ("token", "exact"),
     "newest": ("token",),
 }
 #: So many edits before a milestone are its newest, as they were right after each.
 NEWEST = 100
 
 
-def moments_of(frame: pd.DataFrame) -> Iterator[tuple[str, int, pd.DataFrame]]:
-    """Split predictions into (moment, edits done, rows); what was written belongs together.
+def parts_of(frame: pd.DataFrame) -> Iterator[tuple[str, int, pd.DataFrame]]:
+    """Split predictions into (when, edits done, rows); what was written belongs together.
 
     Of runs of more than :data:`NEWEST` edits, what was written last is split off at every
     milestone and the end: can the model still be edited?
     """
-    of = {moment: frame[frame["moment"] == moment] for moment in MOMENTS}
-    milestones = of["checkpoint"].groupby("edits_done")
-    for moment in ("final", "write"):
-        if len(of[moment]):
-            yield moment, int(of[moment]["edits_done"].max()), of[moment]
+    of = {when: frame[frame["when"] == when] for when in WHEN}
+    milestones = of["milestone"].groupby("edits_done")
+    for when in ("final", "write"):
+        if len(of[when]):
+            yield when, int(of[when]["edits_done"].max()), of[when]
     for done, rows in milestones:
-        yield "checkpoint", int(done), rows
+        yield "milestone", int(done), rows
     written = of["write"]["edits_done"]
     if len(written) and written.max() > NEWEST:
         for done in [*milestones.groups, written.max()]:
@@ -70,15 +73,15 @@ def moments_of(frame: pd.DataFrame) -> Iterator[tuple[str, int, pd.DataFrame]]:
 
 
 def score_run(frame: pd.DataFrame, statistics: Mapping[str, int]) -> pd.DataFrame:
-    """Score the predictions of every moment by its protocols.
+    """Score the predictions of every time of asking by its protocols.
 
-    Returns protocol, moment, edits_done, metric, value, low, high, n.
+    Returns protocol, when, edits_done, metric, value, low, high, n.
     """
     parts = []
-    for moment, done, rows in moments_of(frame):
-        for protocol in MOMENTS[moment]:
+    for when, done, rows in parts_of(frame):
+        for protocol in WHEN[when]:
             summary = summarise(request_values(rows, protocol), **statistics)
-            parts.append(summary.assign(protocol=protocol, moment=moment, edits_done=done))
+            parts.append(summary.assign(protocol=protocol, when=when, edits_done=done))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -103,7 +106,7 @@ def score_states(path: str | Path) -> pd.DataFrame:
             "metric": metric.name,
             "value": metric.score(state),
             "n": state["tokens"],
-            "moment": "final" if state is states[-1] else "checkpoint",
+            "when": "final" if state is states[-1] else "milestone",
             "edits_done": state["edits_done"],
         }
         for state in states
@@ -127,7 +130,7 @@ def score_experiment(
     """Score every run and every unedited model of an experiment.
 
     ``health``: one health.json of every run, or none at all; ``controls``: methods that are no
-    rivals. Returns experiment, the columns of :data:`RUN`, protocol, moment, edits_done, metric,
+    rivals. Returns experiment, the columns of :data:`RUN`, protocol, when, edits_done, metric,
     value, low, high, n, the columns of :data:`SPENT` (NaN for the unedited model, whose method is
     ``original``) and those of :func:`behind_best` (NaN for controls).
     """
@@ -135,8 +138,8 @@ def score_experiment(
     mode = runs[0]["mode"]
     for spec, path in zip(originals, original_files, strict=True):
         frame = as_edited(read_predictions(path, original=True))
-        scored = score_run(frame.assign(moment="final", edits_done=0), statistics)
-        name = {**spec, "mode": mode, "method": "original", "variant": "default", "seed": 0}
+        scored = score_run(frame.assign(when="final", edits_done=0), statistics)
+        name = {**spec, "mode": mode, "method": "original", "variant": DEFAULT, "seed": 0}
         spent = dict.fromkeys(SPENT, float("nan"))
         parts.append(scored.assign(**name, **spent))
     measured: Sequence[str | None] = health or [None] * len(runs)
@@ -149,11 +152,11 @@ def score_experiment(
         if states:
             parts.append(score_states(states).assign(**named))
         if spec["method"] not in controls:
-            finals.append((spec, frame[frame["moment"] == "final"]))
+            finals.append((spec, frame[frame["when"] == "final"]))
     table = pd.concat(parts, ignore_index=True).assign(experiment=experiment)
-    order = ["experiment", *RUN, "protocol", "moment", "edits_done", "metric"]
+    order = ["experiment", *RUN, "protocol", "when", "edits_done", "metric"]
     order += ["value", "low", "high", "n", *SPENT]
-    keys = [*RUN, "protocol", "moment", "metric"]
+    keys = [*RUN, "protocol", "when", "metric"]
     return table[order].merge(behind_best(finals, statistics), "left", keys, validate="m:1")
 
 
@@ -163,10 +166,12 @@ def behind_best(
     """Compare every run with the best run of its model and data set, on the same requests.
 
     ``finals``: runs with their final predictions. Returns the columns of :data:`RUN`, protocol,
-    moment, metric, and ``behind``, ``behind_low``, ``behind_high``: the best run's value minus
-    this one's with its 95% paired bootstrap interval; 0 for the best.
+    when, metric, and ``behind``, ``behind_low``, ``behind_high``: the best run's value minus
+    this one's with its 95% paired bootstrap interval; 0 for the best. ``behind_p``: the p-value of
+    this difference, two-sided, by Holm over all runs that are compared with the best (NaN there).
     """
-    columns = [*RUN, "protocol", "moment", "metric", "behind", "behind_low", "behind_high"]
+    columns = [*RUN, "protocol", "when", "metric"]
+    columns += ["behind", "behind_low", "behind_high", "behind_p"]
     cells: dict[tuple, list] = {}
     for spec, frame in finals:
         cells.setdefault((spec["model"], spec["dataset"]), []).append((spec, frame))
@@ -184,15 +189,18 @@ def behind_best(
 
 def _behind(
     values: Sequence[pd.DataFrame], metric: Metric, statistics: Mapping[str, int]
-) -> list[tuple[float, float, float]]:
-    """Difference of the best to each, with its interval; NaN where nothing was predicted."""
-    means = [metric.direction * float(v[metric.name].mean()) for v in values]
+) -> list[tuple[float, float, float, float]]:
+    """Difference of the best to each, its interval and p; NaN where nothing was predicted."""
+    nan = float("nan")
+    means = [metric.direction * mean_of(v, metric) for v in values]
     if np.isnan(means).all():
-        return [(float("nan"),) * 3] * len(values)
+        return [(nan,) * 4] * len(values)
     best = int(np.nanargmax(means))
-    return [
-        (0.0, 0.0, 0.0)
+    found = [
+        (0.0, 0.0, 0.0, nan)
         if index == best
-        else paired_difference(values[best], other, metric.name, **statistics)[:3]
+        else paired_difference(values[best], other, metric.name, **statistics)[:4]
         for index, other in enumerate(values)
     ]
+    adjusted = holm([p for *_, p in found])
+    return [(mean, low, high, p) for (mean, low, high, _), p in zip(found, adjusted, strict=True)]

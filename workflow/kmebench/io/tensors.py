@@ -63,6 +63,18 @@ class TensorFile:
         return tensor
 
 
+def json_tensor(value: Any) -> Tensor:
+    """Return a value as JSON in UTF-8 bytes, uint8, to stand beside tensors in a file."""
+    return torch.frombuffer(
+        bytearray(json.dumps(value, ensure_ascii=False).encode()), dtype=torch.uint8
+    )
+
+
+def json_value(tensor: Tensor) -> Any:
+    """Return the value of a :func:`json_tensor`; tuples come back as lists."""
+    return json.loads(tensor.numpy().tobytes())
+
+
 def _digest(tensor: Tensor) -> str:
     """SHA-256 of the values; numpy lacks bfloat16, so of their bytes."""
     return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy()).hexdigest()

@@ -336,7 +336,7 @@ class EditableModel:
         first = torch.tensor([longest - len(ids) for ids in prompts], device=self.device)
         passage = Passage(last, phase="prefill", prompt_first=first)
         head = self.model.get_output_embeddings().register_forward_pre_hook(_together)
-        with head, self._decoding(passage) as processors:
+        with head, _plain_greedy(self.model), self._decoding(passage) as processors:
             output = self.model.generate(
                 input_ids.to(self.device),
                 attention_mask=mask.to(self.device),
@@ -382,6 +382,20 @@ def _together(_head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     multiplies every row by a copy of the head: on a CPU that takes longer than all layers.
     """
     return (inputs[0].contiguous(), *inputs[1:])
+
+
+@contextmanager
+def _plain_greedy(model: PreTrainedModel) -> Iterator[None]:
+    """Leave out what a model's ``generation_config.json`` adds, as penalties and barred tokens.
+
+    ``generate`` takes from there whatever it was not given; then the next token would not be the
+    most probable one.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def pick_device(device: str) -> torch.device:

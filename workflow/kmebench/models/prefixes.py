@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-KeysAndValues = tuple[Tensor, Tensor]  # [1, heads, P, head size] both
+#: What the attention of a layer keeps of P positions of R rows, [R, heads, P, head size] both.
+KeysAndValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Prefix:
     """P token ids, and what the attention of every layer keeps of them."""
 
     ids: tuple[int, ...]
-    layers: tuple[KeysAndValues, ...]
+    layers: tuple[KeysAndValues, ...]  # of one row
 
     def cache(self) -> "Behind":
         """Return a cache for rows that stand behind the prefix."""

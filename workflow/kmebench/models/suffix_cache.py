@@ -21,8 +21,7 @@ from transformers import DynamicCache
 from kmebench.models.early_exit import Call, input_of, layer_calls
 from kmebench.models.editable import EditableModel
 from kmebench.models.encoding import Encoded, EncodedSubject
-
-KeysAndValues = tuple[Tensor, Tensor]  # [R, heads, P, head size] both
+from kmebench.models.prefixes import KeysAndValues
 
 
 class _Kept(DynamicCache):

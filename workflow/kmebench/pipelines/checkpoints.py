@@ -30,8 +30,8 @@ logger = logging.getLogger("kmebench")
 class Outcome:
     """What a run produced.
 
-    ``predictions``: one row per prompt and moment, "after" columns only. ``times``: one entry
-    per call of the editor: requests, seconds by name, steps. ``edit``: everything that was
+    ``predictions``: one row per prompt and time of asking, "after" columns only. ``times``: one
+    entry per call of the editor: requests, seconds by name, steps. ``edit``: everything that was
     changed (None for batches, which are rolled back). ``norms``: Frobenius
     norm of every touched parameter, for each call of the editor. ``failed``: case_ids and error of
     each call that was skipped; its requests are asked of the model without it.

@@ -4,8 +4,8 @@
 model, evaluated, and rolled back. **consecutive**: one turn after another without
 rollback, a turn being one request or several that are edited at once; predictions are made right
 after each turn for its requests ("write"), for all requests so far, or a fixed sample of them,
-behind the turns in which 1, 3, 10, 30, 100, ... edits are reached ("checkpoint"), and for all
-requests on the final model ("final"). The health of the model is measured at "checkpoint" and
+behind the turns in which 1, 3, 10, 30, 100, ... edits are reached ("milestone"), and for all
+requests on the final model ("final"). The health of the model is measured at "milestone" and
 "final", and so is what the edits have left; what a question costs, once at the end of a run or of
 its first batch.
 **breadth_first**: all requests at once, without rollback; the editor passes over them in
@@ -106,7 +106,7 @@ def run_consecutive(
             if run.done < n and any(start < edits <= run.done for edits in asked_at):
                 asked = positions_asked(n, run.done, milestone_sample)
                 with run.finished():
-                    run.predict([numbered[i] for i in asked], "checkpoint", run.done)
+                    run.predict([numbered[i] for i in asked], "milestone", run.done)
                     run.measure(run.done)
                     run.weigh(run.done)
             if run.done // every > start // every or run.done == n or stopped_by():
@@ -220,13 +220,13 @@ class _Run:
         Where the run does end (``noted``), the time is noted in the last call of the editor.
         """
         model, stopwatch = self.setup.model, Stopwatch()
-        with stopwatch("finish"):
+        with stopwatch("final_edit"):
             last = Edit.of(self.setup.editor.final_edit(model))
         if not last:
             yield
             return
         with model.edits.savepoint():
-            with stopwatch("finish"):
+            with stopwatch("final_edit"):
                 model.apply(last)
             if noted:
                 self.outcome.times[-1]["seconds"] |= stopwatch.seconds
@@ -250,7 +250,7 @@ class _Run:
     def predict(
         self,
         requests: Iterable[tuple[int, EditRequest]],
-        moment: str,
+        when: str,
         edits_done: int,
         batch: int = 0,
     ) -> None:
@@ -259,11 +259,11 @@ class _Run:
         Free decoding is slow and made at the end alone.
         """
         prompts = [p for i, r in requests for p in prompts_of(r, i)]
-        model, settings, decode = self.setup.model, self.setup.settings, moment == "final"
+        model, settings, decode = self.setup.model, self.setup.settings, when == "final"
         started = time.perf_counter()
         frame = predicted_frame(model, prompts, settings, decode=decode)
         self.outcome.evaluation_seconds += time.perf_counter() - started
-        self.frames.append(frame.assign(moment=moment, edits_done=edits_done, batch=batch))
+        self.frames.append(frame.assign(when=when, edits_done=edits_done, batch=batch))
 
     def measure(self, edits_done: int) -> None:
         """Note the health of the model as it is now, and its change; its time is no edit's."""
@@ -283,10 +283,11 @@ class _Run:
     def time_questions(self, requests: Sequence[EditRequest]) -> None:
         """Note what a question about ``requests`` costs before and after the edits."""
         started = time.perf_counter()
-        setup = self.setup
-        found = question_milliseconds(setup.model, requests, setup.settings)
-        self.outcome.question_milliseconds = found
-        self.outcome.evaluation_seconds += time.perf_counter() - started
+        setup, outcome = self.setup, self.outcome
+        outcome.question_milliseconds = question_milliseconds(
+            setup.model, requests, setup.settings, outcome.evaluation_seconds
+        )
+        outcome.evaluation_seconds += time.perf_counter() - started
 
     def save(self, stopped_by: Callable[[], str | None], done: int | None = None) -> None:
         """Write a checkpoint after ``done`` edits or epochs; see :meth:`Checkpoints.save`."""

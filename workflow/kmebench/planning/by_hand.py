@@ -208,11 +208,14 @@ def _can_be_met(source: Source, method: str, need: Need) -> MadeByHand:
                 "the folder of KME-Bench."
             )
         return need
-    trained = isinstance(need, Trained | Hypernetwork)
-    mend = "take a model of the config" if trained else "run an experiment"
+    if isinstance(need, Trained | Hypernetwork):
+        raise ConfigError(
+            f"The method {method!r} needs what it learns on a data set. The workflow makes it for "
+            "models of the config alone: name this model under models, and take it by that name."
+        )
     raise ConfigError(
-        f"The method {method!r} needs the {need.asset} of a data set, which the workflow alone "
-        f"makes; {mend}."
+        f"The method {method!r} needs {need.asset} of a data set, which the workflow alone makes; "
+        "run an experiment."
     )
 
 

@@ -10,10 +10,13 @@ import yaml
 from kmebench.data.forms import paper_dataset
 from kmebench.editors.needs import Paths
 from kmebench.errors import DataError
+from kmebench.modes import DEFAULT
 from kmebench.planning import grid
 from kmebench.planning.grid import Run
 
 KINDS = ("best", "least", "difference", "above", "below", "faster", "slowest", "layers")
+#: Kinds about all editors of a table of the paper.
+AMONG_ALL = ("best", "least", "slowest")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ def read_claims(path: str | Path) -> list[Claim]:
             raise DataError(f"{path}, claim {number}: {error}") from None
         if claim.test.get("kind") not in KINDS:
             raise DataError(f"{path}, claim {claim.id!r}: the kind of its test is none of {KINDS}.")
+        if claim.test["kind"] in AMONG_ALL and "editors" not in claim.test:
+            raise DataError(f"{path}, claim {claim.id!r}: its test has no editors to compare.")
         claims.append(claim)
     return claims
 
@@ -52,7 +57,8 @@ def read_claims(path: str | Path) -> list[Claim]:
 def cells_of(config: Mapping[str, Any], claim: Claim) -> list[tuple[str, str, dict[str, Run]]]:
     """Return (model, data set, runs by role) wherever the grid has all runs that a claim needs.
 
-    The roles are the names of methods, or ``a`` and ``b``.
+    The roles are the names of methods, or ``a`` and ``b``. A claim about all ``editors`` of a
+    table needs one of its rivals: who is beaten by one is not the best, whoever else did not run.
     """
     planned = [run for run in grid.all_runs(config) if run.seed == config["seed"]]
     found = []
@@ -73,7 +79,7 @@ def _sides(
     """The runs of one cell by role; empty if one is missing."""
     if test["kind"] == "layers":
         traced = [run for run in runs if grid.needed(config, run, Paths)]
-        own = [r for r in traced if (r.method, r.variant) == (test["method"], grid.DEFAULT)]
+        own = [r for r in traced if (r.method, r.variant) == (test["method"], DEFAULT)]
         return {test["method"]: own[0]} if own else {}
     of_mode = {(run.method, run.variant): run for run in runs if run.mode == test["mode"]}
     if test["kind"] == "difference":
@@ -85,13 +91,21 @@ def _sides(
             hparams = test[side].get("hparams", {})
             wanted[side] = (method, grid.variant_name(config, model, method, test["mode"], hparams))
         return _all({side: of_mode.get(key) for side, key in wanted.items()})
-    default = {method: run for (method, variant), run in of_mode.items() if variant == grid.DEFAULT}
-    if test["kind"] in ("best", "least", "slowest"):
-        controls = grid.controls(config)
-        rivals = {method: run for method, run in default.items() if method not in controls}
-        return rivals if test["method"] in rivals and len(rivals) > 1 else {}
+    default = {method: run for (method, variant), run in of_mode.items() if variant == DEFAULT}
+    if test["kind"] in AMONG_ALL:
+        named = {method: config["methods"][method].get("paper_name") for method in default}
+        rivals = [m for m, name in named.items() if name in test["editors"]]
+        rivals = [m for m in rivals if named[m] != named.get(test["method"])]
+        sides = {m: run for m, run in default.items() if m in (test["method"], *rivals)}
+        return sides if test["method"] in sides and rivals else {}
     methods = test["methods"] if "methods" in test else [test["a"], test["b"]]
     return _all({method: default.get(method) for method in methods})
+
+
+def absent(config: Mapping[str, Any], claim: Claim, sides: Mapping[str, Run]) -> list[str]:
+    """Return the rivals of a claim that did not run, by the paper's names."""
+    ran = {config["methods"][run.method].get("paper_name") for run in sides.values()}
+    return [name for name in claim.test.get("editors", []) if name not in ran]
 
 
 def _all(sides: dict[str, Run | None]) -> dict[str, Run]:

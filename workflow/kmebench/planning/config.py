@@ -2,9 +2,9 @@
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -12,7 +12,14 @@ from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError, best_match
 from snakemake.utils import update_config
 
-from kmebench.editors.needs import RULES, Development, Hypernetwork, Need, Trained
+from kmebench.editors.needs import (
+    RULES,
+    Development,
+    Hypernetwork,
+    Need,
+    Trained,
+    check_length,
+)
 from kmebench.errors import ConfigError
 from kmebench.names import near_name, nearest
 from kmebench.planning import grid
@@ -81,16 +88,17 @@ _Filling = validators.extend(Draft202012Validator, {"properties": _fill})
 def check_config(config: dict[str, Any]) -> None:
     """Validate a config against its schema, fill in defaults, and check its names.
 
-    Experiments, tables, figures and comparisons that an overlay has set to null are taken out.
+    Experiments, tables, figures and comparisons that an overlay has set to null are taken out, and
+    experiments that are not among ``only_experiments``; with them what shows nothing else, and
+    figures that no run of their experiment has anything for.
 
     Raises:
         ConfigError: names the key and says what is wrong with it.
     """
-    for section in _REMOVABLE:
-        entries = config.get(section)
-        if isinstance(entries, dict):
-            for name in [name for name, entry in entries.items() if entry is None]:
-                del entries[name]
+    gone = {
+        section: _removed(config.get(section), lambda entry: entry is None)
+        for section in _REMOVABLE
+    }
     _refuse_keys_of_other_types(config)
     for old, new in _RENAMED.items():
         if old in config:
@@ -101,6 +109,7 @@ def check_config(config: dict[str, Any]) -> None:
     _Filling(_schema()).validate(config)
     config["methods"] |= {name: {} for name, spec in config["methods"].items() if spec is None}
     _check_datasets(config["datasets"])
+    _leave_out(config, gone["experiments"], gone["tables"])
     _run_on_own_models(config)
     for name in config.setdefault("notebooks", sorted(NOTEBOOKS)):
         grid.check_name(name, NOTEBOOKS, "notebooks", "notebooks")
@@ -117,8 +126,48 @@ def check_config(config: dict[str, Any]) -> None:
         grid.check_name(table["experiment"], config["experiments"], "experiments", where)
     for name, figure in config["figures"].items():
         _check_figure(config, f"figures.{name}", figure)
+    # One of paths where no editor reads them, or of times where none edits.
+    _removed(
+        config["figures"],
+        lambda figure: "tables" not in figure and not grid.figure_runs(config, figure),
+    )
     for role, method in config["page"].items():
         grid.check_name(method, config["methods"], "methods", f"page.{role}")
+
+
+def _removed(entries: Any, unwanted: Callable[[Any], bool]) -> set[str]:
+    """Take entries out of a section, if it is one; return their names."""
+    if not isinstance(entries, dict):
+        return set()
+    names = {name for name, entry in entries.items() if unwanted(entry)}
+    for name in names:
+        del entries[name]
+    return names
+
+
+def _leave_out(config: dict[str, Any], experiments: set[str], tables: set[str]) -> None:
+    """Take out what shows nothing but ``experiments`` and ``tables`` that were taken out.
+
+    With ``only_experiments`` all others count as such.
+    """
+    there, only = config["experiments"], config.get("only_experiments")
+    if only is not None:
+        for name in only:
+            grid.check_name(name, there.keys() | experiments, "experiments", "only_experiments")
+        experiments = experiments | there.keys() - set(only)
+        config["experiments"] = {name: spec for name, spec in there.items() if name in only}
+    tables |= _removed(config["tables"], lambda table: table["experiment"] in experiments)
+    for figure in config["figures"].values():
+        for key, gone in (("experiments", experiments), ("tables", tables)):
+            if key in figure:
+                figure[key] = [name for name in figure[key] if name not in gone]
+    _removed(
+        config["figures"],
+        lambda figure: (
+            figure.get("experiment") in experiments
+            or [] in (figure.get("experiments"), figure.get("tables"))
+        ),
+    )
 
 
 def _check_datasets(datasets: dict[str, Any]) -> None:
@@ -153,9 +202,16 @@ def _check_turns(config: dict[str, Any]) -> None:
 
 
 def _check_needs(config: dict[str, Any]) -> None:
-    """Refuse a run that reads a stage which no rule makes, or which cannot be trained."""
+    """Refuse a run that reads a stage which no rule makes, or which cannot be trained.
+
+    Nor may names of log files be too long: a log is called by all of a job's wildcards.
+    """
     for run in grid.all_runs(config):
+        editor = grid.editor_of(config, run.method)
+        check_length(".".join([*PurePosixPath(run.folder()).parts[1:], "log"]), editor)
         for need in grid.needs_of(config, run):
+            parts = PurePosixPath(need.path(run.model, run.dataset)).with_suffix(".log").parts
+            check_length(".".join(parts[1:]), editor)
             reads = f"methods.{run.method}: its editor reads {need.asset!r}"
             if need.rule not in RULES:
                 raise ConfigError(

@@ -17,6 +17,7 @@ from kmebench.io.checked_files import read_json
 from kmebench.planning import grid
 
 PAPER_TIMES = Path("resources/paper/time.csv")
+_TIMED = ("consecutive", "pac")  # what its times are of
 _MASTER, _FACTOR = 4, 8  # bytes of a float32, and of a float64
 _RUN = ("model", "dataset", "mode", "method", "variant")
 
@@ -87,12 +88,13 @@ def _scale(
     """
     times = pd.read_csv(PAPER_TIMES).query("editor == 'Ours'").set_index("model")
     name = config["models"][model].get("paper_name")
-    ours = seconds["editing"].get([(m, "consecutive", "pac") for m in seconds.index.levels[0]])
-    if name not in times.index or ours is None or ours.dropna().empty:
+    measured = seconds["editing"].dropna().unstack("model")
+    if name not in times.index or _TIMED not in measured.index:
         return None
-    # The model of which most editors have been measured.
-    reference = seconds.groupby(level="model").size().idxmax()
-    return reference, times["seconds_per_edit"][name] / ours[reference, "consecutive", "pac"]
+    # Of the models on which PAC has been measured, that of which most other editors have been too.
+    ours = measured.loc[_TIMED].dropna()
+    reference = measured[ours.index].count().idxmax()
+    return reference, times["seconds_per_edit"][name] / ours[reference]
 
 
 def wall_hours(costs: pd.DataFrame, devices: int) -> float:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kmebench.editors.cards import Card, card_of, plain
-from kmebench.editors.needs import Need, Pipeline
+from kmebench.editors.needs import Need, Paths, Pipeline
 from kmebench.errors import ConfigError
-from kmebench.modes import in_turns, spell_mode, split_mode
+from kmebench.modes import DEFAULT, in_turns, spell_mode, split_mode
 from kmebench.names import nearest
 from kmebench.values import DEVELOPMENT, read_all, spell_all
 
-DEFAULT = "default"
 #: Bytes of a number by dtype.
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 #: Pipelines. The name of one among a method's hyper-parameters holds values for it alone.
@@ -65,17 +64,43 @@ def runs_of(config: Mapping[str, Any], experiment: str) -> list[Run]:
 
 
 def swept_runs(config: Mapping[str, Any], experiment: str) -> list[tuple[Run, dict[str, Any]]]:
-    """Expand one experiment to runs, each with the values that its sweep gives it."""
+    """Expand one experiment to runs, each once and with the values that its sweep gives it."""
     spec = config["experiments"][experiment]
     check_names(config, spec, f"experiments.{experiment}")
-    return [
-        (Run(model, dataset, mode_of(spec), method, variant, seed), values)
+    runs = {
+        Run(model, dataset, mode_of(spec), method, variant, seed): values
         for model, dataset, method in itertools.product(
             spec["models"], spec["datasets"], spec["methods"]
         )
         for variant, values in _variants(config, spec, model, dataset, method)
         for seed in spec.get("seeds", [config["seed"]])
-    ]
+    }
+    return list(runs.items())
+
+
+def figure_runs(config: Mapping[str, Any], spec: Mapping[str, Any]) -> list[tuple[Run, Any]]:
+    """Return the runs that a figure shows, each with the value of the swept parameter.
+
+    A figure of tables, of kind ``paper`` or ``sizes``, shows none itself.
+    """
+    if spec["kind"] in ("paper", "sizes"):
+        return []
+    if spec["kind"] in ("overview", "cost"):
+        every = itertools.chain(*(runs_of(config, name) for name in spec["experiments"]))
+        default = (DEFAULT, config["seed"])
+        shown = [run for run in dict.fromkeys(every) if (run.variant, run.seed) == default]
+        return [(run, DEFAULT) for run in shown]
+    parameter, runs = spec.get("parameter"), []
+    for run, values in swept_runs(config, spec["experiment"]):
+        known = {"seed": run.seed} | values
+        runs.append((run, known[parameter] if parameter else DEFAULT))
+    # The nodes of a data set are the same whichever run asks for them.
+    if spec["kind"] in ("nodes", "layers"):
+        runs = [(run, x) for run, x in runs if needed(config, run, Paths)]
+    # No edit takes no time and has no norm.
+    if spec["kind"] in ("time", "norms", "edit-layers"):
+        runs = [(run, x) for run, x in runs if run.method not in controls(config)]
+    return runs
 
 
 def pairs_of(config: Mapping[str, Any], comparison: str) -> list[tuple[str, Run, Run]]:
@@ -163,28 +188,34 @@ def _variants(
     sweep = spec.get("sweep", {})
     for combination in itertools.product(*sweep.values()):
         values = dict(zip(sweep, combination, strict=True))
-        if dataset.endswith(DEVELOPMENT):
-            yield spell_all(values) or DEFAULT, values
-        else:
-            yield variant_name(config, model, method, spec["mode"], values), values
+        every = dataset.endswith(DEVELOPMENT)
+        yield variant_name(config, model, method, spec["mode"], values, every=every), values
 
 
 def variant_name(
-    config: Mapping[str, Any], model: str, method: str, mode: str, values: Mapping[str, Any]
+    config: Mapping[str, Any],
+    model: str,
+    method: str,
+    mode: str,
+    values: Mapping[str, Any],
+    *,
+    every: bool = False,
 ) -> str:
-    """Spell out values that differ from a method's own; ``default`` if none does.
+    """Spell out values that differ from a method's own, or ``every`` one; ``default`` if none does.
 
     So a swept value equal to the configured one, or where none is to the editor's default, *is* the
-    default, and is not run twice. Values are compared as the editor takes them: "1e-4" is 0.0001.
+    default, and is not run twice. Values are compared and spelled as the editor takes them ("1e-4"
+    is 0.0001), sorted by their config names: a run has one name, however a config writes it.
 
     Raises:
         ConfigError: a value cannot be part of a file's name, or the editor takes no such value.
     """
     card, base = card_of_method(config, method), base_hparams(config, model, method, mode)
-    own = card.values(base)
     spell_all(values)  # says in the config's words what no folder can be called
-    other = {k: v for k, v in values.items() if card.values(base | card.configured({k: v})) != own}
-    return spell_all(other) or DEFAULT
+    configured = card.configured(values)
+    own, taken = plain(card.values(base)), plain(card.values(base | configured))
+    named = {key: taken[key] for key in sorted(configured) if every or taken[key] != own[key]}
+    return spell_all(named) or DEFAULT
 
 
 def base_hparams(config: Mapping[str, Any], model: str, method: str, mode: str) -> dict[str, Any]:

@@ -6,16 +6,18 @@ Paths begin with Snakemake's own ``<results>``.
 
 import math
 import re
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kmebench.devices import uses_gpu
 from kmebench.editors.cards import card_of
-from kmebench.editors.needs import Encoder, Hypernetwork, Paths, Targets, Trained
+from kmebench.editors.needs import Covariance, Encoder, Hypernetwork, Paths, Targets, Trained
 from kmebench.io import origins
+from kmebench.io.headers import read_header
+from kmebench.modes import DEFAULT
 from kmebench.planning import grid, memory
 from kmebench.planning.dependencies import code
 from kmebench.values import TRAINING
@@ -27,7 +29,11 @@ METRIC = r"layers=[\d:]+\+tokens=\d+\+seed=\d+"
 TARGET = r"site=[\w-]+\+layer=\d+\+[^/]+"
 #: A mode, as :func:`kmebench.modes.spell_mode` spells it.
 MODE = r"batch|breadth_first|consecutive(?:\+turn=\d+)?"
-_HAS_GPU = shutil.which("nvidia-smi") is not None
+#: A variant, as :func:`kmebench.planning.grid.variant_name` spells it.
+VARIANT = rf"{DEFAULT}|[A-Za-z_]\w*=[^/]+"
+#: Minutes that a job with a model asks for. A retry asks for no more, because partitions have
+#: limits: a run that takes longer saves what it has done, and the retry goes on.
+MINUTES = 720
 #: Keys of a data set that decide what is selected from it.
 _SELECTED = (
     *("schema", "n", "seed", "segments", "development", "training"),
@@ -50,12 +56,13 @@ class Inputs:
     """Inputs, parameters and resources of rules, from a checked config.
 
     ``results`` is the folder that ``<results>`` stands for; ``mirror`` is searched for data files
-    before any URL, unless it is empty.
+    before any URL, unless it is empty; ``elsewhere`` says whether other machines run the jobs.
     """
 
     config: Mapping[str, Any]
     results: str
     mirror: str
+    elsewhere: Callable[[], bool] = lambda: False
 
     # -- data and models ------------------------------------------------------------------------
 
@@ -129,6 +136,11 @@ class Inputs:
         """Return where a job's model lies."""
         return self.load(wildcards)["device"]
 
+    @property
+    def devices(self) -> set[str]:
+        """Where the models of all runs lie."""
+        return {grid.load_of(self.config, run.model)["device"] for run in self.runs}
+
     # -- cached stages --------------------------------------------------------------------------
 
     def askable(self, wildcards: Any) -> dict[str, Any]:
@@ -150,8 +162,15 @@ class Inputs:
         return asdict(Targets.parse(wildcards.target))
 
     def covariance_layers(self, wildcards: Any) -> list[int]:
-        """Return the layers whose covariance is measured for the runs of a model."""
-        return grid.measured_layers(self.config, wildcards.model)
+        """Return the layers whose covariance is measured for the runs of a model.
+
+        Those that the file holds stay, though runs of another config alone read them: so configs
+        that share a results folder do not measure again in turn.
+        """
+        layers = grid.measured_layers(self.config, wildcards.model)
+        file = Path(self.results, Covariance(()).path(wildcards.model, ""))
+        held = read_header(file, Covariance.form)["facts"]["layers"] if file.is_file() else []
+        return sorted({*layers, *held})
 
     def text_content(self, wildcards: Any) -> str | None:
         """Return the content of the user's text, if the covariance is taken over one."""
@@ -210,17 +229,20 @@ class Inputs:
         }
 
     def settings(self, wildcards: Any) -> dict[str, Any]:
-        """Return everything that decides the outcome of a run, defaults resolved."""
+        """Return everything that decides the outcome of a run, defaults resolved, and no more.
+
+        How often a run saves decides nothing, and neither does what it does where an edit fails: of
+        a run that has finished under ``error`` none did, and ``skip`` gives the same bytes.
+        """
         run, config = _run_of(wildcards), self.config
+        of_pipeline = {"batch": "batch_size", "consecutive": "milestone_sample"}
+        own = {key: config[key] for name, key in of_pipeline.items() if name == run.pipeline}
         return {
             "mode": run.mode,
             "editor": grid.editor_of(config, run.method),
             "hparams": grid.hparams_of(config, run),
             "seed": run.seed,
-            "batch_size": config["batch_size"],
-            "checkpoint_every": config["checkpoint_every"],
-            "milestone_sample": config["milestone_sample"],
-            "on_failed_edit": config["on_failed_edit"],
+            **own,
             "on_bad_record": self.on_bad_record(wildcards),
             "load": self.load(wildcards),
             "evaluation": config["evaluation"],
@@ -235,7 +257,7 @@ class Inputs:
     def gpus_of(self, model: str) -> int:
         """Return one GPU, unless the model runs on the CPU."""
         device = grid.load_of(self.config, model)["device"]
-        return int(device not in ("auto", "cpu") or (device == "auto" and _HAS_GPU))
+        return int(uses_gpu(device, elsewhere=self.elsewhere()))
 
     def memory(self, wildcards: Any, attempt: int) -> int:
         """Return the main memory in MB that a job which asks a model takes; more after a failure.
@@ -284,14 +306,6 @@ class Inputs:
     def editing_memory(self, wildcards: Any, attempt: int) -> int:
         """Return the memory of a run."""
         return _megabytes(memory.asked_by_run(self.config, _run_of(wildcards)), attempt)
-
-
-def minutes(wildcards: Any, attempt: int) -> int:
-    """Return the time that a job with a model asks for: half a day, and more after a failure.
-
-    An edit run that takes longer saves what it has done, and its retry goes on.
-    """
-    return attempt * 720
 
 
 def _megabytes(size: float, attempt: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kmebench.modes import DEFAULT
 from kmebench.planning import grid
 from kmebench.planning.dependencies import code, source_closure, with_data
 
@@ -108,10 +109,11 @@ class Notebooks:
             for run in grid.runs_of(config, self._main_experiment())
             if (run.pipeline, run.model, run.dataset) == ("consecutive", model, dataset)
         }
+        configured = f"/{DEFAULT}/seed{config['seed']}"
         parameters = {
             "model": model,
             "dataset": dataset,
-            "runs": {name.removesuffix("/default/seed0"): path for name, path in runs.items()},
+            "runs": {name.removesuffix(configured): path for name, path in runs.items()},
             "statistics": config["statistics"],
             **grid.load_of(config, model),
         }

@@ -10,7 +10,7 @@ from kmebench.errors import ConfigError
 from kmebench.names import nearest
 from kmebench.planning import grid
 
-#: Keys that decide a run besides its hyper-parameters.
+#: Keys that runs read besides their hyper-parameters.
 _GENERAL = (
     ("seed",),
     ("batch_size",),

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kmebench.editors.needs import Paths
+from kmebench.modes import DEFAULT
 from kmebench.planning import claims, grid
-from kmebench.reporting.appearance import Style, styles
-from kmebench.reporting.captions import caption
+from kmebench.planning.appearance import Style, styles
+from kmebench.planning.captions import caption
 
 CLAIMS = "resources/paper/findings.yaml"
 Files = Callable[[Any], list[str]]
@@ -90,7 +91,7 @@ class Reported:
     def _run_label(self, run: grid.Run) -> str:
         """What readers see of a run that a claim is tested on."""
         name = self.label("methods", run.method)
-        return name if run.variant == grid.DEFAULT else f"{name}, {run.variant}"
+        return name if run.variant == DEFAULT else f"{name}, {run.variant}"
 
     @cached_property
     def styles(self) -> dict[str, Style]:
@@ -154,7 +155,7 @@ class Reported:
     @cached_property
     def default_runs(self) -> list[grid.Run]:
         """The runs of the configured hyper-parameters and seed."""
-        default = (grid.DEFAULT, self.config["seed"])
+        default = (DEFAULT, self.config["seed"])
         return [r for r in grid.all_runs(self.config) if (r.variant, r.seed) == default]
 
     @cached_property
@@ -172,27 +173,6 @@ class Reported:
 
     # -- figures --------------------------------------------------------------------------------
 
-    def _figure_runs(self, spec: Mapping[str, Any]) -> list[tuple[grid.Run, Any]]:
-        """The runs that a figure shows, each with the value of the swept parameter."""
-        if spec["kind"] in ("paper", "sizes"):
-            return []
-        if spec["kind"] in ("overview", "cost"):
-            wanted = (grid.runs_of(self.config, name) for name in spec["experiments"])
-            shown = dict.fromkeys(run for runs in wanted for run in runs)
-            return [(run, grid.DEFAULT) for run in shown if run in self.default_runs]
-        parameter, runs = spec.get("parameter"), []
-        for run, values in grid.swept_runs(self.config, spec["experiment"]):
-            known = {"seed": run.seed} | values
-            runs.append((run, known[parameter] if parameter else grid.DEFAULT))
-        # The nodes of a data set are the same whichever run asks for them.
-        if spec["kind"] in ("nodes", "layers"):
-            runs = [(run, x) for run, x in runs if grid.needed(self.config, run, Paths)]
-        # No edit takes no time and has no norm.
-        if spec["kind"] in ("time", "norms", "edit-layers"):
-            controls = grid.controls(self.config)
-            runs = [(run, x) for run, x in runs if run.method not in controls]
-        return runs
-
     def figure_files(self, wildcards: Any) -> list[str]:
         """Return the files that a figure is drawn from, in the order of its runs."""
         spec = self.config["figures"][wildcards.figure]
@@ -202,7 +182,7 @@ class Reported:
             return [f"<results>/metrics/{spec['experiment']}.parquet"]
         if spec["kind"] in ("overview", "cost"):
             return [f"<results>/metrics/{name}.parquet" for name in spec["experiments"]]
-        runs = [run for run, _ in self._figure_runs(spec)]
+        runs = [run for run, _ in grid.figure_runs(self.config, spec)]
         if spec["kind"] in ("nodes", "layers"):
             paths = [(run, grid.needed(self.config, run, Paths)) for run in runs]
             files = [
@@ -224,7 +204,9 @@ class Reported:
             "protocol": spec.get("protocol", "token"),
             "controls": grid.controls(config),
             "styles": self.styles,
-            "runs": [asdict(run) | {"value": value} for run, value in self._figure_runs(spec)],
+            "runs": [
+                asdict(run) | {"value": value} for run, value in grid.figure_runs(self.config, spec)
+            ],
             "labels": self.all_labels,
         }
 
@@ -265,7 +247,7 @@ class Reported:
     def caption(self, figure: str) -> str:
         """Return the caption of a figure: its title, how to read it, and the edits per cell."""
         spec, sizes = self.config["figures"][figure], grid.datasets(self.config)
-        runs = [run for run, _ in self._figure_runs(spec)]
+        runs = [run for run, _ in grid.figure_runs(self.config, spec)]
         for table in spec.get("tables", []):
             runs += grid.runs_of(self.config, self.config["tables"][table]["experiment"])
         n = [sizes[run.dataset] for run in runs]
@@ -285,6 +267,7 @@ class Reported:
                 "dataset": self.label("datasets", dataset),
                 "sides": {role: self._tested(claim, run) for role, run in sides.items()},
                 "names": {role: self._run_label(run) for role, run in sides.items()},
+                "absent": claims.absent(self.config, claim, sides),
             }
             for claim in claims.read_claims(CLAIMS)
             for model, dataset, sides in claims.cells_of(self.config, claim)

@@ -34,7 +34,7 @@ def search_table(metrics: pd.DataFrame, candidates: Sequence[Mapping[str, Any]])
             f"Hyper-parameters are never chosen on {reported[0]!r}, which tables report on; sweep "
             f"{reported[0] + DEVELOPMENT!r}."
         )
-    final = metrics[(metrics["protocol"] == "token") & (metrics["moment"] == "final")]
+    final = metrics[(metrics["protocol"] == "token") & (metrics["when"] == "final")]
     keys = ["model", "method", "variant"]
     means = final.groupby([*keys, "metric"])["value"].mean().unstack() * 100
     scores = final[final["metric"] == "score"].groupby(keys)

@@ -26,15 +26,15 @@ def compare(
     values = {}
     for folder, path in files.items():
         frame = read_predictions(path)
-        values[folder] = request_values(frame[frame["moment"] == "final"], protocol)
+        values[folder] = request_values(frame[frame["when"] == "final"], protocol)
     rows = []
     for pair in pairs:
         a, b = values[pair["a"]], values[pair["b"]]
         for metric in metrics_of("request", tabled=True):
-            *numbers, n = paired_difference(a, b, metric.name, **statistics)
-            difference, low, high = (metric.scale * x for x in numbers)
+            found = paired_difference(a, b, metric.name, **statistics)
+            difference, low, high = (metric.scale * x for x in (found.mean, found.low, found.high))
             points = {"difference": difference, "low": low, "high": high}
-            rows.append({**pair, "metric": metric.name, **points, "n": n})
+            rows.append({**pair, "metric": metric.name, **points, "n": found.n})
     return pd.DataFrame(rows)
 
 
@@ -44,7 +44,8 @@ def comparison_markdown(table: pd.DataFrame, title: str, protocol: str) -> str:
     edits = str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}"
     caption = (
         f"**{title}. Protocol {protocol}, {edits} edits; A − B in percentage points with 95% "
-        "paired bootstrap intervals over edits, in bold where the interval leaves out zero"
+        "paired bootstrap intervals over edits, in bold where the interval leaves out zero (not "
+        "corrected for the number of comparisons)"
     )
     if n[0] < ENOUGH_EDITS:
         caption += f"; none is bold among fewer than {ENOUGH_EDITS} edits"

@@ -10,7 +10,7 @@ from kmebench.io.checked_files import read_json
 from kmebench.reporting.tables import MISSING, markdown_table
 
 #: Parts of an edit, as editors' stopwatches call them (kmebench.editors.base).
-STAGES = ("trace", "optimise", "solve", "apply", "finish")
+STAGES = ("trace", "optimise", "solve", "apply", "final_edit")
 #: Kinds of questions whose gates are counted (kmebench.evaluation.prompts).
 KINDS = ("edit", "paraphrase", "locality", "portability")
 _RUN = ["model", "dataset", "mode", "editor", "edits"]

@@ -43,6 +43,9 @@ def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
     """Frobenius norm of every edit in every layer, from norms.parquet files.
 
     ``n``: the requests of the calls that changed a layer.
+
+    Raises:
+        KMEBenchError: none did.
     """
     parts = []
     for path, run in zip(files, runs, strict=True):
@@ -51,7 +54,7 @@ def norms(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
         named = _named(run, labels) | {"n": n}
         table = squares.assign(norm=squares["square"] ** 0.5, **named)
         parts.append(table[[*named, "layer", "norm"]])
-    return pd.concat(parts, ignore_index=True)
+    return _of_changes(parts)
 
 
 def edit_layers(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFrame:
@@ -73,12 +76,16 @@ def edit_layers(files: Sequence[str], runs: Runs, labels: Labels) -> pd.DataFram
         table = shares.melt(ignore_index=False, var_name="layer", value_name="share")
         table = table.rename_axis("record").reset_index()
         parts.append(table.assign(**_named(run, labels), n=n))
+    return with_cells(_of_changes(parts))
+
+
+def _of_changes(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     if not any(map(len, parts)):
         raise KMEBenchError(
             "No edit of this figure changed a layer: give its experiment an editor of weights, or "
             "set the figure to null in the config."
         )
-    return with_cells(pd.concat(parts, ignore_index=True))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _squares(path: str) -> pd.DataFrame:
@@ -93,7 +100,7 @@ def _squares(path: str) -> pd.DataFrame:
 
 def swept(metrics: pd.DataFrame, runs: Runs, labels: Labels, protocol: str) -> pd.DataFrame:
     """Final metrics of every run of a sweep, in percent, with the value that it was given."""
-    final = metrics[(metrics["moment"] == "final") & (metrics["protocol"] == protocol)]
+    final = metrics[(metrics["when"] == "final") & (metrics["protocol"] == protocol)]
     joined = pd.DataFrame(list(runs)).merge(_in_units(final), on=RUN, validate="1:m")
     columns = ["model", "dataset", "editor", "value", "metric", "mean", "low", "high", "n"]
     listed = joined["value"].map(lambda x: ", ".join(map(str, x)) if isinstance(x, list) else x)
@@ -111,7 +118,7 @@ def trade_offs(
     """
     metrics = pd.concat([read_parquet(path) for path in files], ignore_index=True)
     shown = metrics["metric"].isin([m.name for m in metrics_of("request", tabled=True)])
-    shown &= (metrics["moment"] == "final") & (metrics["protocol"] == protocol)
+    shown &= (metrics["when"] == "final") & (metrics["protocol"] == protocol)
     joined = pd.DataFrame(list(runs)).merge(_in_units(metrics[shown]), on=RUN, validate="1:m")
     rows = []
     for _, part in joined.groupby(RUN, sort=False):
@@ -148,13 +155,13 @@ def survival(metrics: pd.DataFrame, labels: Labels, protocol: str) -> pd.DataFra
     behind them, and those of states at the end.
     """
     tabled = [*metrics_of("request", tabled=True), *metrics_of("state", tabled=True)]
-    newest = (metrics["moment"] == "newest") & (metrics["metric"] == "efficacy")
-    kept = newest | metrics["moment"].isin(["checkpoint", "final"])
+    newest = (metrics["when"] == "newest") & (metrics["metric"] == "efficacy")
+    kept = newest | metrics["when"].isin(["milestone", "final"])
     kept &= metrics["metric"].isin([metric.name for metric in tabled])
     kept &= metrics["protocol"].isin([protocol, HEALTH])
     edited = metrics[kept & (metrics["method"] != "original")]
     order = edited["method"].map({name: k for k, name in enumerate(labels["methods"])})
-    part = 2 * (edited["protocol"] == HEALTH) + (edited["moment"] == "newest")
+    part = 2 * (edited["protocol"] == HEALTH) + (edited["when"] == "newest")
     ordered = edited.assign(part=part, order=order).sort_values(["part", "order"], kind="stable")
     table = _labelled(_in_units(ordered), labels)
     table["metric"] += np.where(table["part"] == 1, OF_THE_NEWEST, "")

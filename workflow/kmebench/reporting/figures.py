@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator
 
 from kmebench.evaluation.protocols import METRICS, Metric, metrics_of
 from kmebench.evaluation.statistics import ENOUGH_EDITS, bootstrap
-from kmebench.reporting.appearance import MARKERS, Style
+from kmebench.planning.appearance import MARKERS, Style
 from kmebench.reporting.figure_tables import OF_THE_NEWEST
 from kmebench.reporting.labels import spread
 from kmebench.reporting.panels import (

@@ -64,7 +64,8 @@ def _best(cells: pd.DataFrame, models: int) -> list[str]:
         if len(cell) < 2:
             continue
         best = cell.loc[cell["score"].idxmax()]
-        ties = list(cell.loc[cell["tied"] & (cell.index != best.name), "editor"])
+        near = cell["tied"] | (cell["score"] == best["score"])
+        ties = list(cell.loc[near & (cell.index != best.name), "editor"])
         score = f"{best['score']:.1f} [{best['score_low']:.1f}, {best['score_high']:.1f}]"
         text = f"{best['editor']} has the best Score, {score}"
         lines.append(f"{_place(best, models)}: {text}; {_tied(ties)}. n\u00a0=\u00a0{best['n']}.")

@@ -61,7 +61,7 @@ def look_at(
     ``frames``: predictions of runs on the same records, by what readers see of the editor. Answers
     are texts (protocol wild): where they were not asked for, there is no fact.
     """
-    final = {name: frame[frame["moment"] == "final"] for name, frame in frames.items()}
+    final = {name: frame[frame["when"] == "final"] for name, frame in frames.items()}
     own = final[editor]
     asked = own[(own["kind"] == "edit") & own["wild_after"].notna()]
     right = [row for row in asked.to_dict("records") if _JUDGE.says_target(row)]

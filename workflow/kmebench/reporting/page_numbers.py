@@ -7,14 +7,15 @@ import pandas as pd
 
 from kmebench.evaluation.protocols import METRICS, table_columns
 from kmebench.evaluation.score import NEWEST, RUN
-from kmebench.reporting.tables import DEFAULT, tied
+from kmebench.modes import DEFAULT
+from kmebench.reporting.tables import tied
 
 Labels = Mapping[str, Mapping[str, str]]  # section -> name -> what readers see
-#: What readers see of the moments at which a model was asked.
-MOMENTS = {
+#: What readers see of when a model was asked.
+WHEN = {
     "final": "after all edits",
     "write": "right after each edit",
-    "checkpoint": "after {edits} edits",
+    "milestone": "after {edits} edits",
     "newest": f"right after each of the last {NEWEST} of {{edits}} edits",
 }
 _CELL = ["model", "dataset", "mode", "method"]
@@ -28,7 +29,7 @@ def once(metrics: pd.DataFrame) -> pd.DataFrame:
     place = ["experiment", "model", "dataset", "mode"]
     rivals = metrics.groupby(place)["method"].transform("nunique")
     ordered = metrics.assign(rivals=rivals).sort_values("rivals", ascending=False, kind="stable")
-    key = [*RUN, "protocol", "moment", "edits_done", "metric"]
+    key = [*RUN, "protocol", "when", "edits_done", "metric"]
     return ordered.drop_duplicates(key).sort_index().drop(columns="rivals")
 
 
@@ -56,7 +57,7 @@ def main_cells(
     ``tied``: whether its Score is behind the best one's and cannot be told from it. Empty without
     any run.
     """
-    kept = metrics["protocol"].eq("token") & metrics["moment"].eq("final")
+    kept = metrics["protocol"].eq("token") & metrics["when"].eq("final")
     kept &= metrics["variant"].eq(DEFAULT) & metrics["seed"].eq(seed)
     edited = metrics[kept & metrics["method"].ne("original")]
     rows = []
@@ -78,18 +79,19 @@ def explorer(metrics: pd.DataFrame, labels: Labels, seed: int) -> dict[str, Any]
     """All numbers as lists for the page's own table: names of columns, metrics and rows.
 
     A row is the texts of its columns, n, and ``[value, low, high]`` (null: not measured) of every
-    metric, in its unit, for one run, protocol and moment. ``begin`` says what is shown at first.
+    metric, in its unit, for one run, protocol and time of asking. ``begin`` says what is shown at
+    first.
     """
     columns = {"editor": "Editor", "model": "Model", "dataset": "Data set", "mode": "Pipeline"}
     columns |= {"settings": "Hyper-parameters", "protocol": "Protocol", "when": "Asked"}
     shown = [m for m in _ordered() if m.name in set(metrics["metric"])]
     rows = []
-    for _, group in metrics.groupby([*RUN, "protocol", "moment", "edits_done"], sort=False):
+    for _, group in metrics.groupby([*RUN, "protocol", "when", "edits_done"], sort=False):
         cell = group.to_dict("records")
         first = cell[0]
         named = _named(first, labels) | {
             "settings": _settings(first, seed),
-            "when": MOMENTS[first["moment"]].format(edits=first["edits_done"]),
+            "when": WHEN[first["when"]].format(edits=first["edits_done"]),
         }
         found = {row["metric"]: row for row in cell}
         numbers = [_numbers(found.get(metric.name), metric.scale) for metric in shown]

@@ -5,13 +5,13 @@ names the reference results, the run that it is computed from, and the metric::
 
     <!--= editors zsre/batch/pac score -->79.7 [76.1, 83.1]<!--/-->
 
-``editors`` is results/reference/smollm2-135m-editors. Where a folder holds several models, one is
-named: ``sizes/qwen2.5-coder-0.5b`` is that model in results/reference/sizes.
+``editors`` is reference/smollm2-135m-editors. Where a folder holds several models, one is
+named: ``sizes/qwen2.5-coder-0.5b`` is that model in reference/sizes.
 
 ``a - b`` in place of the run is the paired difference of two runs. In place of the metric, ``n`` is
 the number of edits, and ``forgotten`` the Efficacy now minus that right after each edit.
 ``score@100`` is the Score after 100 edits. All are of protocol ``token`` and, without ``@``, of the
-final model, in percent, with 95% bootstrap intervals. A table stands likewise between two comments:
+final model, in percent, with 95% intervals. A table stands likewise between two comments:
 its name in :data:`TABLES` and its folder. After a change of the reference results:
 
 python -m kmebench.reporting.quotes
@@ -29,13 +29,14 @@ from kmebench.editors.cards import registered
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import metrics_of
 from kmebench.io.files import write_text
+from kmebench.modes import DEFAULT
 from kmebench.planning import cost
 from kmebench.planning.config import read_checked_config
 from kmebench.reporting.findings import Runs
-from kmebench.reporting.tables import DEFAULT, markdown_table, shown_difference
+from kmebench.reporting.tables import markdown_table, shown_difference
 
-REFERENCE = Path("results/reference")
-PAGES = ("README.md", "docs/*.md", "results/reference/*/README.md")
+REFERENCE = Path("reference")
+PAGES = ("README.md", "docs/*.md", "reference/*/README.md")
 MODEL = "smollm2-135m"
 STATISTICS = {"resamples": 1000, "seed": 0}
 _QUOTE = re.compile(r"(<!--= (?P<source>[^>]+) -->)(?P<shown>.*?)(<!--/-->)", re.DOTALL)

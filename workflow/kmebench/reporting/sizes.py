@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 
 from kmebench.errors import DataError
 from kmebench.evaluation.protocols import METRICS
-from kmebench.reporting.appearance import Style
+from kmebench.modes import DEFAULT
+from kmebench.planning.appearance import Style
 from kmebench.reporting.figure_tables import Labels, pipeline_label
 from kmebench.reporting.panels import legend_below, panels
 from kmebench.reporting.paper import ORIGINAL
-from kmebench.reporting.tables import DEFAULT
 
 SHOWN = ("locality", "generality", "score")
 BEST = "best of the others"

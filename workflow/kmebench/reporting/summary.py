@@ -70,15 +70,15 @@ def _differences(results: Path, shown: Mapping[str, Any]) -> pd.DataFrame:
     rows = []
     for pair in pairs:
         sides = values[pair["a"]], values[pair["b"]]
-        *points, n = paired_difference(*sides, "score", **shown["statistics"])
-        numbers = zip(("difference", "low", "high"), points, strict=True)
-        rows.append({**pair, "n": n} | {name: 100 * value for name, value in numbers})
+        found = paired_difference(*sides, "score", **shown["statistics"])
+        points = {"difference": found.mean, "low": found.low, "high": found.high}
+        rows.append({**pair, "n": found.n} | {name: 100 * x for name, x in points.items()})
     return pd.DataFrame(rows)
 
 
 def _values(folder: Path) -> pd.DataFrame:
     frame = read_predictions(folder / "predictions.parquet")
-    return request_values(frame[frame["moment"] == "final"], "token")
+    return request_values(frame[frame["when"] == "final"], "token")
 
 
 def _fact(results: Path, told: Mapping[str, Any], paths: Sequence[str]) -> Fact | None:

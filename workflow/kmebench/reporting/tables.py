@@ -10,13 +10,12 @@ import pandas as pd
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import HEALTH, Metric, table_columns
 from kmebench.evaluation.score import NEWEST
-from kmebench.evaluation.statistics import ENOUGH_EDITS
-from kmebench.modes import in_turns, split_mode
+from kmebench.evaluation.statistics import ENOUGH_EDITS, SIGNIFICANT
+from kmebench.modes import DEFAULT, in_turns, split_mode
 from kmebench.reporting.paper import ORIGINAL
 
 MISSING = "–"
 _HALF = "Half at"
-DEFAULT = "default"  # planning.grid's, which depends on the editors
 Labels = Mapping[str, Mapping[str, str | None]]  # name -> {label, paper_name}
 
 
@@ -51,12 +50,13 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
     """Lay metrics out, one row per model, editor, variant, seed and data set, in percent.
 
     Columns: for every tabled metric of requests its value, ``_low``, ``_high``, ``_paper`` and
-    ``_difference`` (ours − paper), and ``_tied``: not the best, but not distinguishable from the
-    best (of enough edits, the 95% paired interval of the difference contains zero);
+    ``_difference`` (ours − paper), and ``_tied``: not the best, but of enough edits not
+    distinguishable from the best (paired bootstrap, Holm over the editors of the column);
     ``write_efficacy`` (consecutive: right after each edit); n, seconds_per_edit, failed_edits,
     protocol, mode, variant, seed; every tabled metric of the final model's state that any run
     has, in its own unit; and, of consecutive runs of more than :data:`NEWEST` edits,
-    ``half_after``: the edits after which Score was first below half of its best (NaN: never).
+    ``half_after``: the edits, from :data:`ENOUGH_EDITS` on, after which Score was first below half
+    of its best (NaN: never).
     Missing runs are rows of NaN. The paper's numbers stand beside the variant ``default`` only.
     """
     of_mode = metrics[metrics["mode"] == layout.mode]
@@ -93,8 +93,8 @@ def _runs(of_editor: pd.DataFrame) -> list[tuple[tuple[str, int | None], pd.Data
 
 def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]:
     """The numbers of one model, editor, seed and data set."""
-    final = cell[cell["moment"] == "final"].set_index("metric")
-    written = cell[cell["moment"] == "write"].set_index("metric")
+    final = cell[cell["when"] == "final"].set_index("metric")
+    written = cell[cell["when"] == "write"].set_index("metric")
     row: dict[str, Any] = {}
     for metric in table_columns("request"):
         name = metric.name
@@ -118,8 +118,12 @@ def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]
 
 
 def _half_after(cell: pd.DataFrame) -> float:
-    """The first milestone at which Score is below half of the best one until then."""
-    asked = cell["moment"].isin(["checkpoint", "final"]) & (cell["metric"] == "score")
+    """The first milestone at which Score is below half of the best one until then.
+
+    Milestones of fewer than :data:`ENOUGH_EDITS` edits do not count: one right edit scores 100.
+    """
+    asked = cell["when"].isin(["milestone", "final"]) & (cell["metric"] == "score")
+    asked &= cell["edits_done"] >= ENOUGH_EDITS
     scores = cell[asked].set_index("edits_done")["value"].sort_index()
     below = scores < scores.cummax() / 2
     return float(below.idxmax()) if below.any() else float("nan")
@@ -147,19 +151,23 @@ def caption(table: pd.DataFrame, layout: Layout) -> str:
     pipeline = split_mode(layout.mode)[0] + in_turns(layout.mode)
     text = (
         f"{layout.title}. Pipeline {pipeline}, protocol {layout.protocol}, {edits} edits per "
-        "cell; percent with 95% bootstrap intervals over edits"
+        "cell; percent with 95% intervals over edits (bootstrap; exact at 0 and 100)"
     )
     if layout.consecutive:
         each = "turn" if in_turns(layout.mode) else "edit"
         text += f"; evaluated on the final model, Write: efficacy right after each {each}"
     if table[[f"{m.name}_tied" for m in table_columns("request")]].any(axis=None):
-        text += "; bold: the best, ≈: not distinguishable from it (paired interval holds zero)"
+        text += (
+            "; bold: the best, ≈: not distinguishable from it (paired bootstrap, Holm over the "
+            "editors of the column)"
+        )
     if table["n"].between(1, ENOUGH_EDITS - 1).any():
         text += f"; no best is marked among fewer than {ENOUGH_EDITS} edits"
     if table[[f"{m.name}_paper" for m in table_columns("request")]].notna().any(axis=None):
         text += "; in brackets the paper's number"
     if "half_after" in table:
         text += f"; {_HALF}: edits after which Score was below half of its best"
+        text += f" from {ENOUGH_EDITS} on"
     for metric in _states(table):
         text += f"; {metric.label}: {metric.meaning} ({metric.unit})"
     return f"{text}.{_failures(table, layout)}"
@@ -248,8 +256,8 @@ def _markdown_cell(row: pd.Series, metric: str, best: bool) -> str:
 
 
 def tied(cell: Mapping[str, Any]) -> bool:
-    """Whether a metric is behind the best one, and of enough edits cannot be told from it."""
-    return bool(cell["n"] >= ENOUGH_EDITS and cell["behind_low"] <= 0 < cell["behind_high"])
+    """Whether a metric is not the best one, and of enough edits cannot be told from it."""
+    return bool(cell["n"] >= ENOUGH_EDITS and cell["behind_p"] >= SIGNIFICANT)
 
 
 def shown_difference(difference: float, low: float, high: float) -> str:

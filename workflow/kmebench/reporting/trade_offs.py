@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kmebench.reporting.appearance import Style
+from kmebench.planning.appearance import Style
 from kmebench.reporting.labels import joined, place, together
 from kmebench.reporting.panels import Panels, panels, seconds_axis
 

@@ -13,20 +13,14 @@ request's ``target_true``, or the model's own argmax where a request names none.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor
-from kmebench.editors.contexts import (
-    Contexts,
-    contexts_from_state,
-    contexts_state,
-    prefixes,
-    sample_contexts,
-)
+from kmebench.editors.base import Assets
+from kmebench.editors.contexts import Contexts, InContexts, prefixes
 from kmebench.editors.kn.attribution import attribute
 from kmebench.editors.kn.cards import KNHparams
 from kmebench.edits.weights import Columns, Part, Rows, WeightDelta
@@ -39,11 +33,14 @@ logger = logging.getLogger("kmebench")
 CONTEXT_TOKENS = 10
 
 
-class KN(Editor):
+class KN(InContexts):
     """Moves the values of a fact's neurons; no optimisation."""
 
     hparams: KNHparams
-    _contexts: Contexts | None
+
+    def __init__(self, hparams: KNHparams, assets: Assets) -> None:
+        super().__init__(hparams, assets)
+        self.lengths = ((CONTEXT_TOKENS, hparams.prompts - 1),)
 
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> WeightDelta:
         """Edit ``requests``, each on the model as it is given; see :meth:`Editor.edit`.
@@ -52,20 +49,9 @@ class KN(Editor):
         every pipeline is the original one. A request without any neuron changes nothing.
         """
         with self.stopwatch("trace"):
-            contexts = self._contexts or sample_contexts(
-                model, ((CONTEXT_TOKENS, self.hparams.prompts - 1),), seed=0
-            )
-            self._contexts = contexts
+            contexts = self.contexts(model)
             edits = (self._edit_one(model, request, contexts) for request in requests)
             return sum(edits, WeightDelta({}))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the sampled contexts."""
-        return {} if self._contexts is None else contexts_state(self._contexts)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the contexts; an empty state forgets them."""
-        self._contexts = contexts_from_state(state)
 
     def _edit_one(
         self, model: EditableModel, request: EditRequest, contexts: Contexts

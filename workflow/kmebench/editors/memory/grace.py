@@ -89,10 +89,7 @@ class GRACE(Editor):
                     f"({path!r}, {self.hparams.replacement!r}); edit with those values, or revert "
                     "the model."
                 )
-            # One from a file lies on the CPU, whose Adam has other bits than a GPU's.
-            lying = {name: getattr(carried, name) for name in ("keys", "values", "radii")}
-            there = {name: tensor.to(projection.weight.device) for name, tensor in lying.items()}
-            return replace(carried, **there)
+            return carried.to(projection.weight.device)  # the CPU's Adam has other bits
         weight = at_least_float32(projection.weight.detach())
         key = self.hparams.projection == "key"  # what its weight counts by axis is its output
         n_out, n_in = weight.shape if key == (projection.axis == 0) else reversed(weight.shape)

@@ -73,9 +73,7 @@ class MEMOIR(InContexts):
                     f"{carried.threshold}, and these values ask for {module!r} with {active} and "
                     f"{threshold}; edit with those values, or revert the model."
                 )
-            # A memory from a file lies on the CPU.
-            lying = {n: getattr(carried, n) for n in ("change", "masks", "order", "background")}
-            return replace(carried, **{n: tensor.to(device) for n, tensor in lying.items()})
+            return carried.to(device)
         weight = at_least_float32(w2.weight.detach())
         change = torch.zeros_like(weight if w2.axis == 1 else weight.T)
         masks = change.new_zeros(0, w2.width, dtype=torch.bool)

@@ -116,9 +116,7 @@ class WISE(InContexts):
                     f"activation_ratio {carried.ratio}, and these values ask for {module!r} with "
                     f"{ratio}; edit with those values, or revert the model."
                 )
-            # Memories from a file lie on the CPU.
-            lying = {name: getattr(carried, name) for name in ("changes", "thresholds", "mask")}
-            return replace(carried, **{k: tensor.to(weight.device) for k, tensor in lying.items()})
+            return carried.to(weight.device)
         shape = weight.shape if w2.axis == 1 else weight.T.shape
         none = weight.new_zeros(0, *shape), weight.new_zeros(0)
         return SideMemory(module, ratio, *none, weight.new_zeros(shape, dtype=torch.bool), ())

@@ -153,7 +153,8 @@ def measure_covariance(
     if not 0 <= layers[0] <= layers[-1] < model.n_layers:
         raise ConfigError(
             f"covariance: layers {layers} are not all among the model's 0 to {model.n_layers - 1}; "
-            "set the layers of the methods that read it, for this model."
+            f"set the layers of the methods that read it, for this model, or delete {path} if an "
+            "earlier model has left it."
         )
     _check_tokens(settings.tokens, model.ffn_width, force)
     identity = {

@@ -8,10 +8,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kmebench.editors.needs import Covariance
 from kmebench.errors import EditError
 from kmebench.io.tensors import TensorFile, write_tensors
-
-_FORMAT = "kmebench.moments.v2"
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Covariances:
         Raises:
             KMEBenchError: the file is no such file, or damaged.
         """
-        file = TensorFile.open(path, _FORMAT)
+        file = TensorFile.open(path, Covariance.form)
         return cls(file, file.facts["tokens"], tuple(file.facts["layers"]), file.facts["text"])
 
     def of(self, layer: int) -> Tensor:
@@ -60,7 +59,7 @@ def check_covariance(path: str | Path) -> None:
             metadata = stream.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise EditError(f"{path} cannot be read as a file of covariances: {error}.") from error
-    if _FORMAT not in metadata:
+    if Covariance.form not in metadata:
         raise EditError(f"{path} is no file of covariances, as the workflow makes for a model.")
 
 
@@ -70,4 +69,4 @@ def write_covariance(
     """Write C by layer, with the number of tokens and the source of the text."""
     facts = {"tokens": tokens, "layers": sorted(covariance), "text": dict(text)}
     tensors = {str(layer): matrix for layer, matrix in covariance.items()}
-    write_tensors(path, tensors, _FORMAT, facts)
+    write_tensors(path, tensors, Covariance.form, facts)
