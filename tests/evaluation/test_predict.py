@@ -168,22 +168,19 @@ def only_from(position):
     return predicted
 
 
-def test_join_puts_the_unedited_model_beside_and_names_a_missing_prompt(
-    trained, capital_requests, tmp_path
-):
+def test_join_puts_the_unedited_model_beside_and_names_a_missing_prompt(trained, capital_requests):
     settings = Settings()
     original = original_frame(trained, capital_requests[:2], settings)
-    for name, some in (("all", original), ("few", original[original["case_id"] == "France"])):
-        write_frame(some, ORIGINAL, tmp_path / name)
     prompts = [p for i, r in enumerate(capital_requests[:2]) for p in prompts_of(r, i)]
     after = predicted_frame(trained, prompts, settings, decode=False)
-    joined = beside_original(after, tmp_path / "all")
+    joined = beside_original(after, original)
     assert list(map(list, joined["before_ids"])) == joined["after_ids"].map(list).tolist()
     assert joined["free_before_ids"].notna().all()
     assert joined["free_after_ids"].isna().all()
-    missing = r"no prediction for edit prompt 'The capital of Italy.*; delete .*/few and run"
+    few = original[original["case_id"] == "France"]
+    missing = r"no prediction for edit prompt 'The capital of Italy.*; delete here/few and run"
     with pytest.raises(DataError, match=missing):
-        beside_original(after, tmp_path / "few")
+        beside_original(after, few, "here/few")
 
 
 def out_of_memory_beyond(model, rows, monkeypatch):

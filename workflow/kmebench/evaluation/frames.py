@@ -59,21 +59,24 @@ def write_original(
     parts.clear()
 
 
-def beside_original(after: pd.DataFrame, original: str | Path) -> pd.DataFrame:
-    """Join a run's predictions ("after") with the unedited model's in a file ("before").
+def beside_original(
+    after: pd.DataFrame, original: pd.DataFrame, file: str | Path = "its predictions"
+) -> pd.DataFrame:
+    """Join a run's predictions ("after") with the unedited model's ("before").
 
     Raises:
-        DataError: a prompt of the run was never asked of the unedited model.
+        DataError: a prompt of the run was never asked of the unedited model; names the ``file`` of
+            its predictions.
     """
     # A record may hold the same prompt twice; its prediction is the same.
-    before = read_parquet(original)[[*KEY, *_PREDICTED]].drop_duplicates(KEY)
+    before = original[[*KEY, *_PREDICTED]].drop_duplicates(KEY)
     joined = after.merge(before, on=KEY, how="left", suffixes=("_after", "_before"), validate="m:1")
     missing = joined["ids_before"].isna()
     if missing.any():
         row = joined[missing].iloc[0]
         raise DataError(
             f"The unedited model has no prediction for {row['kind']} prompt {row['prompt']!r} of "
-            f"request {row['case_id']!r}; delete {original} and run the workflow again."
+            f"request {row['case_id']!r}; delete {file} and run the workflow again."
         )
     columns = {f"{name}_{state}": _renamed(name, state) for name in _PREDICTED for state in STATES}
     return joined.rename(columns=columns)

@@ -27,6 +27,7 @@ from kmebench.evaluation.predict import Settings
 from kmebench.evaluation.prompts import askable
 from kmebench.evaluation.schema import NORMS, PREDICTIONS
 from kmebench.io import origins
+from kmebench.io.checked_files import read_parquet
 from kmebench.io.files import write_json
 from kmebench.models.editable import EditableModel, describe
 from kmebench.modes import split_mode
@@ -96,7 +97,7 @@ def run_cell(
     measure = measured_on(neutral, evaluation.batch_size) if neutral else None
     setup = Setup(model, editor, evaluation, checkpoints, skip_failed, measure)
     outcome = run_pipeline(setup, requests, settings)
-    frame = beside_original(outcome.predictions, original)
+    frame = beside_original(outcome.predictions, read_parquet(original), original)
     write_json(output["timing"], timing(outcome, model, settings, load_seconds))
     write_json(output["run"], record(outcome, model, editor, requests, settings))
     # Batches are rolled back: at their end the model carries nothing.
