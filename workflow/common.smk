@@ -4,7 +4,6 @@ This file lies directly in workflow/ so that Snakemake puts that folder on sys.p
 library is importable here, in scripts and in cluster jobs without being installed.
 """
 
-
 import sys
 
 from kmebench import forkserver

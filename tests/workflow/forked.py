@@ -70,6 +70,8 @@ class _Jobs:
         """Write the record if it is one of a job; it is logged all the same."""
         if hasattr(record, "reason"):
             job = {name: getattr(record, name) for name in ("rule_name", "input", "output")}
+            # Snakemake adds what a path is flagged as: "file (update)".
+            job["output"] = [path.partition(" (")[0] for path in job["output"]]
             job["gpu"] = record.resources.get("gpu")
             print(json.dumps(job), file=self.stream, flush=True)
         return True

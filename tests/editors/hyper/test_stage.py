@@ -103,5 +103,7 @@ def test_by_hand_the_network_is_of_a_data_set_that_has_records_for_it():
     datasets["b"]["training"] = 0
     with pytest.raises(ConfigError, match=r"is trained on 10 records .*datasets\.a\.training"):
         workflow_path(source, need)
-    with pytest.raises(ConfigError, match=r"needs the hypernetwork .*take a model of the config"):
+    with pytest.raises(
+        ConfigError, match=r"needs what it learns on a data set.*name this model under models"
+    ):
         method_of(Source("folder", Kind.FOLDER), "mend", {})

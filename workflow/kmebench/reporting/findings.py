@@ -297,9 +297,11 @@ def findings_markdown(table: pd.DataFrame) -> str:
 def _by_model(table: pd.DataFrame) -> str:
     """Lay out the verdicts of every claim, model beside model."""
     tested = table.dropna(subset="model")
-    rows = tested.groupby(["claim", "model"], sort=False)["verdict"].agg("; ".join)
+    numbered = tested["verdict"].str.cat(tested["edits"].astype(str), " (").add(")")
+    cells = tested["verdict"].where(tested["verdict"].str.contains("edits"), numbered)
+    rows = tested.assign(cell=cells).groupby(["claim", "model"], sort=False)["cell"].agg("; ".join)
     wide = rows.unstack().reindex(
         index=tested["claim"].unique(), columns=tested["model"].unique(), fill_value="–"
     )
-    head = ["Claim", *wide.columns]
+    head = ["Claim (verdict, edits)", *wide.columns]
     return markdown_table([head, *([claim, *wide.loc[claim].fillna("–")] for claim in wide.index)])
