@@ -29,9 +29,13 @@ from kmebench.planning.page import Page
 from kmebench.planning.reported import CLAIMS, Reported
 from kmebench.planning.warnings import mirror_of, warnings_of
 
-for configfile_path in workflow.configfiles:
-    read_overlay(configfile_path)  # refuses a key that stands twice; Snakemake does not
-check_config(config)
+given = (
+    workflow.config_settings
+)  # on the command line: wins, but Snakemake lists it first
+config_files = [*workflow.configfiles[len(given.configfiles) :], *given.configfiles]
+# Reading them again refuses a key that stands twice; Snakemake does not.
+config_parts = {path: read_overlay(path) for path in config_files}
+check_config(config, {**config_parts, "--config": given.config})
 check_interpreter(sys.executable)
 if workflow.is_main_process:  # not in the process of a job
     for warning in warnings_of(config):

@@ -180,11 +180,11 @@ WRONG = {
     "an address": (model(source="hub", repo="https://h.org/a/b", revision="main"), REPO),
     "three parts": (model(source="hub", repo="a/b/c", revision="main"), REPO),
     "a clone": (model(source="hub", repo="a/b.git", revision="main"), REPO),
-    "no revision": (model(source="hub", repo="a/b"), "mine.source: 'revision' is a required"),
+    "no revision": (model(source="hub", repo="a/b"), "mine.source: the key 'revision' is missing"),
     "digits": (model(source="hub", repo="a/b", revision=1234567), "quote one of digits alone"),
-    "a source": (model(source="hf", repo="a/b"), "source.source: 'hf' is not one of"),
-    "no source": (model(repo="a/b"), "'source' is a required property"),
-    "a text": ({"models": {"mine": {"source": "hub"}}}, "'hub' is not of type 'object'"),
+    "a source": (model(source="hf", repo="a/b"), "source.source: 'hf' is not one of '"),
+    "no source": (model(repo="a/b"), "the key 'source' is missing"),
+    "a text": ({"models": {"mine": {"source": "hub"}}}, "'hub' is not keys with values"),
     "a wheel": (
         model(source="wheel", requirement="-r x", sha256="0" * 64, member="x"),
         "requirement: '-r x' is not of the right form .*name==version",
@@ -207,19 +207,32 @@ WRONG = {
     "a key": ({"sead": 1}, "top level: there is no key 'sead'; did you mean 'seed'"),
     "an old key": ({"moments": {}}, "the key 'moments' is called 'covariance' now; rename it"),
     "a deep key": ({"models": {"tiny-gptj": {"Dtype": "float32"}}}, "did you mean 'dtype'"),
-    "a type": ({"models": {"tiny-gptj": {"dtype": "fp16"}}}, "not one of .*'bfloat16', 'float16'"),
+    "a type": (
+        {"models": {"tiny-gptj": {"dtype": "fp16"}}},
+        "'fp16' is not one of .*'bfloat16', 'float16'",
+    ),
     "a mode": ({"experiments": {"table1": {"mode": "Batch"}}}, "did you mean 'batch'"),
     "a method": ({"experiments": {"table1": {"methods": ["PAC"]}}}, "did you mean 'pac'"),
+    "the field's word": (
+        {"experiments": {"table1": {"mode": "sequential"}}},
+        "'sequential' is not one of .* did you mean 'consecutive'",
+    ),
+    "too small": ({"threads": 0}, "threads: 0 is too small, the least is 1"),
+    "a number as a text": ({"threads": "2"}, "threads: '2' is not a whole number"),
+    "an empty list": ({"only_models": []}, "only_models: .* is too short, the least is 1"),
     "a device": ({"device": "CPU"}, "did you mean 'cpu'"),
     "an editor": ({"methods": {"mine": {"editor": "my editor:x"}}}, "package.module:CARD"),
-    "a text's place": ({"covariance": {"text": {"source": "file"}}}, "text: 'path' is a required"),
+    "a text's place": (
+        {"covariance": {"text": {"source": "file"}}},
+        "text: the key 'path' is missing",
+    ),
     "a data set": (
         {
             "datasets": {
                 "mine": {"source": {"source": "openfacts", "kind": "zsre"}, "schema": "mend"}
             }
         },
-        "datasets.mine: 'n' is a required property",
+        "datasets.mine: the key 'n' is missing",
     ),
     "segments": (
         {"datasets": {"openfacts-zsre": {"segments": [[0, 2], [5, 3]]}}},
@@ -244,6 +257,24 @@ def test_a_wrong_key_is_one_sentence_that_names_it(case):
     with pytest.raises(ConfigError, match=complaint) as caught:
         check_config(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "wrong", "key"),
+    [
+        ("threads: 1", "threads: 0", "last", "threads"),
+        ("seeed: 1", "seed: 1", "first", "the top level"),
+        ("evaluation: {batch_size: 0}", "evaluation: {}", "first", "evaluation.batch_size"),
+        ("seed: 0", "experiments: {mine: {mode: batch}}", "last", "experiments.mine"),
+    ],
+)
+def test_a_wrong_key_is_in_the_last_file_that_has_it(first, last, wrong, key, tmp_path):
+    files = {"first": tmp_path / "first.yaml", "last": tmp_path / "last.yaml"}
+    files["first"].write_text(first)
+    files["last"].write_text(last)
+    complaint = f"^{re.escape(str(files[wrong]))} is wrong at {key}: "
+    with pytest.raises(ConfigError, match=complaint):
+        read_checked_config(Path("config.yaml"), list(files.values()))
 
 
 @pytest.mark.parametrize(
@@ -358,7 +389,9 @@ def test_a_run_whose_folder_or_log_cannot_have_its_name_is_one_sentence(letters,
 def test_a_name_is_no_longer_than_names_of_files_allow(section):
     config = read_config(Path("config.yaml"))
     config[section]["n" * 101] = next(iter(config[section].values()))
-    with pytest.raises(ConfigError, match=rf"wrong at {section}: 'n+' is too long .*100 at most"):
+    with pytest.raises(
+        ConfigError, match=rf"wrong at {section}: 'n+' is too long, the most is 100 .*100 at most"
+    ):
         check_config(config)
 
 

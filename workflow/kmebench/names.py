@@ -4,7 +4,10 @@ import difflib
 from collections.abc import Iterable
 
 #: What people call a thing, where another name is more like it in letters.
-_CALLED = {"gpu": "cuda", "half": "float16"}
+_CALLED = {
+    **{"gpu": "cuda", "half": "float16"},
+    **{"sequential": "consecutive", "sequence": "consecutive", "lifelong": "consecutive"},
+}
 
 
 def near_name(name: str, known: Iterable[str]) -> str | None:

@@ -1,15 +1,14 @@
 """The config: its files merged, and checked before anything is planned. Imports no torch."""
 
 import copy
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 from jsonschema import Draft202012Validator, validators
-from jsonschema.exceptions import ValidationError, best_match
+from jsonschema.exceptions import best_match
 from snakemake.utils import update_config
 
 from kmebench.editors.needs import (
@@ -21,8 +20,9 @@ from kmebench.editors.needs import (
     check_length,
 )
 from kmebench.errors import ConfigError
-from kmebench.names import near_name, nearest
+from kmebench.names import nearest
 from kmebench.planning import grid
+from kmebench.planning.complaints import Files, sentence, wrong_at
 from kmebench.planning.hparams import check_hparams
 from kmebench.planning.notebooks import NOTEBOOKS
 from kmebench.planning.overlays import read_overlay
@@ -38,8 +38,13 @@ _REMOVABLE = ("experiments", "tables", "figures", "comparisons")
 
 def read_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, Any]:
     """Read a config as the Snakefile does: the files of :func:`read_files`, merged key by key."""
+    return merged(read_files(path, overlays))
+
+
+def merged(files: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
+    """Merge the files of a config key by key; later ones win."""
     config: dict[str, Any] = {}
-    for part in read_files(path, overlays).values():
+    for part in files.values():
         update_config(config, part)
     return config
 
@@ -60,8 +65,9 @@ def read_checked_config(path: Path, overlays: Sequence[Path] = ()) -> dict[str, 
     Raises:
         ConfigError: as :func:`read_config` and :func:`check_config`.
     """
-    config = read_config(path, overlays)
-    check_config(config)
+    files = read_files(path, overlays)
+    config = merged(files)
+    check_config(config, files)
     return config
 
 
@@ -85,12 +91,13 @@ def _fill(validator: Any, properties: dict[str, Any], instance: Any, schema: Any
 _Filling = validators.extend(Draft202012Validator, {"properties": _fill})
 
 
-def check_config(config: dict[str, Any]) -> None:
+def check_config(config: dict[str, Any], files: Files | None = None) -> None:
     """Validate a config against its schema, fill in defaults, and check its names.
 
     Experiments, tables, figures and comparisons that an overlay has set to null are taken out, and
     experiments that are not among ``only_experiments``; with them what shows nothing else, and
-    figures that no run of their experiment has anything for.
+    figures that no run of their experiment has anything for. ``files`` are those that the config
+    is merged of, for the messages.
 
     Raises:
         ConfigError: names the key and says what is wrong with it.
@@ -99,13 +106,14 @@ def check_config(config: dict[str, Any]) -> None:
         section: _removed(config.get(section), lambda entry: entry is None)
         for section in _REMOVABLE
     }
-    _refuse_keys_of_other_types(config)
+    _refuse_keys_of_other_types(config, files or {})
     for old, new in _RENAMED.items():
         if old in config:
-            raise ConfigError(f"{_wrong_at([])}: the key {old!r} is called {new!r} now; rename it.")
+            at = wrong_at([], files, [old])
+            raise ConfigError(f"{at}: the key {old!r} is called {new!r} now; rename it.")
     error = best_match(Draft202012Validator(_schema()).iter_errors(config))
     if error:
-        raise ConfigError(_sentence(error))
+        raise ConfigError(sentence(error, files or {}))
     _Filling(_schema()).validate(config)
     config["methods"] |= {name: {} for name, spec in config["methods"].items() if spec is None}
     _check_datasets(config["datasets"])
@@ -176,13 +184,13 @@ def _check_datasets(datasets: dict[str, Any]) -> None:
         for segment in dataset.get("segments", []):
             if segment[0] >= segment[1]:
                 where = f"datasets.{name}.segments"
-                raise ConfigError(f"{_wrong_at([where])}: {segment} ends before it starts.")
+                raise ConfigError(f"{wrong_at([where])}: {segment} ends before it starts.")
         for other in dataset["leave_out"]:
             where, whole = f"datasets.{name}.leave_out", other.removesuffix(grid.DEVELOPMENT)
             grid.check_name(whole, datasets, "datasets", where)
             if datasets[whole]["leave_out"]:
                 raise ConfigError(
-                    f"{_wrong_at([where])}: {whole!r} itself leaves records out; name what it "
+                    f"{wrong_at([where])}: {whole!r} itself leaves records out; name what it "
                     "leaves out here, and data sets that leave out nothing."
                 )
 
@@ -282,48 +290,14 @@ def _check_sizes(config: dict[str, Any], where: str, method: str, experiment: st
             )
 
 
-def _refuse_keys_of_other_types(node: Any, where: tuple[str | int, ...] = ()) -> None:
+def _refuse_keys_of_other_types(node: Any, files: Files, where: tuple[str | int, ...] = ()) -> None:
     """Refuse a key that YAML reads as something else than a text (1, yes, null, a date)."""
     if isinstance(node, dict):
         for key in node:
             if not isinstance(key, str):
-                raise ConfigError(f"{_wrong_at(where)}: the key {key!r} is no text; quote it.")
+                at = wrong_at(where, files, [*where, key])
+                raise ConfigError(f"{at}: the key {key!r} is no text; quote it.")
     children = node.items() if isinstance(node, dict) else enumerate(node)
     for key, child in children:
         if isinstance(child, dict | list):
-            _refuse_keys_of_other_types(child, (*where, key))
-
-
-def _sentence(error: ValidationError) -> str:
-    """Turn the most telling validation error into one sentence."""
-    rules = error.schema if isinstance(error.schema, dict) else {}
-    description = rules.get("description", "").rstrip(".")
-    where = _wrong_at(error.absolute_path)
-    if error.validator == "additionalProperties" and "properties" in rules:
-        unknown = next(key for key in error.instance if key not in rules["properties"])
-        return f"{where}: there is no key {unknown!r}; {nearest(unknown, rules['properties'])}"
-    complaint = error.message
-    if error.validator == "pattern" and description:
-        complaint = f"{error.instance!r} is not of the right form"
-    hint = f" ({description})" if description else ""
-    near = _meant(error)
-    return f"{where}: {complaint}{hint}" + (f"; did you mean {near!r}?" if near else ".")
-
-
-def _meant(error: ValidationError) -> str | None:
-    """What a text was meant to be: the nearest of a list, or the same in a name's letters."""
-    text = error.instance
-    if not isinstance(text, str):
-        return None
-    if error.validator == "enum":
-        return near_name(text, [each for each in error.validator_value if each])
-    if error.validator == "pattern":
-        spelled = (text.lower(), re.sub(r"[\s_]+", "-", text.lower()))
-        return next((each for each in spelled if re.search(error.validator_value, each)), None)
-    return None
-
-
-def _wrong_at(parts: Iterable[str | int]) -> str:
-    """Begin a sentence, on one line whatever a key holds."""
-    where = re.sub(r"\s+", " ", ".".join(map(str, parts)))
-    return f"The config is wrong at {where or 'the top level'}"
+            _refuse_keys_of_other_types(child, files, (*where, key))
