@@ -1,5 +1,6 @@
 """A wrong config is refused before anything runs, in one sentence that names file or key."""
 
+import copy
 import os
 import re
 from pathlib import Path
@@ -302,6 +303,32 @@ def test_a_repository_is_what_the_hub_takes_for_one(repo):
         assert not taken
     else:
         assert taken
+
+
+@pytest.mark.parametrize(
+    ("method", "hparams", "complaint"),
+    [
+        ("memit", {"layers": [3, 30]}, r"memit on m: layers is \[3, 30\], .* has 30 layers, 0 to 29"),
+        ("rome", {"layer": 30}, r"set models\.m\.hparams\.rome\.layer, or mend the shape"),
+        ("ultraedit", {"value_layers": [30]}, r"value_layers is \[30\]"),
+        ("memit", {"layers": [29]}, None),
+        ("full-c", {"layers": None}, None),
+    ],
+)
+def test_layers_that_a_model_does_not_have_are_refused_before_any_job(method, hparams, complaint):
+    config = read_config(Path("config.yaml"))
+    config["models"] = {"m": config["models"]["smollm2-135m"] | {"hparams": {method: hparams}}}
+    spec = config["experiments"]["table1"] | {"methods": [method]}
+    config |= {"experiments": {"table1": spec}, "only_models": ["m"], "comparisons": {}}
+    config |= {"tables": {"t": {"title": "", "experiment": "table1", "protocol": "token"}}}
+    config |= {"figures": {}, "page": {}}
+    if complaint is None:
+        check_config(config)
+        return
+    with pytest.raises(ConfigError, match=complaint):
+        check_config(copy.deepcopy(config))
+    del config["models"]["m"]["shape"]
+    check_config(config)
 
 
 def test_lists_are_swept_and_those_of_the_config_are_the_default():

@@ -23,7 +23,7 @@ from kmebench.errors import ConfigError
 from kmebench.names import nearest
 from kmebench.planning import grid
 from kmebench.planning.complaints import Files, sentence, wrong_at
-from kmebench.planning.hparams import check_hparams
+from kmebench.planning.hparams import check_hparams, check_layers
 from kmebench.planning.notebooks import NOTEBOOKS
 from kmebench.planning.overlays import read_overlay
 
@@ -128,6 +128,7 @@ def check_config(config: dict[str, Any], files: Files | None = None) -> None:
     for name in config["comparisons"]:
         grid.pairs_of(config, name)
     check_hparams(config)
+    check_layers(config)
     _check_needs(config)
     for name, table in config["tables"].items():
         where = f"tables.{name}.experiment"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kmebench.errors import ConfigError
 from kmebench.planning import grid
 
 
@@ -14,6 +15,35 @@ def check_hparams(config: Mapping[str, Any]) -> None:
     """
     for where, method, hparams in _places(config):
         grid.card_of_method(config, method).values(hparams, where)
+
+
+def check_layers(config: Mapping[str, Any]) -> None:
+    """Refuse a run whose editor takes layers that its model, by its ``shape``, does not have.
+
+    Raises:
+        ConfigError: names the run's model and method, the hyper-parameter and the keys to mend.
+    """
+    for run in grid.all_runs(config):
+        count = config["models"][run.model].get("shape", {}).get("layers")
+        if count is None:
+            continue
+        for name, value in grid.hparams_of(config, run).items():
+            layers = _layers(name, value)
+            if layers and max(layers) >= count:
+                raise ConfigError(
+                    f"{run.method} on {run.model}: {name} is {value}, but models.{run.model}.shape "
+                    f"has {count} layers, 0 to {count - 1}; set "
+                    f"models.{run.model}.hparams.{run.method}.{name}, or mend the shape."
+                )
+
+
+def _layers(name: str, value: Any) -> list[int]:
+    """Return the layers that a hyper-parameter names, if it is one that does."""
+    if name == "layer":
+        value = [value]
+    elif name != "layers" and not name.endswith("_layers"):
+        return []
+    return [each for each in value if isinstance(each, int)] if isinstance(value, list) else []
 
 
 def _places(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
