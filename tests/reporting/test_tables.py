@@ -213,6 +213,13 @@ def test_failed_edits_are_counted_in_the_caption():
         assert "PAC, ZsRE: 3." in text
 
 
+def test_a_score_without_locality_is_said_in_the_caption():
+    said = "Original model: Score without Locality"
+    assert said not in to_markdown(TABLE, LAYOUT)
+    scored = pd.concat([METRICS, pd.DataFrame([metric("original", "score", 0.2)])])
+    assert said in to_markdown(wide_table(scored, PAPER, LAYOUT), LAYOUT)
+
+
 def test_the_variants_of_a_sweep_are_rows_without_the_papers_number():
     swept = [metric("pac", "efficacy", 0.1, variant=f"paths={n}") for n in (20, 5)]
     table = wide_table(pd.concat([METRICS, pd.DataFrame(swept)]), PAPER, LAYOUT)
