@@ -1,12 +1,15 @@
-"""What seeding a run switches on."""
+"""What a model is loaded from, and what seeding a run switches on."""
 
+import json
 import os
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from kmebench.models.editable import seed_everything
+from kmebench.errors import ModelError
+from kmebench.models.editable import EditableModel, seed_everything
+from kmebench.models.sources import save_model
 
 
 @pytest.fixture
@@ -17,6 +20,38 @@ def flags():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(was)
+
+
+@pytest.fixture
+def folder(make_model, tmp_path):
+    """A Llama as a Hugging Face folder."""
+    model = make_model("llama", torch.float32)
+    save_model(model.model, model.tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def add(file, **entries):
+    """Put entries into a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("file", "entries"),
+    [
+        ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": 2 * ["own.Own"]}},
+        ),
+    ],
+)
+def test_code_in_a_folder_is_never_run(file, entries, folder, monkeypatch):
+    """On a terminal transformers asks whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    add(folder / file, **entries)
+    (folder / "own.py").write_text("raise SystemExit")
+    with pytest.raises(ModelError, match="needs code of its own, which is never run"):
+        EditableModel.load(folder, device="cpu")
 
 
 def test_seeding_lets_cublas_be_deterministic(flags, monkeypatch):

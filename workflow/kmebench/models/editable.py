@@ -85,23 +85,22 @@ class EditableModel:
         transformers_logging.disable_progress_bar()
         place = None if device in SPREAD else pick_device(device)
         try:
-            layout = layout_of(AutoConfig.from_pretrained(folder))  # fail before gigabytes are read
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            # Where nothing is said, transformers asks on a terminal whether to run a folder's code.
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            layout = layout_of(config)  # fail before gigabytes are read
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 output_loading_info=True,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
+                trust_remote_code=False,
                 device_map=None if place else device,
             )
         except (ModelError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # transformers and tokenizers raise all kinds
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ModelError(
-                f"No model could be loaded from {folder} ({reason}); if the workflow made that "
-                "folder, delete it and run the same command again."
-            ) from error
+            raise ModelError(_why_not(folder, error)) from error
         _check_fit(folder, layout, **found)
         if place:
             model = model.to(place)
@@ -439,6 +438,20 @@ def describe(model: EditableModel) -> dict[str, Any]:
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "device": str(model.device),
     }
+
+
+def _why_not(folder: str | Path, error: Exception) -> str:
+    """Say why a folder could not be loaded."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in reason:
+        return (
+            f"The model in {folder} needs code of its own, which is never run; choose a model "
+            "that transformers itself can load."
+        )
+    return (
+        f"No model could be loaded from {folder} ({reason}); if the workflow made that folder, "
+        "delete it and run the same command again."
+    )
 
 
 def _check_fit(
