@@ -54,6 +54,13 @@ def test_code_in_a_folder_is_never_run(file, entries, folder, monkeypatch):
         EditableModel.load(folder, device="cpu")
 
 
+def test_quantised_weights_are_refused(folder):
+    """An edit of codes in 8 bits would be rounded away."""
+    add(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ModelError, match="its weights are quantised; take the model"):
+        EditableModel.load(folder, device="cpu")
+
+
 def test_seeding_lets_cublas_be_deterministic(flags, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
