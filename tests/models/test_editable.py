@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from kmebench.errors import ModelError
@@ -51,6 +52,15 @@ def test_code_in_a_folder_is_never_run(file, entries, folder, monkeypatch):
     add(folder / file, **entries)
     (folder / "own.py").write_text("raise SystemExit")
     with pytest.raises(ModelError, match="needs code of its own, which is never run"):
+        EditableModel.load(folder, device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_beside_a_model_is_refused(folder, make_model):
+    """transformers would put it into the model, and edits would be lost when it is saved."""
+    adapted = get_peft_model(make_model("llama").model, LoraConfig(target_modules=["q_proj"], r=2))
+    adapted.save_pretrained(folder)
+    with pytest.raises(ModelError, match="holds a PEFT adapter: merge it"):
         EditableModel.load(folder, device="cpu")
 
 

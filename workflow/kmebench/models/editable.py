@@ -82,6 +82,7 @@ class EditableModel:
         """
         if not Path(folder, "config.json").is_file():  # transformers would look on the hub
             raise ModelError(f"{folder} holds no Hugging Face model: it has no config.json.")
+        refuse_adapter(folder)
         transformers_logging.disable_progress_bar()
         place = None if device in SPREAD else pick_device(device)
         try:
@@ -395,6 +396,18 @@ def _plain_greedy(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+def refuse_adapter(folder: str | Path) -> None:
+    """Refuse a folder with an adapter, which transformers puts into the model unasked.
+
+    Saving the model would then save the adapter alone, without any edit.
+
+    Raises:
+        ModelError: there is one.
+    """
+    if Path(folder, "adapter_config.json").exists():
+        raise ModelError(f"{folder} holds a PEFT adapter: merge it, and save the merged model.")
 
 
 def pick_device(device: str) -> torch.device:
