@@ -170,6 +170,33 @@ def test_an_empty_prompt_without_bos_has_nothing_to_predict_from():
         encode(tokenizer, [("", "Paris")])
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model.encode([("The capital of Rome is", "Oslo")]),
+        lambda model: model.encode_prompts(["The capital of Oslo is"]),
+        lambda model: model.encode_subjects([SubjectText("", "In {}", "Oslo", None)]),
+        lambda model: model.encode_pieces("The capital of Norway is Oslo", 4),
+    ],
+)
+def test_a_token_that_the_model_lacks_is_named(use, make_model):
+    model = make_model("llama")
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    model.tokenizer.add_tokens(["Oslo"])
+    with pytest.raises(ModelError, match=r"a token 'Oslo'.* they do not belong together"):
+        use(model)
+
+
+def test_a_padding_token_that_the_model_lacks_is_not_fed(make_model, requests):
+    """Many a tokenizer was given one for training, and the model no embedding of it."""
+    model = make_model("llama")
+    pairs = [(r.filled_prompt, r.target_new) for r in requests]
+    expected = model.answer_logits(model.collate(model.encode(pairs)))
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    model.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    torch.testing.assert_close(model.answer_logits(model.collate(model.encode(pairs))), expected)
+
+
 def test_a_prompt_must_leave_room_for_what_follows(make_model):
     model = make_model("llama")
     tokens = len(model.encode_prompts(["Paris in Rome"])[0])

@@ -36,6 +36,7 @@ from kmebench.models.encoding import (
     SubjectText,
     collate,
     encode,
+    encode_pieces,
     encode_prompts,
     encode_subjects,
 )
@@ -168,10 +169,12 @@ class EditableModel:
         """Encode prompts with their targets.
 
         Raises:
-            ModelError: a pair is longer than the context of the model, or has no token.
+            ModelError: a pair is longer than the context of the model, or has no token, or one
+                that the model lacks.
         """
         encoded = encode(self.tokenizer, pairs)
         for (prompt, _), item in zip(pairs, encoded, strict=True):
+            self._check_tokens(item.ids)
             self._check_length(prompt, len(item.ids), " with its target")
         return encoded
 
@@ -179,10 +182,12 @@ class EditableModel:
         """Encode prompts that the model goes on from, by ``room`` tokens at most.
 
         Raises:
-            ModelError: a prompt is longer than the context of the model, or has no token.
+            ModelError: a prompt is longer than the context of the model, or has no token, or one
+                that the model lacks.
         """
         encoded = encode_prompts(self.tokenizer, prompts)
         for prompt, ids in zip(prompts, encoded, strict=True):
+            self._check_tokens(ids)
             what = f" with the {room} that may follow" if room else ""
             self._check_length(prompt, len(ids) + room, what)
         return encoded
@@ -191,12 +196,25 @@ class EditableModel:
         """Encode filled prompts and find the last token of their subjects.
 
         Raises:
-            ModelError: a text is longer than the context of the model, or has no such token.
+            ModelError: a text is longer than the context of the model, or has no such token, or a
+                token that the model lacks.
         """
         encoded = encode_subjects(self.tokenizer, texts)
         for text, item in zip(texts, encoded, strict=True):
+            self._check_tokens(item.ids)
             self._check_length(text.prefix + text.prompt, len(item.ids), " with its target")
         return encoded
+
+    def encode_pieces(self, text: str, length: int) -> list[list[int]]:
+        """Encode a text in pieces of at most ``length`` tokens that each begin as texts do.
+
+        Raises:
+            ModelError: it has a token that the model lacks.
+        """
+        pieces = encode_pieces(self.tokenizer, text, length)
+        for ids in pieces:
+            self._check_tokens(ids)
+        return pieces
 
     @property
     def context(self) -> int | None:
@@ -217,10 +235,24 @@ class EditableModel:
             )
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has an embedding of; a tokenizer may know more."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    def _check_tokens(self, ids: Sequence[int]) -> None:
+        if max(ids) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise ModelError(
+                f"The tokenizer has a token {token!r} (number {max(ids)}), and the model only "
+                f"{self.vocabulary} embeddings: they do not belong together; put the tokenizer "
+                "that the model was trained with into its folder, or resize its embeddings."
+            )
+
+    @property
     def pad_id(self) -> int:
         """A token id for padding (never attended to)."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(c for c in candidates if c is not None)
+        return next(c for c in candidates if c is not None and c < self.vocabulary)
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         """Pad encoded pairs into one batch on the model's device."""
