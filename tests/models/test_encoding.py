@@ -121,6 +121,22 @@ def test_what_a_tokenizer_appends_is_no_part_of_a_text(any_tokenizer, bos):
             assert encode_pieces(ending, prompt, length) == pieces
 
 
+@pytest.mark.parametrize("trimmed", [True, False])
+def test_a_blank_at_the_end_of_a_prompt_stays(trimmed, bos):
+    """Spans may leave out blanks: that of a token of nothing else is empty then."""
+    tokenizer = byte_level(False)
+    inner = tokenizer.backend_tokenizer
+    steps = [processors.ByteLevel(trim_offsets=trimmed)]
+    if bos:
+        text = processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 0)])
+        steps.append(text)
+    inner.post_processor = processors.Sequence(steps)
+    (blank,) = tokenizer.convert_tokens_to_ids(["Ġ"])
+    bare, one, two = encode_prompts(tokenizer, ["Paris", "Paris ", "Paris  "])
+    assert one == (*bare, blank)
+    assert two == (*bare, blank, blank)
+
+
 def test_a_prompt_of_no_token_is_named():
     with pytest.raises(ModelError, match="The prompt '' has no token"):
         encode_prompts(byte_level(False), ["Paris", ""])
