@@ -67,6 +67,17 @@ def test_edit_shows_before_and_after_and_saves_a_model_that_transformers_reads(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_long_target_that_is_written_is_said_to_be(folder, capsys):
+    """An answer is shown to twelve tokens; this target has more."""
+    fact = [*FACT[:-1], "the old Lima in Cuba, Tokyo of Peru in Rome"]
+    values = ["--set", "steps=60", "--set", "learning_rate=0.003"]
+    arguments = ["--model", str(folder), "--method", "lora", "--neighbour", "Cuba", *values]
+    assert main(["edit", *fact, *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "The fact is written;" in shown
+    assert fact[-1] in shown
+
+
 def test_edit_equals_the_editor(folder, tmp_path, capital_requests):
     out = tmp_path / "edited"
     options = ["--method", "full-c", "--set", "steps=3", "--set", "norm_constraint=None"]

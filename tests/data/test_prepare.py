@@ -9,7 +9,7 @@ import pytest
 
 from kmebench.data.edit_sets import read_records
 from kmebench.data.prepare import Selection, conflicts, edited_elsewhere, prepare
-from kmebench.data.records import EditRequest
+from kmebench.data.records import BadRecord, EditRequest
 from kmebench.errors import DataError
 
 
@@ -46,6 +46,21 @@ def test_segments_count_records_of_the_source_file():
     without_bad = [(i, r) for i, r in MANY if i != 3]
     chosen = prepare(without_bad, [], Selection(segments=((2, 5), (10, 12)))).requests
     assert ids(chosen) == [2, 4, 10, 11]
+
+
+def test_segments_may_end_in_records_that_are_not_taken():
+    """The file is as long as it is, whether or not its last record is bad or left out."""
+    last = Selection(segments=((28, 30),))
+    assert ids(prepare(MANY[:-1], [BadRecord(29, "29", "")], last).requests) == [28]
+    assert ids(prepare(MANY, [], last, left_out=[MANY[29][1]]).requests) == [28]
+    with pytest.raises(DataError, match=r"segment \[28, 31\] lies outside the 30 records"):
+        prepare(MANY[:-1], [BadRecord(29, "29", "")], Selection(segments=((28, 31),)))
+
+
+@pytest.mark.parametrize("segments", [(), ((29, 30),)])
+def test_segments_of_no_usable_record_are_refused(segments):
+    with pytest.raises(DataError, match="segments of this data set hold none of its 29 usable"):
+        prepare(MANY[:-1], [BadRecord(29, "29", "")], Selection(segments=segments))
 
 
 def test_the_development_split_shares_no_subject_with_the_reported_one():

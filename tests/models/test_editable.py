@@ -1,12 +1,16 @@
-"""What seeding a run switches on."""
+"""What a model is loaded from, and what seeding a run switches on."""
 
+import json
 import os
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from kmebench.models.editable import seed_everything
+from kmebench.errors import ModelError
+from kmebench.models.editable import EditableModel, seed_everything
+from kmebench.models.sources import save_model
 
 
 @pytest.fixture
@@ -17,6 +21,54 @@ def flags():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(was)
+
+
+@pytest.fixture
+def folder(make_model, tmp_path):
+    """A Llama as a Hugging Face folder."""
+    model = make_model("llama", torch.float32)
+    save_model(model.model, model.tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def add(file, **entries):
+    """Put entries into a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("file", "entries"),
+    [
+        ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": 2 * ["own.Own"]}},
+        ),
+    ],
+)
+def test_code_in_a_folder_is_never_run(file, entries, folder, monkeypatch):
+    """On a terminal transformers asks whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    add(folder / file, **entries)
+    (folder / "own.py").write_text("raise SystemExit")
+    with pytest.raises(ModelError, match="needs code of its own, which is never run"):
+        EditableModel.load(folder, device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_beside_a_model_is_refused(folder, make_model):
+    """transformers would put it into the model, and edits would be lost when it is saved."""
+    adapted = get_peft_model(make_model("llama").model, LoraConfig(target_modules=["q_proj"], r=2))
+    adapted.save_pretrained(folder)
+    with pytest.raises(ModelError, match="holds a PEFT adapter: merge it"):
+        EditableModel.load(folder, device="cpu")
+
+
+def test_quantised_weights_are_refused(folder):
+    """An edit of codes in 8 bits would be rounded away."""
+    add(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ModelError, match="its weights are quantised; take the model"):
+        EditableModel.load(folder, device="cpu")
 
 
 def test_seeding_lets_cublas_be_deterministic(flags, monkeypatch):

@@ -121,6 +121,22 @@ def test_what_a_tokenizer_appends_is_no_part_of_a_text(any_tokenizer, bos):
             assert encode_pieces(ending, prompt, length) == pieces
 
 
+@pytest.mark.parametrize("trimmed", [True, False])
+def test_a_blank_at_the_end_of_a_prompt_stays(trimmed, bos):
+    """Spans may leave out blanks: that of a token of nothing else is empty then."""
+    tokenizer = byte_level(False)
+    inner = tokenizer.backend_tokenizer
+    steps = [processors.ByteLevel(trim_offsets=trimmed)]
+    if bos:
+        text = processors.TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 0)])
+        steps.append(text)
+    inner.post_processor = processors.Sequence(steps)
+    (blank,) = tokenizer.convert_tokens_to_ids(["Ġ"])
+    bare, one, two = encode_prompts(tokenizer, ["Paris", "Paris ", "Paris  "])
+    assert one == (*bare, blank)
+    assert two == (*bare, blank, blank)
+
+
 def test_a_prompt_of_no_token_is_named():
     with pytest.raises(ModelError, match="The prompt '' has no token"):
         encode_prompts(byte_level(False), ["Paris", ""])
@@ -168,6 +184,33 @@ def test_an_empty_prompt_without_bos_has_nothing_to_predict_from():
     tokenizer = byte_level(False)
     with pytest.raises(ModelError, match="No token to predict 'Paris' from after"):
         encode(tokenizer, [("", "Paris")])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model.encode([("The capital of Rome is", "Oslo")]),
+        lambda model: model.encode_prompts(["The capital of Oslo is"]),
+        lambda model: model.encode_subjects([SubjectText("", "In {}", "Oslo", None)]),
+        lambda model: model.encode_pieces("The capital of Norway is Oslo", 4),
+    ],
+)
+def test_a_token_that_the_model_lacks_is_named(use, make_model):
+    model = make_model("llama")
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    model.tokenizer.add_tokens(["Oslo"])
+    with pytest.raises(ModelError, match=r"a token 'Oslo'.* they do not belong together"):
+        use(model)
+
+
+def test_a_padding_token_that_the_model_lacks_is_not_fed(make_model, requests):
+    """Many a tokenizer was given one for training, and the model no embedding of it."""
+    model = make_model("llama")
+    pairs = [(r.filled_prompt, r.target_new) for r in requests]
+    expected = model.answer_logits(model.collate(model.encode(pairs)))
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    model.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    torch.testing.assert_close(model.answer_logits(model.collate(model.encode(pairs))), expected)
 
 
 def test_a_prompt_must_leave_room_for_what_follows(make_model):

@@ -27,6 +27,8 @@ from kmebench.pipelines.one_fact import critical_shares
 from kmebench.planning.by_hand import Source
 
 OPENFACTS = Path("resources/openfacts")
+#: Tokens of an answer that are shown, and those behind a longer target, by which its word ends.
+_TOKENS, _BEHIND = 12, 2
 
 
 # -- commands -------------------------------------------------------------------------------
@@ -37,12 +39,13 @@ def edit_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
     request, model, method = inputs.request, load_found(inputs.source), arguments.method
     prompts = [request.filled_prompt, *(arguments.neighbour or _neighbours(request))]
     editor = api.editor(model, method, covariance=arguments.covariance, **inputs.hparams)
-    before = _look(model, prompts)
+    tokens = _answer_length(model, request)
+    before = _look(model, prompts, tokens)
     start = time.perf_counter()
     with doing(f"editing by {method}"):
         result = api.edit(model, editor, [request])
     seconds = time.perf_counter() - start
-    after = _look(model, prompts)
+    after = _look(model, prompts, tokens)
     found = before_after.verdicts(request.target_new, before.answers, after.answers)
     shown: list[RenderableType] = [
         f"{method}: {result.steps} steps, {seconds:.1f} s",
@@ -61,9 +64,16 @@ def edit_command(arguments: argparse.Namespace, inputs: Inputs) -> None:
         _save(model, arguments.out)
 
 
-def _look(model: EditableModel, prompts: Sequence[str]) -> Look:
+def _answer_length(model: EditableModel, request: EditRequest) -> int:
+    """Return how many tokens an answer needs in which the whole target can stand."""
+    (encoded,) = model.encode([(request.filled_prompt, request.target_new)])
+    return max(_TOKENS, encoded.n_target + _BEHIND)
+
+
+def _look(model: EditableModel, prompts: Sequence[str], tokens: int) -> Look:
     with doing("asking the model"):
-        return Look(likeliest(model, prompts[0]), [says(model, prompt) for prompt in prompts])
+        said = [says(model, prompt, tokens) for prompt in prompts]
+        return Look(likeliest(model, prompts[0]), said)
 
 
 def trace_command(arguments: argparse.Namespace, inputs: Inputs) -> None:

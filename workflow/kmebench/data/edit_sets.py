@@ -59,14 +59,9 @@ def _raw_records(path: str | Path, name: str) -> list[Any]:
     try:
         values = _json_values(text)
     except json.JSONDecodeError as error:
-        hint = ""
-        if _ends_early(text[error.pos :], error):
-            hint = "; it ends early and may be truncated"
-        elif error.pos == _after_blanks(text, 0):
-            hint = "; it must hold a list of records, or a record on each line"
         raise DataError(
             f"{name} is not valid JSON at line {error.lineno}, column {error.colno} "
-            f"({error.msg}){hint}."
+            f"({error.msg}){_hint(text, error)}."
         ) from error
     except RecursionError as error:
         raise DataError(f"{name} is nested too deeply, expected a list of records.") from error
@@ -116,6 +111,19 @@ def _record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _after_blanks(text: str, place: int) -> int:
     blanks = _BLANKS.match(text, place)
     return blanks.end() if blanks else place
+
+
+def _hint(text: str, error: json.JSONDecodeError) -> str:
+    """Say what is wrong with the text, if that is clear."""
+    here = text[error.pos : error.pos + 1]
+    if _ends_early(text[error.pos :], error):
+        return "; it ends early and may be truncated"
+    before_end = here in ("]", "}") and text[: error.pos].rstrip().endswith(",")
+    if before_end or (here == "," and "delimiter" not in error.msg):  # between lines of JSON lines
+        return "; take out the comma"
+    if error.pos == _after_blanks(text, 0):
+        return "; it must hold a list of records, or a record on each line"
+    return ""
 
 
 def _ends_early(rest: str, error: json.JSONDecodeError) -> bool:

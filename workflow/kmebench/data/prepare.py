@@ -65,13 +65,15 @@ def prepare(
     Raises:
         DataError: there are not enough records.
     """
+    places = [*(index for index, _ in records), *(item.index for item in bad)]
+    length = max(places, default=-1) + 1
     records = _apart_from(left_out, records)
     found = conflicts([request for _, request in records])
     dropped: set[str] = set()
     if selection.conflicts == "drop":
         dropped = {case_id for group in found for case_id in group["case_ids"][1:]}
         records = [(i, r) for i, r in records if r.case_id not in dropped]
-    chosen = _select(records, selection)
+    chosen = _select(records, selection, length)
     development = _hold_out(records, chosen, "development", selection)
     training = _hold_out(records, chosen + development, "training", selection)
     mine = {request.case_id for request in chosen}
@@ -90,16 +92,20 @@ def prepare(
     return Prepared(chosen, development, training, report)
 
 
-def _select(records: Sequence[Indexed], selection: Selection) -> list[EditRequest]:
+def _select(records: Sequence[Indexed], selection: Selection, length: int) -> list[EditRequest]:
+    """Return the reported requests; ``length`` counts all records of the file, bad ones too."""
     if selection.segments is not None:
-        wanted = [set(range(start, stop)) for start, stop in selection.segments]
-        last = max((index for index, _ in records), default=-1)
         for start, stop in selection.segments:
-            if not start < stop <= last + 1:
-                raise DataError(
-                    f"The segment [{start}, {stop}] lies outside the {last + 1} records."
-                )
-        return [r for index, r in records if any(index in segment for segment in wanted)]
+            if not start < stop <= length:
+                raise DataError(f"The segment [{start}, {stop}] lies outside the {length} records.")
+        wanted = [range(start, stop) for start, stop in selection.segments]
+        chosen = [r for index, r in records if any(index in segment for segment in wanted)]
+        if not chosen:
+            raise DataError(
+                f"segments of this data set hold none of its {len(records)} usable records; name "
+                "others, or mend the records of its file."
+            )
+        return chosen
     n = len(records) if selection.n is None else selection.n
     if n > len(records):
         raise DataError(

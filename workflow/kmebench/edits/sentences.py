@@ -82,10 +82,12 @@ class SentenceEncoder:
                 f"{found}, and the edit was made with {self.sha256}; put that encoder there."
             )
         transformers_logging.disable_progress_bar()
-        model = AutoModel.from_pretrained(self.folder, dtype=torch.float32, use_safetensors=True)
+        model = AutoModel.from_pretrained(
+            self.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
         if self.tuned:
             model.load_state_dict(self._tuned_weights(), strict=False)
-        return model.eval(), AutoTokenizer.from_pretrained(self.folder)
+        return model.eval(), AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
     def _tuned_weights(self) -> dict[str, Tensor]:
         file = TensorFile.open(self.tuned, TUNED)

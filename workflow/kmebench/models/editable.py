@@ -36,6 +36,7 @@ from kmebench.models.encoding import (
     SubjectText,
     collate,
     encode,
+    encode_pieces,
     encode_prompts,
     encode_subjects,
 )
@@ -82,26 +83,26 @@ class EditableModel:
         """
         if not Path(folder, "config.json").is_file():  # transformers would look on the hub
             raise ModelError(f"{folder} holds no Hugging Face model: it has no config.json.")
+        refuse_adapter(folder)
         transformers_logging.disable_progress_bar()
         place = None if device in SPREAD else pick_device(device)
         try:
-            layout = layout_of(AutoConfig.from_pretrained(folder))  # fail before gigabytes are read
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            # Where nothing is said, transformers asks on a terminal whether to run a folder's code.
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            layout = layout_of(config)  # fail before gigabytes are read
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 output_loading_info=True,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
+                trust_remote_code=False,
                 device_map=None if place else device,
             )
         except (ModelError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # transformers and tokenizers raise all kinds
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ModelError(
-                f"No model could be loaded from {folder} ({reason}); if the workflow made that "
-                "folder, delete it and run the same command again."
-            ) from error
+            raise ModelError(_why_not(folder, error)) from error
         _check_fit(folder, layout, **found)
         if place:
             model = model.to(place)
@@ -168,10 +169,12 @@ class EditableModel:
         """Encode prompts with their targets.
 
         Raises:
-            ModelError: a pair is longer than the context of the model, or has no token.
+            ModelError: a pair is longer than the context of the model, or has no token, or one
+                that the model lacks.
         """
         encoded = encode(self.tokenizer, pairs)
         for (prompt, _), item in zip(pairs, encoded, strict=True):
+            self._check_tokens(item.ids)
             self._check_length(prompt, len(item.ids), " with its target")
         return encoded
 
@@ -179,10 +182,12 @@ class EditableModel:
         """Encode prompts that the model goes on from, by ``room`` tokens at most.
 
         Raises:
-            ModelError: a prompt is longer than the context of the model, or has no token.
+            ModelError: a prompt is longer than the context of the model, or has no token, or one
+                that the model lacks.
         """
         encoded = encode_prompts(self.tokenizer, prompts)
         for prompt, ids in zip(prompts, encoded, strict=True):
+            self._check_tokens(ids)
             what = f" with the {room} that may follow" if room else ""
             self._check_length(prompt, len(ids) + room, what)
         return encoded
@@ -191,12 +196,25 @@ class EditableModel:
         """Encode filled prompts and find the last token of their subjects.
 
         Raises:
-            ModelError: a text is longer than the context of the model, or has no such token.
+            ModelError: a text is longer than the context of the model, or has no such token, or a
+                token that the model lacks.
         """
         encoded = encode_subjects(self.tokenizer, texts)
         for text, item in zip(texts, encoded, strict=True):
+            self._check_tokens(item.ids)
             self._check_length(text.prefix + text.prompt, len(item.ids), " with its target")
         return encoded
+
+    def encode_pieces(self, text: str, length: int) -> list[list[int]]:
+        """Encode a text in pieces of at most ``length`` tokens that each begin as texts do.
+
+        Raises:
+            ModelError: it has a token that the model lacks.
+        """
+        pieces = encode_pieces(self.tokenizer, text, length)
+        for ids in pieces:
+            self._check_tokens(ids)
+        return pieces
 
     @property
     def context(self) -> int | None:
@@ -217,10 +235,24 @@ class EditableModel:
             )
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has an embedding of; a tokenizer may know more."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    def _check_tokens(self, ids: Sequence[int]) -> None:
+        if max(ids) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise ModelError(
+                f"The tokenizer has a token {token!r} (number {max(ids)}), and the model only "
+                f"{self.vocabulary} embeddings: they do not belong together; put the tokenizer "
+                "that the model was trained with into its folder, or resize its embeddings."
+            )
+
+    @property
     def pad_id(self) -> int:
         """A token id for padding (never attended to)."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(c for c in candidates if c is not None)
+        return next(c for c in candidates if c is not None and c < self.vocabulary)
 
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         """Pad encoded pairs into one batch on the model's device."""
@@ -398,6 +430,18 @@ def _plain_greedy(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
+def refuse_adapter(folder: str | Path) -> None:
+    """Refuse a folder with an adapter, which transformers puts into the model unasked.
+
+    Saving the model would then save the adapter alone, without any edit.
+
+    Raises:
+        ModelError: there is one.
+    """
+    if Path(folder, "adapter_config.json").exists():
+        raise ModelError(f"{folder} holds a PEFT adapter: merge it, and save the merged model.")
+
+
 def pick_device(device: str) -> torch.device:
     """Resolve ``auto`` to cuda, else mps, else cpu; anything else names a torch device.
 
@@ -439,6 +483,20 @@ def describe(model: EditableModel) -> dict[str, Any]:
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "device": str(model.device),
     }
+
+
+def _why_not(folder: str | Path, error: Exception) -> str:
+    """Say why a folder could not be loaded."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in reason:
+        return (
+            f"The model in {folder} needs code of its own, which is never run; choose a model "
+            "that transformers itself can load."
+        )
+    return (
+        f"No model could be loaded from {folder} ({reason}); if the workflow made that folder, "
+        "delete it and run the same command again."
+    )
 
 
 def _check_fit(

@@ -207,8 +207,9 @@ def _count_target(ids: Sequence[int], offsets: _Offsets, prompt: str, target: st
     return n_target
 
 
-def _last_text_token(offsets: Sequence[tuple[int, int]]) -> int:
-    return max((index for index, (start, end) in enumerate(offsets) if end > start), default=-1)
+def _last_text_token(offsets: _Offsets) -> int:
+    # Some tokenizers trim blanks off their spans, so that of a last blank is empty, but not (0, 0).
+    return max((index for index, (_, end) in enumerate(offsets) if end > 0), default=-1)
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int, device: torch.device) -> Batch:

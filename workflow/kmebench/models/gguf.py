@@ -46,13 +46,14 @@ def unpack(path: Path, folder: Path) -> None:
     """Write the files of :func:`from_gguf` into a folder that exists."""
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with _readable(path), _parsed_once(path) as reader:
-        config = AutoConfig.from_pretrained(**where)
+        config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
         complete(config, reader, path.name)
         with torch.device("meta"):  # names and shapes alone
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         converter = _Converter(path.name, reader, model)
         converter.check()
-        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -145,6 +145,8 @@ def _unknown(config: PretrainedConfig) -> str:
 
 def _unsupported(config: PretrainedConfig) -> str | None:
     """Say what a model of a known family has that its layout does not tell."""
+    if getattr(config, "quantization_config", None):  # its weights are codes, or copies of codes
+        return "its weights are quantised; take the model that it was made from"
     if config.model_type == "opt" and (
         not config.do_layer_norm_before
         or config._remove_final_layer_norm

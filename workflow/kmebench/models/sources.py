@@ -14,6 +14,7 @@ from kmebench.errors import ModelError
 from kmebench.io import origins
 from kmebench.io.files import sha256_of, staged
 from kmebench.io.logs import announce
+from kmebench.models.editable import refuse_adapter
 from kmebench.models.gguf import from_gguf
 from kmebench.models.wheels import from_wheel, from_wheels
 
@@ -97,8 +98,7 @@ def _from_folder(source: Mapping[str, Any], folder: Path) -> None:
         raise ModelError(
             f"{path} is no Hugging Face folder with config.json and safetensors weights."
         )
-    if (path / "adapter_config.json").exists():
-        raise ModelError(f"{path} holds a PEFT adapter: merge it, and save the merged model.")
+    refuse_adapter(path)
     with staged(folder) as staging:
         here = staging.resolve()
         for file in files:

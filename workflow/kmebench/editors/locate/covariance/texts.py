@@ -12,7 +12,6 @@ import torch
 from kmebench.editors.locate.covariance.keys import Sampled, Written
 from kmebench.errors import DataError
 from kmebench.models.editable import EditableModel
-from kmebench.models.encoding import encode_pieces
 
 #: Batches whose texts are sorted together by length, so that little is padded.
 _WINDOW = 16
@@ -141,7 +140,7 @@ def read_dataset(spec: Mapping[str, Any], seed: int) -> Iterator[str]:
 def _pieces(model: EditableModel, texts: Iterable[str], length: int) -> Iterator[list[int]]:
     """Yield texts as token ids, cut into pieces that each begin as a text does."""
     for text in texts:
-        yield from encode_pieces(model.tokenizer, text, length)
+        yield from model.encode_pieces(text, length)
 
 
 def _limited(pieces: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
