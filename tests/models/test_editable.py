@@ -114,3 +114,16 @@ def test_a_generation_is_greedy_whatever_the_models_own_settings_are(make_model)
     model.model.generation_config = own
     assert model.generate([(1, 2, 3)], 12)[0].tolist() == ids[3:]
     assert model.model.generation_config is own
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_every_end_that_a_model_names_ends_an_answer(make_model, listed):
+    """Chat models name the end of a turn beside the end of a text; the tokenizer knows one."""
+    model = make_model("llama")
+    answer = model.generate([(1, 2, 3)], 6)[0].tolist()
+    end = answer[2]
+    kept = answer[: answer.index(end) + 1]
+    model.model.generation_config = GenerationConfig(eos_token_id=[end, 0] if listed else end)
+    ended = model.generate([(1, 2, 3)], 6)[0].tolist()
+    assert ended == kept
+    assert len(ended) < len(answer)

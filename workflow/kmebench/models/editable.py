@@ -254,6 +254,16 @@ class EditableModel:
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(c for c in candidates if c is not None and c < self.vocabulary)
 
+    @property
+    def end_ids(self) -> set[int]:
+        """The tokens that end an answer: the tokenizer's, and those of generation_config.json.
+
+        Chat models name the end of a turn and the end of a text; the tokenizer knows one of them.
+        """
+        own = self.model.generation_config.eos_token_id if self.model.can_generate() else None
+        named = own if isinstance(own, list) else [own]
+        return {i for i in (self.tokenizer.eos_token_id, *named) if i is not None}
+
     def collate(self, encoded: Sequence[Encoded]) -> Batch:
         """Pad encoded pairs into one batch on the model's device."""
         return collate(encoded, self.pad_id, self.device)
@@ -361,7 +371,7 @@ class EditableModel:
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=n_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=sorted(self.end_ids) or None,
             pad_token_id=self.pad_id,
         )
         last = torch.full((len(prompts),), longest - 1, device=self.device)
