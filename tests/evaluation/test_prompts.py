@@ -4,7 +4,8 @@ import copy
 import logging
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from kmebench.data.records import EditRequest
 from kmebench.editors.contexts import MEMIT_LENGTHS, ROME_LENGTHS, prefixes, sample_contexts
@@ -87,8 +88,26 @@ def test_a_request_that_is_too_long_is_refused_or_left_out(field, make_model, re
     with caplog.at_level(logging.WARNING, "kmebench"):
         assert askable(model, mixed, 2, "skip") == [requests[0], requests[2]]
     assert f"left out: Request '{field}' cannot be asked" in caplog.text
-    with pytest.raises(ModelError, match="and so are all others"):
+    with pytest.raises(ModelError, match="and none of the others can be asked"):
         askable(model, mixed[1:2], 2, "skip")
+
+
+def test_a_target_that_the_tokenizer_does_not_know_is_refused_or_left_out(make_model):
+    """Two such targets would be the same tokens, and an edit from one to the other nothing."""
+    words = ["<unk>", "</s>", "Japan", "is", "in", "Asia"]
+    own = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=own, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
+    )
+    model = EditableModel(make_model("llama").model, tokenizer)
+    known, unknown = (
+        EditRequest(name, "Japan", "{} is in", target, locality=(("Mars is in", "space"),))
+        for name, target in (("known", "Asia"), ("unknown", "Asia 東京"))
+    )
+    with pytest.raises(ModelError, match="'unknown' cannot .* does not know all of the target"):
+        askable(model, [known, unknown], 2, "error")
+    assert askable(model, [known, unknown], 2, "skip") == [known]
 
 
 def test_without_a_limit_nothing_is_too_long(make_model, requests):

@@ -8,7 +8,7 @@ from kmebench.data.records import EditRequest
 from kmebench.data.texts import shown
 from kmebench.errors import ModelError
 from kmebench.models.editable import EditableModel
-from kmebench.models.encoding import encode_prompts, joined
+from kmebench.models.encoding import encode, encode_prompts, joined
 
 logger = logging.getLogger("kmebench")
 
@@ -62,22 +62,36 @@ def askable(
     Which they are depends on tokenizer and context alone, so every stage finds the same.
 
     Raises:
-        ModelError: a request is too long (``"error"``), or all are; names it and both lengths.
+        ModelError: a request cannot be asked (``"error"``), or none can; names it and says why.
     """
     kept = []
     for request in requests:
-        if reason := too_long(model, request, wild_max_tokens):
+        if reason := unspelled(model, request) or too_long(model, request, wild_max_tokens):
             problem = f"Request {request.case_id!r} cannot be asked: {reason}"
             if on_bad_record == "error":
                 raise ModelError(
-                    f"{problem}; shorten it, or set on_bad_record: skip for its data set."
+                    f"{problem}; mend it, or set on_bad_record: skip for its data set."
                 )
             logger.warning("left out: %s", problem)
         else:
             kept.append(request)
     if not kept:
-        raise ModelError(f"{problem}, and so are all others; choose a model with a longer one.")
+        raise ModelError(f"{problem}, and none of the others can be asked; choose another model.")
     return kept
+
+
+def unspelled(model: EditableModel, request: EditRequest) -> str | None:
+    """Say which target the tokenizer spells by its token for the unknown, if it does.
+
+    All targets that it does not know would be the same tokens, and an edit between them nothing.
+    """
+    unknown = model.tokenizer.unk_token_id
+    scored = [(p.prompt, p.target) for p in prompts_of(request, 0) if p.kind != "locality"]
+    if unknown is None:
+        return None
+    encoded = encode(model.tokenizer, scored)
+    missing = [t for (_, t), e in zip(scored, encoded, strict=True) if unknown in e.target_ids]
+    return f"the tokenizer does not know all of the target {shown(missing[0])}" if missing else None
 
 
 def too_long(model: EditableModel, request: EditRequest, wild_max_tokens: int) -> str | None:
