@@ -121,7 +121,7 @@ def score_experiment(
     runs: Sequence[Mapping[str, Any]],
     predictions: Sequence[str],
     timings: Sequence[str],
-    originals: Sequence[Mapping[str, Any]],
+    originals: Sequence[Mapping[str, str]],
     original_files: Sequence[str],
     statistics: Mapping[str, int],
     health: Sequence[str] = (),
