@@ -260,6 +260,16 @@ def test_where_every_request_has_every_part_score_is_a_mean_of_requests():
     assert (found, low, high) == pytest.approx(bootstrap(each, resamples=1000, seed=0))
 
 
+@pytest.mark.parametrize("metric", ["generality", "score"])
+@pytest.mark.filterwarnings("error")
+def test_a_difference_of_what_nobody_was_asked_is_one_of_no_requests(metric):
+    bare = constant(30, efficacy=1.0, generality=NAN, locality=NAN).assign(case_id=range(30))
+    found = paired_difference(bare, bare, metric)
+    assert found.n == 0
+    assert np.isnan(found[:4]).all()
+    assert paired_difference(bare, bare, "efficacy") == (0.0, 0.0, 0.0, 1.0, 30)
+
+
 def test_p_is_twice_the_share_of_samples_that_do_not_have_the_sign():
     a = constant(30, efficacy=1.0).assign(case_id=range(30))
     b = a.assign(efficacy=[0.0] * 6 + [2.0] + [1.0] * 23)  # sums of six and of minus one

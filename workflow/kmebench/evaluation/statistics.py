@@ -196,7 +196,10 @@ def exact_at_edges(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 class Difference(NamedTuple):
-    """a − b: the mean, its 95% paired interval, a two-sided p-value, and the requests."""
+    """a − b: the mean, its 95% paired interval, a two-sided p-value, and the requests.
+
+    NaN of no requests where both were asked nothing that the metric scores.
+    """
 
     mean: float
     low: float
@@ -229,9 +232,11 @@ def paired_difference(
         found = _value(samples[:, :, 0], measured) - _value(samples[:, :, 1], measured)
         return np.round(found, 12)  # what is equal but for rounding, is equal
 
+    mean = float(difference(values[None])[0])
+    if np.isnan(mean):
+        return Difference(mean, mean, mean, mean, 0)
     draws = _draws(values, difference, resamples, seed)
     low, high = np.nanpercentile(draws, _ENDS)
-    mean = float(difference(values[None])[0])
     return Difference(mean, float(low), float(high), _two_sided(draws), len(values))
 
 
