@@ -7,10 +7,12 @@ import pytest
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import METRICS
 from kmebench.evaluation.statistics import (
+    SIGNIFICANT,
     as_edited,
     bootstrap,
     cohort_of,
     cohorts,
+    enough_resamples,
     holm,
     mean_of,
     paired_difference,
@@ -288,6 +290,20 @@ def test_holm_is_the_step_down_that_he_published():
     assert holm([0.01, NAN, 0.3, 0.4]) == pytest.approx([0.03, NAN, 0.6, 0.6], nan_ok=True)
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_with_enough_resamples_one_of_many_tests_can_be_significant_and_with_fewer_none():
+    """The least p-value is that of a difference whose samples all have its sign.
+
+    At one fewer, 2 m / α, it is α, and rounding decides.
+    """
+    assert enough_resamples(24) <= 1000 < enough_resamples(25)
+    for tests in (1, 2, 3, 7, 24, 25, 60, 333):
+        enough = enough_resamples(tests)
+        for resamples, significant in ((enough, True), (enough - 2, False)):
+            a = constant(20, efficacy=1.0).assign(case_id=range(20))
+            p = paired_difference(a, a.assign(efficacy=0.0), "efficacy", resamples=resamples).p
+            assert (holm([p] + [1.0] * (tests - 1))[0] < SIGNIFICANT) == significant
 
 
 def test_cohorts_follow_each_group_of_edits_through_time():
