@@ -121,11 +121,11 @@ def _settings(row: Mapping[str, Any], seed: int) -> str:
 
 
 def _named(row: Mapping[str, Any], labels: Labels) -> dict[str, str]:
-    editors = {"original": "Original model", **labels["methods"]}
+    methods = {"original": "Original model", **labels["methods"]}
     return {
         "model": labels["models"][row["model"]],
         "dataset": labels["datasets"][row["dataset"]],
-        "editor": editors[row["method"]],
+        "editor": methods[row["method"]],
     }
 
 
