@@ -59,6 +59,9 @@ rule all:
 
 
 onstart:
+    for name in ("results", "logs"):
+        folder = Path(workflow.pathvars.get(name))
+        check_writable(f"pathvars.{name}", folder, folder)
     print(grid.describe(config))
     if workflow.local_exec:
         forkserver.start(inputs.devices, config["threads"])

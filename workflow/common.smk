@@ -7,6 +7,7 @@ library is importable here, in scripts and in cluster jobs without being install
 import sys
 
 from kmebench import forkserver
+from kmebench.io.writable import check_writable
 from kmebench.planning import grid
 from kmebench.planning.config import check_config
 from kmebench.planning.dependencies import code

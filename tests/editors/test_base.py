@@ -11,7 +11,9 @@ import yaml
 from kmebench.editors import cards
 from kmebench.editors.base import Editor, build_editor
 from kmebench.editors.cards import Card, card_of, plain, registered
+from kmebench.editors.epochs import EpochEditor
 from kmebench.editors.needs import Pipeline
+from kmebench.edits.edit import Edit
 from kmebench.edits.weights import Dense, WeightDelta
 from kmebench.errors import ConfigError, EditError
 
@@ -255,3 +257,41 @@ def test_a_failed_edit_leaves_the_editor_as_it_was(requests, returned, complaint
     editor.returns = WeightDelta({})
     editor(None, requests)
     assert editor.calls == 1
+
+
+class Given(EpochEditor):
+    """Notes what its calls are given, and fails where it is told to."""
+
+    fails = False
+
+    def edit(self, model, requests):
+        self.seen = self.micro_batch, self.after_epoch
+        self.steps += 2
+        with self.stopwatch("solve"):
+            self.keep(1, dict)
+        if self.fails:
+            raise EditError("It failed.")
+        return WeightDelta({})
+
+
+def test_what_a_call_is_given_is_not_the_next_ones(requests):
+    editor, epochs = Given(card_of("full-c").hparams(micro_batch=5), {}), []
+    editor(None, requests, 2, epochs.append)
+    assert editor.seen == (2, epochs.append)
+    assert epochs == [1]
+    editor(None, requests)
+    assert editor.seen == (5, None)
+    assert editor.whole_micro_batch == 5
+    assert epochs == [1]
+
+
+def test_a_failed_call_has_taken_what_it_took(requests):
+    editor = Given(None, {})
+    done = editor(None, requests)
+    editor.fails = True
+    with pytest.raises(EditError, match="It failed"):
+        editor(None, requests)
+    took = editor.result(Edit())
+    assert done.steps == took.steps == 2
+    assert took.seconds.keys() == {"solve"}
+    assert not took.edit

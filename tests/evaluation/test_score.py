@@ -144,6 +144,18 @@ def test_each_more_rival_makes_it_harder_to_be_told_from_the_best():
     assert p[12] > 0.05
 
 
+@pytest.mark.parametrize("rivals", [3, 30])
+def test_a_clear_difference_is_one_among_any_number_of_rivals(rivals):
+    """A hundred resamples are enough for two rivals; all draws of the worst one have one sign."""
+    others = [(RUN | {"method": f"c{k}"}, answers(40)) for k in range(rivals - 1)]
+    finals = [(RUN | {"method": "best"}, answers(40)), (RUN | {"method": "worst"}, answers(0))]
+    table = behind_best([*finals, *others], {"resamples": 100, "seed": 0})
+    at = (table["protocol"] == "token") & (table["metric"] == "efficacy")
+    p = table[at].set_index("method")["behind_p"]
+    assert p["worst"] < 0.05
+    assert p["c0"] == 1
+
+
 def test_an_exact_tie_with_the_best_is_no_difference():
     finals = [(RUN | {"method": name}, answers(30)) for name in ("a", "b")]
     table = behind_best(finals, {"resamples": 200, "seed": 0})

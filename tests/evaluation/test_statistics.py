@@ -7,10 +7,12 @@ import pytest
 from kmebench.errors import KMEBenchError
 from kmebench.evaluation.protocols import METRICS
 from kmebench.evaluation.statistics import (
+    SIGNIFICANT,
     as_edited,
     bootstrap,
     cohort_of,
     cohorts,
+    enough_resamples,
     holm,
     mean_of,
     paired_difference,
@@ -260,6 +262,16 @@ def test_where_every_request_has_every_part_score_is_a_mean_of_requests():
     assert (found, low, high) == pytest.approx(bootstrap(each, resamples=1000, seed=0))
 
 
+@pytest.mark.parametrize("metric", ["generality", "score"])
+@pytest.mark.filterwarnings("error")
+def test_a_difference_of_what_nobody_was_asked_is_one_of_no_requests(metric):
+    bare = constant(30, efficacy=1.0, generality=NAN, locality=NAN).assign(case_id=range(30))
+    found = paired_difference(bare, bare, metric)
+    assert found.n == 0
+    assert np.isnan(found[:4]).all()
+    assert paired_difference(bare, bare, "efficacy") == (0.0, 0.0, 0.0, 1.0, 30)
+
+
 def test_p_is_twice_the_share_of_samples_that_do_not_have_the_sign():
     a = constant(30, efficacy=1.0).assign(case_id=range(30))
     b = a.assign(efficacy=[0.0] * 6 + [2.0] + [1.0] * 23)  # sums of six and of minus one
@@ -278,6 +290,20 @@ def test_holm_is_the_step_down_that_he_published():
     assert holm([0.01, NAN, 0.3, 0.4]) == pytest.approx([0.03, NAN, 0.6, 0.6], nan_ok=True)
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_with_enough_resamples_one_of_many_tests_can_be_significant_and_with_fewer_none():
+    """The least p-value is that of a difference whose samples all have its sign.
+
+    At one fewer, 2 m / α, it is α, and rounding decides.
+    """
+    assert enough_resamples(24) <= 1000 < enough_resamples(25)
+    for tests in (1, 2, 3, 7, 24, 25, 60, 333):
+        enough = enough_resamples(tests)
+        for resamples, significant in ((enough, True), (enough - 2, False)):
+            a = constant(20, efficacy=1.0).assign(case_id=range(20))
+            p = paired_difference(a, a.assign(efficacy=0.0), "efficacy", resamples=resamples).p
+            assert (holm([p] + [1.0] * (tests - 1))[0] < SIGNIFICANT) == significant
 
 
 def test_cohorts_follow_each_group_of_edits_through_time():

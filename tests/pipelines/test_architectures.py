@@ -13,7 +13,7 @@ from kmebench.editors.cards import registered
 from kmebench.editors.hyper.training import train
 from kmebench.editors.locate.covariance.stage import measure_covariance
 from kmebench.editors.locate.covariance.texts import TextSettings
-from kmebench.editors.needs import NeutralMetric
+from kmebench.editors.needs import NeutralMetric, Paths
 from kmebench.editors.pac.cache import GradientCache, cache_gradients, select_groups, write_paths
 from kmebench.editors.pac.neutral import write_metric
 from kmebench.edits.edit import Edit
@@ -126,8 +126,8 @@ def test_a_paper_architecture_passes_through_every_stage(
     write_frame(original_frame(model, requests, settings), ORIGINAL, tmp_path / "original.parquet")
     cache_gradients(Parts(tmp_path / "gradients.safetensors", {}), model, requests)
     cache = GradientCache.open(tmp_path / "gradients.safetensors")
-    selection = {"score": "l2", "group": 1, "selection": "disjoint", "paths": 15, "negatives": 1}
-    write_paths(tmp_path / "paths.safetensors", select_groups(cache, **selection), cache, selection)
+    paths = Paths("l2", 1, "disjoint", 15, 1)
+    write_paths(tmp_path / "paths.safetensors", select_groups(cache, paths), cache, paths)
     text = TextSettings(tokens=2048, length=64, batch_size=32)
     measure_covariance(tmp_path / "covariance.safetensors", model, [0, 1], text)
     if "npac" in editors:

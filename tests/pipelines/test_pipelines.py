@@ -259,6 +259,8 @@ def test_out_of_memory_half_of_a_batch_is_edited_at_once(
 class Tight(Counting):
     """Runs out of memory when it is done, but with one request at a time."""
 
+    whole_micro_batch = 2
+
     def edit(self, model, requests):
         delta = super().edit(model, requests)
         if self.micro_batch > 1:
@@ -269,9 +271,7 @@ class Tight(Counting):
 def test_the_second_try_has_the_memory_and_the_random_numbers_of_the_first(
     make_model, requests, tmp_path
 ):
-    tight = Tight()
-    tight.micro_batch = 2
-    found = consecutive(make_model("gptj", torch.float32), tight, requests, tmp_path / "a")
+    found = consecutive(make_model("gptj", torch.float32), Tight(), requests, tmp_path / "a")
     expected = consecutive(make_model("gptj", torch.float32), Counting(), requests, tmp_path / "b")
     for name, part in expected.edit.weights.items():
         assert torch.equal(part.values, found.edit.weights[name].values)

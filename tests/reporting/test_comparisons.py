@@ -11,11 +11,14 @@ from kmebench.reporting.comparisons import compare, comparison_markdown
 STATISTICS = {"resamples": 200, "seed": 0}
 
 
-def run(path, right):
-    """Predictions of three prompts per request; ``right[i]`` says which are as wanted."""
+KINDS = ("edit", "paraphrase", "locality")
+
+
+def run(path, right, kinds=KINDS):
+    """Predictions of a prompt of each kind per request; ``right[i]`` says which are as wanted."""
     rows = []
     for i, flags in enumerate(right):
-        for kind, good in zip(("edit", "paraphrase", "locality"), flags, strict=True):
+        for kind, good in zip(kinds, flags, strict=True):
             rows.append(
                 {
                     "case_id": str(i),
@@ -77,3 +80,25 @@ def test_too_few_edits_make_nothing_bold(table):
     assert text.startswith("**Audit. ")
     assert text.count("**") == 2  # the caption alone
     assert "none is bold among fewer than 20 edits.**" in text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("absent", "cells"), [("paraphrase", [2, 4]), ("locality", [3])], ids=lambda x: str(x)
+)
+def test_what_a_data_set_has_no_prompts_for_is_said(tmp_path, absent, cells):
+    """Without paraphrases there is no Score either."""
+    kinds = [kind for kind in KINDS if kind != absent]
+    run(tmp_path / "a", [(1, 1)] * 20, kinds)
+    run(tmp_path / "b", [(0, 1)] * 20, kinds)
+    pair = {"question": "?", "model": "M", "dataset": "D", "name": "x", "a": "A", "b": "B"}
+    files = {"A": str(tmp_path / "a"), "B": str(tmp_path / "b")}
+    table = compare([pair], files, "token", STATISTICS)
+    assert set(table.loc[table["difference"].isna(), "n"]) == {0}
+    caption, *_, line = comparison_markdown(table, "Audit", "token").splitlines()
+    assert "20 edits;" in caption
+    assert "fewer" not in caption
+    assert caption.endswith("; –: the data set has no such prompts.**")
+    shown = [cell.strip() for cell in line.strip("|").split("|")][3:]
+    assert [k for k, cell in enumerate(shown, start=1) if cell == "–"] == cells
+    assert shown[0] == "**+100.0** [+100.0, +100.0]"

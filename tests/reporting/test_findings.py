@@ -16,7 +16,7 @@ from kmebench.evaluation.frames import write_frame
 from kmebench.evaluation.schema import PREDICTIONS
 from kmebench.planning.claims import AMONG_ALL, Claim, absent, cells_of, read_claims
 from kmebench.planning.config import check_config, read_config
-from kmebench.reporting.findings import Runs, findings, findings_markdown, judge
+from kmebench.reporting.findings import Runs, Verdict, findings, findings_markdown, judge
 
 CLAIMS = Path("resources/paper/findings.yaml")
 N = 40
@@ -26,7 +26,7 @@ def write_run(folder, right, seconds=1.0, n=N):
     """A run whose ``right[kind]`` of the first requests are answered as wanted."""
     rows = []
     for i in range(n):
-        for kind in ("edit", "paraphrase", "locality"):
+        for kind in right:
             row = dict.fromkeys(PREDICTIONS.names)
             row |= {"case_id": str(i), "position": i, "kind": kind, "prompt": "p", "target": "t"}
             row |= {"when": "final", "edits_done": n, "batch": 0, "target_ids": [1]}
@@ -52,6 +52,24 @@ def claim(edits=0, **test):
 
 def verdict(runs, sides, edits=0, **test):
     return judge(claim(edits, **test), sides, {k: k.upper() for k in sides}, runs).verdict
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        {"kind": "best", "method": "a"},
+        {"kind": "difference"},
+        {"kind": "above", "value": 50},
+    ],
+    ids=lambda test: test["kind"],
+)
+def test_a_claim_about_prompts_that_there_are_not_is_not_judged(tmp_path, test):
+    for side in "ab":
+        write_run(tmp_path / side, {"edit": 40, "locality": 30})
+    runs, sides = Runs(tmp_path, {"resamples": 50, "seed": 0}), {"a": "a", "b": "b"}
+    assert verdict(runs, sides, metric="efficacy", **test) in ("holds", "undecided")
+    found = judge(claim(metric="generality", **test), sides, sides, runs)
+    assert found == Verdict("no prompts for generality", 0, "not asked")
 
 
 def test_the_best_must_be_better_beyond_chance(runs):

@@ -71,6 +71,16 @@ def test_main_cells_are_the_configured_edits_in_percent_in_the_order_of_the_conf
     assert main_cells(metrics(), LABELS, [], seed=7).empty
 
 
+def test_a_data_set_without_paraphrases_has_cells_and_no_best():
+    asked = metrics()[lambda table: table["metric"].isin(["efficacy", "locality"])]
+    cells = main_cells(in_order(once(asked), LABELS), LABELS, ["none"], 0)
+    assert cells["efficacy"].tolist() == pytest.approx([20, 70, 60, 50])
+    assert cells[["generality", "score", "score_low", "score_high"]].isna().all(axis=None)
+    assert cells["n"].tolist() == [30] * 4
+    assert not cells["tied"].any()
+    assert headlines(cells, pd.DataFrame()) == []
+
+
 def test_every_time_of_asking_has_a_name_of_its_own():
     names = {
         ("final", 300): "after all edits",

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kmebench.errors import KMEBenchError
 from kmebench.planning import grid
 from kmebench.planning.appearance import Style
 from kmebench.planning.config import read_checked_config
@@ -45,6 +46,25 @@ def test_one_number_against_another_is_a_named_point_with_two_intervals_for_ever
     assert all(c.has_xerr and c.has_yerr for c in axes.containers)
     assert [text.get_text() for text in axes.texts] == ["A", "B"]
     assert [text.get_color() for text in axes.texts] == ["#0072B2", "#D55E00"]
+
+
+def test_what_no_data_set_has_prompts_for_leaves_no_mark_or_the_figure_says_so(tmp_path):
+    rows = [
+        RUN
+        | {"mode": "batch", "method": method, "protocol": "token", "when": "final"}
+        | {"metric": name, "value": 0.5, "low": 0.4, "high": 0.6, "n": 30, "seconds_per_edit": 1.0}
+        for method in ("pac", "none")
+        for name in ("efficacy", "locality")
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "m")
+    runs = [RUN | {"mode": "batch", "method": method} for method in ("pac", "none")]
+    table = figure_tables.trade_offs([tmp_path / "m"], runs, LABELS, "token", ["none"])
+    assert table[["Generality", "Score", "Score_low"]].isna().all(axis=None)
+    styles = {"PAC": STYLES["A"], "No edit": STYLES["No edit"]}
+    (axes,) = trade_offs.overview(table, styles).axes
+    assert [mark.get_markersize() for mark in marks(axes)] == [trade_offs.SMALL] * 2
+    with pytest.raises(KMEBenchError, match="no run has the numbers of this figure"):
+        trade_offs.cost_quality(table, styles)
 
 
 def test_the_overview_shows_generality_as_area_and_the_floor_as_a_line():

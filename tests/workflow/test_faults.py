@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import time
 
 import pytest
@@ -80,6 +81,38 @@ KILLED = {
     ),
     *(f"{stage} part" for stage in ("predict_original", "cache_gradients", "optimise_targets")),
 }
+
+
+#: Nobody may write to a folder of this name, not even root.
+CLOSED = """
+import os
+
+allowed = os.access
+os.access = lambda path, *mode, **more: "closed" not in str(path) and allowed(path, *mode, **more)
+"""
+
+
+@pytest.mark.integration
+def test_results_that_cannot_be_written_end_a_run_in_a_sentence_before_any_job(tmp_path):
+    checkout = Checkout(tmp_path)
+    for name in ("closed", "site"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(CLOSED)
+    configs = ("config/ci.yaml", checkout.overlay("mine", pathvars={"results": "closed/results"}))
+    done = subprocess.run(
+        checkout.command("--until", "fetch_dataset", configs=configs),
+        cwd=tmp_path,
+        env=checkout.environment(PYTHONPATH=str(tmp_path / "site")),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode
+    complaint = (
+        f"pathvars.results cannot be 'closed/results': you may not write to {tmp_path}/closed"
+    )
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "closed").iterdir())
 
 
 @pytest.mark.slow  # about twenty attempts, each with a start of Python and torch

@@ -8,6 +8,7 @@ import torch
 
 from kmebench.data.records import read_requests
 from kmebench.editors.locate.target_store import cache_targets
+from kmebench.editors.locate.targets import TargetSettings
 from kmebench.evaluation.prompts import askable
 from kmebench.io.logs import script_log
 from kmebench.io.parts import Parts
@@ -19,4 +20,5 @@ with script_log(snakemake):
     model = EditableModel.load(snakemake.input.model, **snakemake.params.load)
     requests = read_requests(snakemake.input.requests)
     asked = askable(model, requests, **snakemake.params.asked)
-    cache_targets(Parts.of_job(snakemake), model, asked, snakemake.params.settings)
+    settings = TargetSettings(**snakemake.params.settings)
+    cache_targets(Parts.of_job(snakemake), model, asked, settings)

@@ -213,10 +213,12 @@ def test_it_goes_on_after_a_pass_with_the_same_bits(project, make_model, request
     states = []
     torch.manual_seed(1)
     editor = crispedit(assets, project=project)
-    editor.after_epoch = lambda _: states.append(
-        ({k: t.clone() for k, t in editor.state_dict().items()}, torch.get_rng_state())
-    )
-    straight = w2_changes(model, editor(model, requests).edit.weights)
+
+    def save(_):
+        state = {k: t.clone() for k, t in editor.state_dict().items()}
+        states.append((state, torch.get_rng_state()))
+
+    straight = w2_changes(model, editor(model, requests, after_epoch=save).edit.weights)
     state, generator = states[0]
     resumed = crispedit(assets, project=project)
     resumed.load_state_dict(state)

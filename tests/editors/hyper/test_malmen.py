@@ -91,8 +91,8 @@ def test_neither_order_nor_passes_change_an_edit(family, make_model, requests, t
     model = make_model(family)
     editor, _ = ready("malmen", model, tmp_path / "n", moved=0.3)
     whole = dense(editor.edit(model, requests), model)
-    editor.micro_batch = 1
-    for name, other in dense(editor.edit(model, requests[::-1]), model).items():
+    alone = editor(model, requests[::-1], micro_batch=1).edit.weights
+    for name, other in dense(alone, model).items():
         close(other, whole[name], 1e-9)
     answers = model.encode([(r.filled_prompt, r.target_new) for r in requests])
     tokens = sum(e.n_target for e in answers)
@@ -107,7 +107,7 @@ def test_every_answer_token_counts_alike(make_model, requests):
     assert len({item.n_target for item in answers}) > 1
     ours, means = editor_of("malmen"), editor_of("mend")
     sites = ours.sites(model)  # the second is W2 of the last layer, which answers alone reach
-    rows, others = (e.traced(model, sites, requests) for e in (ours, means))
+    rows, others = (e.traced(model, sites, requests, 2) for e in (ours, means))
     for item, own, other in zip(answers, rows, others, strict=True):
         close(own[1].inputs, other[1].inputs)
         close(own[1].gradients, item.n_target * other[1].gradients)

@@ -92,7 +92,7 @@ def test_the_network_is_its_equations(make_model):
 
 def test_what_is_zero_at_the_start_learns(make_model, requests, tmp_path):
     editor, model = editor_of("mend", edits=1, groups=2), make_model("llama")
-    training = Training(editor, model, requests, tmp_path / "partial", {})
+    training = Training(editor, model, requests, tmp_path / "partial", {}, 2)
     training.step(0)
     for name, parameter in training.network.named_parameters():
         if name.endswith(("up", "bias", "shift", "step_sizes")):

@@ -31,7 +31,8 @@ def never():
 
 
 def training_of(editor, model, requests, folder):
-    return Training(editor, model, requests, folder / "partial", {})
+    micro_batch = editor.hparams.micro_batch
+    return Training(editor, model, requests, folder / "partial", {}, micro_batch)
 
 
 # -- the gradient -----------------------------------------------------------------------
@@ -80,7 +81,8 @@ def prepared(name, model, requests, folder, groups, edits):
     training.network.load_state_dict(fresh(editor, model, moved=0.1).state_dict())
     training.network.step_sizes.data.fill_(0.02)
     drawn = examples(requests, edits * groups, 0, 0)
-    seen = editor.traced(model, training.sites, [each.request for each in drawn])
+    edited = [each.request for each in drawn]
+    seen = editor.traced(model, training.sites, edited, training.micro_batch)
     training.network.learn_moments([Rows.joint(parts) for parts in zip(*seen, strict=True)])
     return training, drawn, seen
 
@@ -139,7 +141,7 @@ def test_moments_are_those_of_all_rows_of_all_steps(make_model, requests, tmp_pa
     rows = {}
     for step in range(3):
         for each in examples(requests, 2, 0, step):
-            for part in editor.traced(model, training.sites, [each.request])[0]:
+            for part in editor.traced(model, training.sites, [each.request], 1)[0]:
                 rows.setdefault(part.shape, []).append(part.joined.numpy())
         training.step(step)
     assert set(rows) == set(training.network.moments)

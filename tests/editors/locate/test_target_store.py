@@ -8,7 +8,7 @@ from kmebench.editors.base import build_editor
 from kmebench.editors.locate import target_store
 from kmebench.editors.locate.covariance.store import write_covariance
 from kmebench.editors.locate.target_store import cache_targets, stored_targets
-from kmebench.editors.locate.targets import optimise_targets
+from kmebench.editors.locate.targets import TargetSettings, optimise_targets
 from kmebench.errors import EditError, KMEBenchError, ModelError
 from kmebench.evaluation.predict import Settings
 from kmebench.io.parts import Parts
@@ -17,15 +17,15 @@ from kmebench.pipelines.checkpoints import Checkpoints
 from kmebench.pipelines.pipelines import Setup, run_batches
 from tests.conftest import without_word
 
-SETTINGS = {
-    "site": "layer",
-    "layer": 1,
-    "steps": 3,
-    "learning_rate": 0.2,
-    "kl_factor": 0.0625,
-    "weight_decay": 1e-3,
-    "clamp_factor": 1.0,
-}
+SETTINGS = TargetSettings(
+    site="layer",
+    layer=1,
+    steps=3,
+    learning_rate=0.2,
+    kl_factor=0.0625,
+    weight_decay=1e-3,
+    clamp_factor=1.0,
+)
 
 
 @pytest.fixture

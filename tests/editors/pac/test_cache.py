@@ -1,9 +1,12 @@
 """The gradient cache and the path files."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from kmebench.editors.needs import Paths
 from kmebench.editors.pac.cache import (
     GradientCache,
     PathFile,
@@ -18,7 +21,7 @@ from kmebench.errors import KMEBenchError
 from kmebench.io.checked_files import DamagedFileError
 from kmebench.io.parts import Parts
 
-SETTINGS = {"score": "l2", "group": 1, "selection": "disjoint", "paths": 3, "negatives": 1}
+NEED = Paths("l2", group=1, selection="disjoint", paths=3, negatives=1)
 
 
 @pytest.fixture
@@ -47,8 +50,8 @@ def test_route_of_a_request_is_the_selection_from_its_groups_scores(
     cache, requests, tmp_path, score, group
 ):
     _, opened = cache
-    settings = SETTINGS | {"score": score, "group": group}
-    write_paths(tmp_path / "p.safetensors", select_groups(opened, **settings), opened, settings)
+    need = replace(NEED, score=score, group=group)
+    write_paths(tmp_path / "p.safetensors", select_groups(opened, need), opened, need)
     file = PathFile(tmp_path / "p.safetensors")
     scores = load_file(opened.path)[score]
     for row, request in enumerate(requests):
@@ -73,13 +76,13 @@ def test_a_changed_score_is_found_and_the_cache_set_aside(cache, place):
 def test_path_files_are_the_same_bytes_every_time(cache, tmp_path):
     _, opened = cache
     for name in "ab":
-        write_paths(tmp_path / name, select_groups(opened, **SETTINGS), opened, SETTINGS)
+        write_paths(tmp_path / name, select_groups(opened, NEED), opened, NEED)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_unknown_request_is_named(cache, tmp_path):
     _, opened = cache
-    write_paths(tmp_path / "p.safetensors", select_groups(opened, **SETTINGS), opened, SETTINGS)
+    write_paths(tmp_path / "p.safetensors", select_groups(opened, NEED), opened, NEED)
     with pytest.raises(KMEBenchError, match=r"p\.safetensors holds no paths for request 'z'"):
         PathFile(tmp_path / "p.safetensors").route("z")
 
@@ -122,7 +125,7 @@ def only(request):
 
 def test_a_path_file_is_no_cache(cache, tmp_path):
     _, opened = cache
-    write_paths(tmp_path / "p.safetensors", select_groups(opened, **SETTINGS), opened, SETTINGS)
+    write_paths(tmp_path / "p.safetensors", select_groups(opened, NEED), opened, NEED)
     with pytest.raises(KMEBenchError, match="is not a file of format"):
         GradientCache.open(tmp_path / "p.safetensors")
 

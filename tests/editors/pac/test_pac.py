@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from kmebench.editors.base import build_editor
+from kmebench.editors.needs import Paths
 from kmebench.editors.pac import pac
 from kmebench.editors.pac.cache import GradientCache, cache_gradients, select_groups, write_paths
 from kmebench.editors.pac.impact import trace
@@ -146,14 +147,8 @@ def test_cached_paths_give_the_same_edit_as_live_tracing(scope, make_model, requ
     model = make_model("gptj")
     cache_gradients(Parts(tmp_path / "g.safetensors", {}), model, requests)
     cache = GradientCache.open(tmp_path / "g.safetensors")
-    settings = {
-        "score": "l2",
-        "group": len(requests) if scope == "batch" else 1,
-        "selection": "disjoint",
-        "paths": 3,
-        "negatives": 2,
-    }
-    write_paths(tmp_path / "p.safetensors", select_groups(cache, **settings), cache, settings)
+    need = Paths("l2", len(requests) if scope == "batch" else 1, "disjoint", 3, 2)
+    write_paths(tmp_path / "p.safetensors", select_groups(cache, need), cache, need)
     hparams = HPARAMS | {"scope": scope}
     live = build_editor("pac", hparams | {"trace_on": "current"}, {}).edit(model, requests)
     editor = build_editor("pac", hparams, {"paths": tmp_path / "p.safetensors"})

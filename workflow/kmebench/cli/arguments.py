@@ -15,6 +15,7 @@ import yaml
 from kmebench import values
 from kmebench.data.texts import clean
 from kmebench.errors import ConfigError
+from kmebench.io.writable import check_writable
 from kmebench.planning.overlays import read_yaml
 
 PLOTS = (".png", ".pdf", ".svg")
@@ -111,7 +112,7 @@ def new_file(option: str, endings: tuple[str, ...] = ()) -> Callable[[str], Path
             )
         if path.is_dir():
             raise ConfigError(f"{option} names the folder {path}; name a file.")
-        _check_writable(option, path)
+        check_writable(option, path, path.parent)
         return path
 
     return convert
@@ -124,7 +125,7 @@ def new_folder(option: str) -> Callable[[str], Path]:
         path = _path(option, text)
         if path.exists() or path.is_symlink():
             raise ConfigError(f"{path} exists already; name another folder, or delete it.")
-        _check_writable(option, path)
+        check_writable(option, path, path.parent)
         return path
 
     return convert
@@ -143,15 +144,3 @@ def _path(option: str, text: str) -> Path:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{option} cannot be {text!r}: {reason}.") from error
     return path
-
-
-def _check_writable(option: str, path: Path) -> None:
-    """Refuse a path below what is no folder, or may not be written to."""
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir():
-        raise ConfigError(f"{option} cannot be {str(path)!r}: {parent} is no folder.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{option} cannot be {str(path)!r}: you may not write to {parent}; mend its "
-            "permissions or name another place."
-        )

@@ -3,7 +3,7 @@
 import inspect
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from kmebench.models.editable import EditableModel
 
 #: Files of cached stages, by the name of what they hold (:attr:`Need.asset`).
 Assets = Mapping[str, Path]
+#: Told the number of epochs done, after each.
+AfterEpoch = Callable[[int], None]
 
 
 class Stopwatch:
@@ -58,6 +60,7 @@ class Editor(ABC):
     Editors are built from their hyper-parameters and from the files of cached stages. They are
     called; subclasses implement :meth:`edit`, where they count ``self.steps``, time by
     ``self.stopwatch`` and pass at most ``self.micro_batch`` requests through the model at once.
+    These are of one call, and for the subclass alone: a caller has arguments and the result.
     """
 
     #: As the card has it; begins the editor's messages.
@@ -67,7 +70,7 @@ class Editor(ABC):
 
     def __init__(self, hparams: Any, assets: Assets) -> None:
         self.hparams, self.assets = hparams, assets
-        self._begin(None)
+        self._begin()
         self.load_state_dict({})
 
     def __call__(
@@ -75,15 +78,17 @@ class Editor(ABC):
         model: EditableModel,
         requests: Sequence[EditRequest],
         micro_batch: int | None = None,
+        after_epoch: AfterEpoch | None = None,
     ) -> Result:
         """Edit ``requests`` together; leaves the model as it was, and by an error the editor too.
 
-        ``micro_batch`` goes before the hyper-parameter of that name.
+        ``micro_batch`` goes before the hyper-parameter of that name. ``after_epoch`` is for
+        editors whose state can be saved then (:class:`kmebench.editors.epochs.EpochEditor`).
 
         Raises:
             EditError: a request cannot be edited, or its edit is not finite; names the case_id.
         """
-        self._begin(micro_batch)
+        self._begin(micro_batch, after_epoch)
         memory = self.state_dict()
         try:
             edit = Edit.of(self.edit(model, requests))
@@ -100,12 +105,20 @@ class Editor(ABC):
                     "the model may be damaged by the edits before."
                 ) from error
             raise
-        return Result(edit, self.steps, self.stopwatch.seconds)
+        return self.result(edit)
 
-    def _begin(self, micro_batch: int | None) -> None:
+    def _begin(self, micro_batch: int | None = None, after_epoch: AfterEpoch | None = None) -> None:
         self.stopwatch, self.steps = Stopwatch(), 0
-        own: int = getattr(self.hparams, "micro_batch", 1)
-        self.micro_batch = micro_batch or own
+        self.micro_batch, self.after_epoch = micro_batch or self.whole_micro_batch, after_epoch
+
+    @property
+    def whole_micro_batch(self) -> int:
+        """The hyper-parameter ``micro_batch``: of a call that is not told another."""
+        return getattr(self.hparams, "micro_batch", 1)
+
+    def result(self, edit: Edit) -> Result:
+        """Return an edit with what the last call took, which it did even if it failed."""
+        return Result(edit, self.steps, self.stopwatch.seconds)
 
     @abstractmethod
     def edit(self, model: EditableModel, requests: Sequence[EditRequest]) -> Edit | WeightDelta:

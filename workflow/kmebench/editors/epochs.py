@@ -12,11 +12,9 @@ from kmebench.editors.base import Assets, Editor
 class EpochEditor(Editor):
     """An editor whose state after each epoch can be saved.
 
-    ``after_epoch``, if it is set, is called with the number of epochs done; meanwhile
-    :meth:`state_dict` returns what an editor needs that is to go on from there.
+    While a call's ``after_epoch`` runs, :meth:`state_dict` returns what an editor needs that is to
+    go on from there.
     """
-
-    after_epoch: Callable[[int], None] | None = None
 
     def __init__(self, hparams: Any, assets: Assets) -> None:
         super().__init__(hparams, assets)

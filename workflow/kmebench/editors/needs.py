@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 from kmebench.errors import ConfigError
 from kmebench.values import DEVELOPMENT, JOIN, read_all, spell_all
@@ -18,6 +18,8 @@ from kmebench.values import DEVELOPMENT, JOIN, read_all, spell_all
 #: estimate spread over (1 ± √(M / tokens))² times that: from 0.25 to 2.25 with four.
 TOKENS_PER_DIMENSION = 4
 
+#: Paths that share nothing, or the best of all.
+Selection = Literal["disjoint", "kbest"]
 #: What runs of every editor read; the other inputs are files of cached stages, by their keys.
 EVERY_RUN = ("model", "requests", "original", "neutral", "code")
 #: Bytes of a file's name that file systems take.
@@ -63,7 +65,7 @@ class Paths(Need):
 
     score: str
     group: int
-    selection: str
+    selection: Selection
     paths: int
     negatives: int
 
@@ -83,7 +85,7 @@ class Paths(Need):
         """Read a name back."""
         score, scope, selection, *counts = name.split(JOIN)
         group = int(scope.partition("=")[2] or 1)
-        return cls(score, group, selection, **read_all(JOIN.join(counts)))
+        return cls(score, group, cast(Selection, selection), **read_all(JOIN.join(counts)))
 
     def path(self, model: str, dataset: str) -> str:
         """Return where the file lies below the results."""

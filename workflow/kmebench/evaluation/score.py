@@ -14,6 +14,7 @@ from kmebench.evaluation.protocols import HEALTH, PROTOCOLS, Metric, metrics_of
 from kmebench.evaluation.schema import ORIGINAL, PREDICTIONS, check_columns
 from kmebench.evaluation.statistics import (
     as_edited,
+    enough_resamples,
     holm,
     mean_of,
     paired_difference,
@@ -121,7 +122,7 @@ def score_experiment(
     runs: Sequence[Mapping[str, Any]],
     predictions: Sequence[str],
     timings: Sequence[str],
-    originals: Sequence[Mapping[str, Any]],
+    originals: Sequence[Mapping[str, str]],
     original_files: Sequence[str],
     statistics: Mapping[str, int],
     health: Sequence[str] = (),
@@ -169,6 +170,7 @@ def behind_best(
     when, metric, and ``behind``, ``behind_low``, ``behind_high``: the best run's value minus
     this one's with its 95% paired bootstrap interval; 0 for the best. ``behind_p``: the p-value of
     this difference, two-sided, by Holm over all runs that are compared with the best (NaN there).
+    These are so many that some p-value can be significant, or there are more resamples.
     """
     columns = [*RUN, "protocol", "when", "metric"]
     columns += ["behind", "behind_low", "behind_high", "behind_p"]
@@ -196,6 +198,8 @@ def _behind(
     if np.isnan(means).all():
         return [(nan,) * 4] * len(values)
     best = int(np.nanargmax(means))
+    least = enough_resamples(len(values) - 1)
+    statistics = {**statistics, "resamples": max(statistics["resamples"], least)}
     found = [
         (0.0, 0.0, 0.0, nan)
         if index == best

@@ -4,6 +4,7 @@ Values are means inside a request first, then over requests. All intervals are 9
 intervals of one bootstrap over requests, or exact where it has no width. No model, no torch.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -196,7 +197,10 @@ def exact_at_edges(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 class Difference(NamedTuple):
-    """a − b: the mean, its 95% paired interval, a two-sided p-value, and the requests."""
+    """a − b: the mean, its 95% paired interval, a two-sided p-value, and the requests.
+
+    NaN of no requests where both were asked nothing that the metric scores.
+    """
 
     mean: float
     low: float
@@ -229,9 +233,11 @@ def paired_difference(
         found = _value(samples[:, :, 0], measured) - _value(samples[:, :, 1], measured)
         return np.round(found, 12)  # what is equal but for rounding, is equal
 
+    mean = float(difference(values[None])[0])
+    if np.isnan(mean):
+        return Difference(mean, mean, mean, mean, 0)
     draws = _draws(values, difference, resamples, seed)
     low, high = np.nanpercentile(draws, _ENDS)
-    mean = float(difference(values[None])[0])
     return Difference(mean, float(low), float(high), _two_sided(draws), len(values))
 
 
@@ -246,7 +252,7 @@ def holm(p: Sequence[float]) -> list[float]:
     """Adjust p-values for their number (Holm 1979); NaN stay, and do not count.
 
     Where nothing differs, one of m falls below a level with a probability of that level at most.
-    No p-value of R resamples is below 2 / R, so of m > 0.025 R tests none is significant.
+    How many resamples a p-value has to come from: :func:`enough_resamples`.
     """
     values = np.asarray(p, dtype=float)
     order = np.argsort(values)  # NaN come last
@@ -255,6 +261,14 @@ def holm(p: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(values)
     adjusted[order] = np.minimum(stepped, 1.0)
     return adjusted.tolist()
+
+
+def enough_resamples(tests: int) -> int:
+    """Return the fewest resamples of which one of so many p-values can be significant by Holm.
+
+    No p-value of R resamples is below 2 / R, and the least of m counts m times: R > 2 m / α.
+    """
+    return math.floor(2 * tests / SIGNIFICANT) + 1
 
 
 def cohorts(frame: pd.DataFrame, protocol: str) -> pd.DataFrame:

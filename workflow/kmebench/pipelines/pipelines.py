@@ -28,8 +28,7 @@ import pandas as pd
 import torch
 
 from kmebench.data.records import EditRequest
-from kmebench.editors.base import Editor, Result, Stopwatch, named
-from kmebench.editors.epochs import EpochEditor
+from kmebench.editors.base import AfterEpoch, Editor, Result, Stopwatch, named
 from kmebench.edits.edit import Edit
 from kmebench.errors import EditError, ModelError
 from kmebench.evaluation.frames import predicted_frame
@@ -123,9 +122,7 @@ def run_breadth_first(setup: Setup, requests: Sequence[EditRequest]) -> Outcome:
     run = _Run.restored(setup)
     if not run.outcome.times:  # the call has not returned yet
         with noted_signals() as stopped_by:
-            if isinstance(setup.editor, EpochEditor):
-                setup.editor.after_epoch = lambda epochs: run.save(stopped_by, epochs)
-            run.edit(requests)
+            run.edit(requests, lambda epochs: run.save(stopped_by, epochs))
             run.save(stopped_by, run.done or 1)
     run.conclude(requests)
     return run.outcome_with_predictions()
@@ -175,17 +172,17 @@ class _Run:
             )
         return run
 
-    def edit(self, batch: Sequence[EditRequest]) -> None:
+    def edit(self, batch: Sequence[EditRequest], after_epoch: AfterEpoch | None = None) -> None:
         """Edit and apply; a failed edit changes neither model nor editor."""
         model, editor, outcome = self.setup.model, self.setup.editor, self.outcome
         try:
-            result = self._checked(batch)
+            result = self._checked(batch, after_epoch)
         except EditError as error:
             if not self.setup.skip_failed:
                 raise
             logger.warning("skipped: %s", error)
             outcome.failed.append({"case_ids": [r.case_id for r in batch], "error": str(error)})
-            result = Result(Edit(), editor.steps, editor.stopwatch.seconds)
+            result = editor.result(Edit())
         applying = Stopwatch()
         with applying("apply"):
             model.apply(result.edit)
@@ -193,7 +190,7 @@ class _Run:
         outcome.times.append({"requests": len(batch), "steps": result.steps, "seconds": seconds})
         outcome.norms.append(result.edit.weights.norms())
 
-    def _checked(self, batch: Sequence[EditRequest]) -> Result:
+    def _checked(self, batch: Sequence[EditRequest], after_epoch: AfterEpoch | None) -> Result:
         """Call the editor; every failure of an edit names its requests."""
         model, editor = self.setup.model, self.setup.editor
         who, random = named(batch), torch.get_rng_state()
@@ -202,9 +199,9 @@ class _Run:
             torch.set_rng_state(random)
             if micro_batch != whole:  # for the rest of the run, whose record will say so
                 self.outcome.micro_batch = micro_batch
-            return editor(model, batch, micro_batch)
+            return editor(model, batch, micro_batch, after_epoch)
 
-        whole = self.outcome.micro_batch or editor.micro_batch
+        whole = self.outcome.micro_batch or editor.whole_micro_batch
         try:
             mend = "lower micro_batch, batch_size or turn, or choose a smaller dtype"
             return halved_if_needed(edit, whole, f"editing {who}", mend)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import pandas as pd
 import torch
@@ -51,6 +51,23 @@ PACKAGES = (
     "snakemake",
 )
 
+
+class CellSettings(TypedDict):
+    """How a run is made; a mapping, because run.json has it as it is, without absent keys."""
+
+    mode: str  # with the size of a turn: kmebench.modes
+    editor: str
+    hparams: Mapping[str, Any]
+    seed: int
+    batch_size: NotRequired[int]  # of pipeline batch
+    milestone_sample: NotRequired[int | None]  # of pipeline consecutive
+    on_bad_record: Literal["error", "skip"]
+    load: Mapping[str, str]  # how the model was
+    evaluation: Mapping[str, int]  # fields of kmebench.evaluation.predict.Settings
+    checkpoint_every: int
+    on_failed_edit: Literal["error", "skip"]
+
+
 #: Settings by which no saved state differs: when it is saved, what an edit does that cannot be made
 #: (there is none in it, or it is noted there), and which requests are asked, which are digested.
 _DECIDE_NOTHING = ("checkpoint_every", "on_failed_edit", "on_bad_record")
@@ -59,7 +76,7 @@ _DECIDE_NOTHING = ("checkpoint_every", "on_failed_edit", "on_bad_record")
 def run_cell(
     load: Callable[[], EditableModel],
     requests: Sequence[EditRequest],
-    settings: Mapping[str, Any],
+    settings: CellSettings,
     *,
     assets: Mapping[str, str],
     original: str,
@@ -70,17 +87,15 @@ def run_cell(
     """Edit, predict and write ``output``: predictions, timing, run, norms, delta, health.
 
     Health is measured on the text in the file ``neutral``, if there is one, and never in batches.
-    ``settings``: mode, editor, hparams, seed, batch_size, checkpoint_every, milestone_sample,
-    on_failed_edit, on_bad_record, evaluation. Requests that the model cannot be asked are left out.
-    ``inputs`` are the files and folders that the outcome depends on, by what they are: ``model``,
-    ``code`` and so on. A checkpoint made with others, or with other settings that decide the
-    outcome or other requests, is not resumed.
+    Requests that the model cannot be asked are left out. ``inputs`` are the files and folders that
+    the outcome depends on, by what they are: ``model``, ``code`` and so on. A checkpoint made with
+    others, or with other settings that decide the outcome or other requests, is not resumed.
     """
     started = time.perf_counter()
     model = load()
     load_seconds = time.perf_counter() - started
-    longest = settings["evaluation"]["wild_max_tokens"]
-    requests = askable(model, requests, longest, settings["on_bad_record"])
+    evaluation = Settings(**settings["evaluation"])
+    requests = askable(model, requests, evaluation.wild_max_tokens, settings["on_bad_record"])
     editor = build_editor(settings["editor"], settings["hparams"], assets)
     checkpoints = Checkpoints(
         Path(output["predictions"]).parent / "checkpoints",
@@ -92,7 +107,6 @@ def run_cell(
         },
         "epochs" if settings["mode"] == "breadth_first" else "edits",
     )
-    evaluation = Settings(**settings["evaluation"])
     skip_failed = settings["on_failed_edit"] == "skip"
     measure = measured_on(neutral, evaluation.batch_size) if neutral else None
     setup = Setup(model, editor, evaluation, checkpoints, skip_failed, measure)
@@ -108,9 +122,7 @@ def run_cell(
     checkpoints.clear()
 
 
-def run_pipeline(
-    setup: Setup, requests: Sequence[EditRequest], settings: Mapping[str, Any]
-) -> Outcome:
+def run_pipeline(setup: Setup, requests: Sequence[EditRequest], settings: CellSettings) -> Outcome:
     """Run the pipeline that the settings name."""
     pipeline, turn = split_mode(settings["mode"])
     if pipeline == "batch":
@@ -136,7 +148,7 @@ def in_order(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
 
 
 def timing(
-    outcome: Outcome, model: EditableModel, settings: Mapping[str, Any], load_seconds: float
+    outcome: Outcome, model: EditableModel, settings: CellSettings, load_seconds: float
 ) -> dict[str, Any]:
     """Summarise where the time went; evaluation and loading are not part of an edit."""
     n = sum(call["requests"] for call in outcome.times)
@@ -179,7 +191,7 @@ def record(
     model: EditableModel,
     editor: Editor,
     requests: Sequence[EditRequest],
-    settings: Mapping[str, Any],
+    settings: CellSettings,
 ) -> dict[str, Any]:
     """Describe how a run was made, so that it can be made again."""
     hparams = plain(editor.hparams)

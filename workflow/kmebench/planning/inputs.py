@@ -20,6 +20,7 @@ from kmebench.io.headers import read_header
 from kmebench.modes import DEFAULT
 from kmebench.planning import grid, memory
 from kmebench.planning.dependencies import code
+from kmebench.planning.wildcards import Wildcards
 from kmebench.values import TRAINING
 
 OPENFACTS = "resources/openfacts"
@@ -66,7 +67,7 @@ class Inputs:
 
     # -- data and models ------------------------------------------------------------------------
 
-    def openfacts(self, wildcards: Any) -> dict[str, Any]:
+    def openfacts(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return the fact tables, for a data set made of them."""
         if self.config["datasets"][wildcards.data]["source"]["source"] != "openfacts":
             return {}
@@ -77,23 +78,23 @@ class Inputs:
         source = self.config["datasets"][dataset]["source"]
         return origins.mirror_file(source.get("filenames", []), self.mirror)
 
-    def data_content(self, wildcards: Any) -> str | None:
+    def data_content(self, wildcards: Wildcards) -> str | None:
         """Return the content of the user's data file, unless the config pins it."""
         pinned = "sha256" in self.config["datasets"][wildcards.data]["source"]
         file = None if pinned else self.users_data_file(wildcards.data)
         return origins.parameter(file, f"{self.results}/data/raw/{wildcards.data}.origin.json")
 
-    def selection(self, wildcards: Any) -> dict[str, Any]:
+    def selection(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return what is selected from a data set."""
         spec = self.config["datasets"][wildcards.data]
         return {key: spec[key] for key in _SELECTED if key in spec}
 
-    def left_out(self, wildcards: Any) -> list[str]:
+    def left_out(self, wildcards: Wildcards) -> list[str]:
         """Return the files of the data sets whose records another one leaves out."""
         names = self.config["datasets"][wildcards.data]["leave_out"]
         return [f"<results>/data/{name}.jsonl" for name in names]
 
-    def on_bad_record(self, wildcards: Any) -> str:
+    def on_bad_record(self, wildcards: Wildcards) -> str:
         """Return what becomes of requests that cannot be used, or are too long for a model."""
         spec = self.config["datasets"][wildcards.dataset.removesuffix(grid.DEVELOPMENT)]
         return str(spec.get("on_bad_record", "error"))
@@ -109,11 +110,11 @@ class Inputs:
         """The models that come from elsewhere."""
         return [name for name in self.config["models"] if name not in self.trained_models]
 
-    def model_source(self, wildcards: Any) -> dict[str, Any]:
+    def model_source(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return where a model comes from."""
         return dict(self.config["models"][wildcards.model]["source"])
 
-    def model_content(self, wildcards: Any) -> str | None:
+    def model_content(self, wildcards: Wildcards) -> str | None:
         """Return the content of the user's folder or file, for a model that is one."""
         note = f"{self.results}/models/{wildcards.model}/{origins.NOTE}"
         return origins.parameter(self.model_source(wildcards).get("path"), note)
@@ -123,16 +124,16 @@ class Inputs:
         """Return where the sentence encoder comes from."""
         return dict(self.config["encoder"]["source"])
 
-    def encoder_content(self, wildcards: Any) -> str | None:
+    def encoder_content(self, wildcards: Wildcards) -> str | None:
         """Return the content of the user's folder, for an encoder that is one."""
         note = f"{self.results}/{Encoder().path('', '')}/{origins.NOTE}"
         return origins.parameter(self.encoder_source.get("path"), note)
 
-    def load(self, wildcards: Any) -> dict[str, str]:
+    def load(self, wildcards: Wildcards) -> dict[str, str]:
         """Return how a job's model is loaded."""
         return grid.load_of(self.config, wildcards.model)
 
-    def device(self, wildcards: Any) -> str:
+    def device(self, wildcards: Wildcards) -> str:
         """Return where a job's model lies."""
         return self.load(wildcards)["device"]
 
@@ -143,7 +144,7 @@ class Inputs:
 
     # -- cached stages --------------------------------------------------------------------------
 
-    def askable(self, wildcards: Any) -> dict[str, Any]:
+    def askable(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return which requests cached stages leave out: the same as predictions.
 
         Where none may be left out, predictions refuse what is too long, and how long answers may
@@ -153,15 +154,15 @@ class Inputs:
         wild = self.config["evaluation"]["wild_max_tokens"] if answer == "skip" else 0
         return {"wild_max_tokens": wild, "on_bad_record": answer}
 
-    def paths(self, wildcards: Any) -> dict[str, Any]:
+    def paths(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return what a path file is selected by."""
         return asdict(Paths.parse(wildcards.selection))
 
-    def targets(self, wildcards: Any) -> dict[str, Any]:
+    def targets(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return what targets are optimised by."""
         return asdict(Targets.parse(wildcards.target))
 
-    def covariance_layers(self, wildcards: Any) -> list[int]:
+    def covariance_layers(self, wildcards: Wildcards) -> list[int]:
         """Return the layers whose covariance is measured for the runs of a model.
 
         Those that the file holds stay, though runs of another config alone read them: so configs
@@ -172,12 +173,12 @@ class Inputs:
         held = read_header(file, Covariance.form)["facts"]["layers"] if file.is_file() else []
         return sorted({*layers, *held})
 
-    def text_content(self, wildcards: Any) -> str | None:
+    def text_content(self, wildcards: Wildcards) -> str | None:
         """Return the content of the user's text, if the covariance is taken over one."""
         note = f"{self.results}/covariance/{wildcards.model}.origin.json"
         return origins.parameter(self.config["covariance"]["text"].get("path"), note)
 
-    def stage(self, wildcards: Any) -> dict[str, Any]:
+    def stage(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return what a trained stage reads: model, development split, its code, the encoder."""
         need = Trained.parse(wildcards.trained)
         encoder = Encoder().path(wildcards.model, wildcards.dataset)
@@ -187,12 +188,12 @@ class Inputs:
             "code": code("train_stage", need.function.partition(":")[0]),
         } | ({"encoder": f"<results>/{encoder}"} if need.reads_encoder else {})
 
-    def trained(self, wildcards: Any) -> dict[str, Any]:
+    def trained(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return the function of a trained stage and its settings."""
         need = Trained.parse(wildcards.trained)
         return {"function": need.function, "settings": need.settings}
 
-    def training_split(self, wildcards: Any) -> dict[str, Any]:
+    def training_split(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return what a hyper-network is trained on and by: model, training split, code."""
         module = card_of(wildcards.editor).module
         return {
@@ -201,7 +202,7 @@ class Inputs:
             "code": code("hypernetwork", module),
         }
 
-    def hypernetwork(self, wildcards: Any) -> dict[str, Any]:
+    def hypernetwork(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return the editor of a hyper-network and its hyper-parameters."""
         return asdict(Hypernetwork.parse(wildcards.editor, wildcards.settings))
 
@@ -212,7 +213,7 @@ class Inputs:
         """Every run of every experiment and comparison, once."""
         return grid.all_runs(self.config)
 
-    def edit(self, wildcards: Any) -> dict[str, Any]:
+    def edit(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return what a run reads, and nothing that it does not."""
         run = _run_of(wildcards)
         module = grid.card_of_method(self.config, run.method).module
@@ -228,7 +229,7 @@ class Inputs:
             for need in grid.needs_of(self.config, run)
         }
 
-    def settings(self, wildcards: Any) -> dict[str, Any]:
+    def settings(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return everything that decides the outcome of a run, defaults resolved, and no more.
 
         How often a run saves decides nothing, and neither does what it does where an edit fails: of
@@ -250,7 +251,7 @@ class Inputs:
 
     # -- resources ------------------------------------------------------------------------------
 
-    def gpus(self, wildcards: Any) -> int:
+    def gpus(self, wildcards: Wildcards) -> int:
         """Return the GPUs that a job with a model asks for."""
         return self.gpus_of(wildcards.model)
 
@@ -259,7 +260,7 @@ class Inputs:
         device = grid.load_of(self.config, model)["device"]
         return int(uses_gpu(device, elsewhere=self.elsewhere()))
 
-    def memory(self, wildcards: Any, attempt: int) -> int:
+    def memory(self, wildcards: Wildcards, attempt: int) -> int:
         """Return the main memory in MB that a job which asks a model takes; more after a failure.
 
         So do the methods below, for jobs that do more.
@@ -270,40 +271,40 @@ class Inputs:
         """Return the memory of a job that asks a model."""
         return _megabytes(memory.asked_by_model(self.config, model), attempt)
 
-    def tracing_memory(self, wildcards: Any, attempt: int) -> int:
+    def tracing_memory(self, wildcards: Wildcards, attempt: int) -> int:
         """Return the memory of tracing requests."""
         return _megabytes(memory.asked_by_trace(self.config, wildcards.model), attempt)
 
-    def covariance_memory(self, wildcards: Any, attempt: int) -> int:
+    def covariance_memory(self, wildcards: Wildcards, attempt: int) -> int:
         """Return the memory of measuring the covariance of all layers that runs read."""
         layers = len(self.covariance_layers(wildcards))
         return _megabytes(memory.asked_by_covariance(self.config, wildcards.model, layers), attempt)
 
-    def factor_memory(self, wildcards: Any, attempt: int) -> int:
+    def factor_memory(self, wildcards: Wildcards, attempt: int) -> int:
         """Return the memory of inverting the covariance, or of finding its eigenvectors."""
         w = wildcards
         return _megabytes(memory.asked_by_factor(self.config, w.model, w.factor), attempt)
 
-    def metric_memory(self, wildcards: Any, attempt: int) -> int:
+    def metric_memory(self, wildcards: Wildcards, attempt: int) -> int:
         """Return the memory of measuring the neutral metric."""
         return _megabytes(memory.asked_by_metric(self.config, wildcards.model), attempt)
 
-    def target_memory(self, wildcards: Any, attempt: int) -> int:
+    def target_memory(self, wildcards: Wildcards, attempt: int) -> int:
         """Return the memory of optimising targets."""
         layer = Targets.parse(wildcards.target).layer
         return _megabytes(memory.asked_by_targets(self.config, wildcards.model, layer), attempt)
 
-    def training_memory(self, wildcards: Any, attempt: int) -> int:
+    def training_memory(self, wildcards: Wildcards, attempt: int) -> int:
         """Return the memory of training what an editor learns."""
         need = Trained.parse(wildcards.trained)
         return _megabytes(memory.asked_by_training(self.config, wildcards.model, need), attempt)
 
-    def hypernetwork_memory(self, wildcards: Any, attempt: int) -> int:
+    def hypernetwork_memory(self, wildcards: Wildcards, attempt: int) -> int:
         """Return the memory of training a hyper-network."""
         need = Hypernetwork.parse(wildcards.editor, wildcards.settings)
         return _megabytes(memory.asked_by_network(self.config, wildcards.model, need), attempt)
 
-    def editing_memory(self, wildcards: Any, attempt: int) -> int:
+    def editing_memory(self, wildcards: Wildcards, attempt: int) -> int:
         """Return the memory of a run."""
         return _megabytes(memory.asked_by_run(self.config, _run_of(wildcards)), attempt)
 
@@ -312,7 +313,7 @@ def _megabytes(size: float, attempt: int) -> int:
     return attempt * math.ceil(size / 1e6)
 
 
-def _run_of(wildcards: Any) -> grid.Run:
+def _run_of(wildcards: Wildcards) -> grid.Run:
     """Return the run that a rule's wildcards name."""
     w = wildcards
     return grid.Run(w.model, w.dataset, w.mode, w.method, w.variant, int(w.seed))

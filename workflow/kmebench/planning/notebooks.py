@@ -10,6 +10,7 @@ from typing import Any
 from kmebench.modes import DEFAULT
 from kmebench.planning import grid
 from kmebench.planning.dependencies import code, source_closure, with_data
+from kmebench.planning.wildcards import Wildcards
 
 #: Notebooks by environment, each with the method that tells it: without torch, and with a model.
 TABLE_NOTEBOOKS = {
@@ -36,7 +37,7 @@ class Notebooks:
     config: Mapping[str, Any]
     results: str  # the folder that ``<results>`` stands for
 
-    def inputs(self, wildcards: Any) -> dict[str, Any]:
+    def inputs(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return a notebook, the files that it reads, and the code that it imports."""
         name = wildcards.notebook
         notebook = f"notebooks/{name}.ipynb"
@@ -50,7 +51,7 @@ class Notebooks:
             "code": sorted({*code("notebook"), *own}),
         }
 
-    def parameters(self, wildcards: Any) -> dict[str, Any]:
+    def parameters(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return what a notebook is told instead of the values of its cell ``parameters``."""
         return {"results": self.results} | self._told(wildcards.notebook)[0]
 

@@ -9,6 +9,7 @@ import yaml
 from kmebench.editors.needs import Paths
 from kmebench.planning import grid
 from kmebench.planning.reported import Reported
+from kmebench.planning.wildcards import Wildcards
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,14 @@ class Page:
         folders = {self._named(run)["editor"]: run.folder() for run in self._fact_runs}
         return {"folders": folders, "editor": own["editor"], "place": place}
 
-    def paths(self, wildcards: Any) -> list[str]:
+    def paths(self, wildcards: Wildcards) -> list[str]:
         """Return the file with the paths of the editor looked at; none if it has no paths."""
         for run in self._fact_runs[:1]:
             if paths := grid.needed(self.reported.config, run, Paths):
                 return [f"<results>/{paths.path(run.model, run.dataset)}"]
         return []
 
-    def predictions(self, wildcards: Any) -> list[str]:
+    def predictions(self, wildcards: Wildcards) -> list[str]:
         """Return the predictions that the page's sentences and its fact are made of."""
         folders = {pair[side] for pair in self.pairs for side in ("a", "b")}
         folders |= {run.folder() for run in self._fact_runs}

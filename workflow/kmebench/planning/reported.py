@@ -14,9 +14,10 @@ from kmebench.modes import DEFAULT
 from kmebench.planning import claims, grid
 from kmebench.planning.appearance import Style, styles
 from kmebench.planning.captions import caption
+from kmebench.planning.wildcards import Wildcards
 
 CLAIMS = "resources/paper/findings.yaml"
-Files = Callable[[Any], list[str]]
+Files = Callable[[Wildcards], list[str]]
 
 
 @dataclass(frozen=True)
@@ -31,41 +32,41 @@ class Reported:
     def run_files(self, name: str) -> Files:
         """Return an input function: one file of every run of an experiment."""
 
-        def files(wildcards: Any) -> list[str]:
+        def files(wildcards: Wildcards) -> list[str]:
             runs = grid.runs_of(self.config, wildcards.experiment)
             return [f"<results>/{run.folder()}/{name}" for run in runs]
 
         return files
 
-    def health_files(self, wildcards: Any) -> list[str]:
+    def health_files(self, wildcards: Wildcards) -> list[str]:
         """Return the measurements of every run of an experiment, if its pipeline makes any."""
         mode = self.config["experiments"][wildcards.experiment]["mode"]
         measured = grid.measures_health(self.config, mode)
         return self.run_files("health.json")(wildcards) if measured else []
 
-    def runs(self, wildcards: Any) -> list[dict[str, Any]]:
+    def runs(self, wildcards: Wildcards) -> list[dict[str, Any]]:
         """Return every run of an experiment."""
         return [asdict(run) for run in grid.runs_of(self.config, wildcards.experiment)]
 
-    def originals(self, wildcards: Any) -> list[dict[str, str]]:
+    def originals(self, wildcards: Wildcards) -> list[dict[str, str]]:
         """Return model and data set of every unedited model that an experiment compares with."""
         runs = grid.runs_of(self.config, wildcards.experiment)
         pairs = sorted({(run.model, run.dataset) for run in runs})
         return [{"model": model, "dataset": dataset} for model, dataset in pairs]
 
-    def original_files(self, wildcards: Any) -> list[str]:
+    def original_files(self, wildcards: Wildcards) -> list[str]:
         """Return the predictions of these."""
         return [
             "<results>/original/{model}/{dataset}.parquet".format(**original)
             for original in self.originals(wildcards)
         ]
 
-    def candidates(self, wildcards: Any) -> list[dict[str, Any]]:
+    def candidates(self, wildcards: Wildcards) -> list[dict[str, Any]]:
         """Return every run of a sweep with the values it tries."""
         runs = grid.swept_runs(self.config, wildcards.experiment)
         return [asdict(run) | {"values": values} for run, values in runs]
 
-    def tuned_mode(self, wildcards: Any) -> str | None:
+    def tuned_mode(self, wildcards: Wildcards) -> str | None:
         """Return the mode that a sweep tunes alone; None where its values hold in all."""
         spec = self.config["experiments"][wildcards.experiment]
         return spec["mode"] if spec["tunes"] == "mode" else None
@@ -101,17 +102,17 @@ class Reported:
 
     # -- comparisons ----------------------------------------------------------------------------
 
-    def comparison_folders(self, wildcards: Any) -> list[str]:
+    def comparison_folders(self, wildcards: Wildcards) -> list[str]:
         """Return the run folders that a comparison reads, each once."""
         pairs = grid.pairs_of(self.config, wildcards.comparison)
         return sorted({run.folder() for _, *sides in pairs for run in sides})
 
-    def comparison_files(self, wildcards: Any) -> list[str]:
+    def comparison_files(self, wildcards: Wildcards) -> list[str]:
         """Return the predictions in these folders."""
         folders = self.comparison_folders(wildcards)
         return [f"<results>/{folder}/predictions.parquet" for folder in folders]
 
-    def comparison_pairs(self, wildcards: Any) -> list[dict[str, str]]:
+    def comparison_pairs(self, wildcards: Wildcards) -> list[dict[str, str]]:
         """Return the pairs of a comparison, with the names that its table shows."""
         spec = self.config["comparisons"][wildcards.comparison]["pairs"]
         return [
@@ -128,11 +129,11 @@ class Reported:
 
     # -- tables ---------------------------------------------------------------------------------
 
-    def table_metrics(self, wildcards: Any) -> str:
+    def table_metrics(self, wildcards: Wildcards) -> str:
         """Return the metrics that a table shows."""
         return f"<results>/metrics/{self.config['tables'][wildcards.table]['experiment']}.parquet"
 
-    def table(self, wildcards: Any) -> dict[str, Any]:
+    def table(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return what a table shows."""
         shown = self.config["tables"][wildcards.table]
         spec = self.config["experiments"][shown["experiment"]]
@@ -173,7 +174,7 @@ class Reported:
 
     # -- figures --------------------------------------------------------------------------------
 
-    def figure_files(self, wildcards: Any) -> list[str]:
+    def figure_files(self, wildcards: Wildcards) -> list[str]:
         """Return the files that a figure is drawn from, in the order of its runs."""
         spec = self.config["figures"][wildcards.figure]
         if spec["kind"] in ("paper", "sizes"):
@@ -192,7 +193,7 @@ class Reported:
         name = "timing.json" if spec["kind"] == "time" else "norms.parquet"
         return [f"<results>/{run.folder()}/{name}" for run in runs]
 
-    def figure(self, wildcards: Any) -> dict[str, Any]:
+    def figure(self, wildcards: Wildcards) -> dict[str, Any]:
         """Return what a figure shows."""
         config, spec = self.config, self.config["figures"][wildcards.figure]
         return {

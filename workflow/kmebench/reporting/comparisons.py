@@ -1,18 +1,17 @@
 """Pairs of runs on the same requests, and whether their difference is more than chance."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 
 from kmebench.evaluation.protocols import metrics_of
 from kmebench.evaluation.score import read_predictions
 from kmebench.evaluation.statistics import ENOUGH_EDITS, paired_difference, request_values
-from kmebench.reporting.tables import markdown_table
+from kmebench.reporting.tables import MISSING, markdown_table
 
 
 def compare(
-    pairs: Sequence[Mapping[str, Any]],
+    pairs: Sequence[Mapping[str, str]],
     files: Mapping[str, str],
     protocol: str,
     statistics: Mapping[str, int],
@@ -21,7 +20,8 @@ def compare(
 
     ``pairs``: name, question, model, dataset and the run folders ``a`` and ``b``; ``files``:
     prediction file of every run folder. Returns one row per pair and metric: difference
-    (a − b), low, high (95% paired bootstrap over requests), n.
+    (a − b), low, high (95% paired bootstrap over requests), n: 0, and no numbers, where the data
+    set has no prompts that the metric scores.
     """
     values = {}
     for folder, path in files.items():
@@ -40,7 +40,7 @@ def compare(
 
 def comparison_markdown(table: pd.DataFrame, title: str, protocol: str) -> str:
     """Render as one row per pair, model and data set; differences away from zero in bold."""
-    n = sorted(table["n"].unique())
+    n = sorted(table["n"][table["n"] > 0].unique()) or [0]
     edits = str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}"
     caption = (
         f"**{title}. Protocol {protocol}, {edits} edits; A − B in percentage points with 95% "
@@ -49,6 +49,8 @@ def comparison_markdown(table: pd.DataFrame, title: str, protocol: str) -> str:
     )
     if n[0] < ENOUGH_EDITS:
         caption += f"; none is bold among fewer than {ENOUGH_EDITS} edits"
+    if (table["n"] == 0).any():
+        caption += f"; {MISSING}: the data set has no such prompts"
     shown = metrics_of("request", tabled=True)
     lines = [["Question", "Model", "Data set", *(metric.label for metric in shown)]]
     keys = ["name", "question", "model", "dataset"]
@@ -59,6 +61,8 @@ def comparison_markdown(table: pd.DataFrame, title: str, protocol: str) -> str:
 
 
 def _cell(row: pd.Series) -> str:
+    if not row["n"]:
+        return MISSING
     text = f"{row['difference']:+.1f}"
     if row["n"] >= ENOUGH_EDITS and (row["low"] > 0 or row["high"] < 0):
         text = f"**{text}**"

@@ -22,7 +22,7 @@ _LEAVES = ["question_ms_before", "question_ms_after", *_BYTES, *_GATES]
 COLUMNS = [*_RUN, *_TAKES, *_LEAVES]
 
 
-def costs(files: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def costs(files: Sequence[str], runs: Sequence[Mapping[str, str]]) -> pd.DataFrame:
     """One row per run: what an edit takes, what edits leave, and what a question costs.
 
     ``runs``: labels model, dataset, mode, editor of every file. Taken are seconds per edit, whole

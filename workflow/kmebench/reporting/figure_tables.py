@@ -114,10 +114,12 @@ def trade_offs(
 
     Of the metrics of several experiments the given runs count. Returns pipeline, cell (data set,
     with the model where there are several), editor, control (whether it edits nothing), seconds
-    (per edit), n, and every tabled metric of requests by its label with ``_low`` and ``_high``.
+    (per edit), n, and every tabled metric of requests by its label with ``_low`` and ``_high``: NaN
+    where no data set has prompts for it.
     """
     metrics = pd.concat([read_parquet(path) for path in files], ignore_index=True)
-    shown = metrics["metric"].isin([m.name for m in metrics_of("request", tabled=True)])
+    tabled = [metric.name for metric in metrics_of("request", tabled=True)]
+    shown = metrics["metric"].isin(tabled)
     shown &= (metrics["when"] == "final") & (metrics["protocol"] == protocol)
     joined = pd.DataFrame(list(runs)).merge(_in_units(metrics[shown]), on=RUN, validate="1:m")
     rows = []
@@ -131,7 +133,9 @@ def trade_offs(
             row |= {label: found["mean"]}
             row |= {f"{label}_{end}": found[end] for end in ("low", "high")}
         rows.append(row)
-    return with_cells(pd.DataFrame(rows))
+    table = pd.DataFrame(rows)
+    ends = [f"{METRICS[m].label}{end}" for m in tabled for end in ("", "_low", "_high")]
+    return with_cells(table.reindex(columns=list(dict.fromkeys([*table.columns, *ends]))))
 
 
 def with_cells(table: pd.DataFrame) -> pd.DataFrame:

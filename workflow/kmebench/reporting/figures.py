@@ -52,26 +52,26 @@ def draw_layers(shares: np.ndarray, title: str) -> Figure:
 
 
 def time_per_edit(table: pd.DataFrame, styles: Styles) -> Figure:
-    """Seconds per edit of every editor (the paper's Figure 3): mean with 95% bootstrap interval.
+    """Seconds per edit of every method (the paper's Figure 3): mean with 95% bootstrap interval.
 
     Columns: model, dataset, editor, seconds; one row per call of the editor. Several models have
     markers of their own.
     """
     datasets, models = (list(dict.fromkeys(table[name])) for name in ("dataset", "model"))
-    editors = list(table.groupby("editor")["seconds"].mean().sort_values().index)
-    size = (len(datasets) * WIDTH, 1.0 + 0.24 * len(editors))
+    methods = list(table.groupby("editor")["seconds"].mean().sort_values().index)
+    size = (len(datasets) * WIDTH, 1.0 + 0.24 * len(methods))
     figure, grid = plt.subplots(1, len(datasets), figsize=size, sharex=True, sharey=True)
     for axes, dataset in zip(np.atleast_1d(grid), datasets, strict=True):
         calls = table[table["dataset"] == dataset].groupby(["editor", "model"], sort=False)
-        for (editor, model), seconds in calls["seconds"]:
+        for (method, model), seconds in calls["seconds"]:
             k = models.index(model)
             mean, low, high = bootstrap(seconds.to_numpy(), resamples=1000, seed=0)
-            y = editors.index(editor) + 0.3 * ((k + 0.5) / len(models) - 0.5)
+            y = methods.index(method) + 0.3 * ((k + 0.5) / len(models) - 0.5)
             bar = [[mean - low], [high - mean]]
-            style = {"fmt": MARKERS[k], "color": styles[editor].colour, "elinewidth": 1.0}
+            style = {"fmt": MARKERS[k], "color": styles[method].colour, "elinewidth": 1.0}
             axes.errorbar(mean, y, xerr=bar, **style)
-        axes.set(xscale="log", xlabel="Seconds per edit", ylim=(len(editors), -1))
-        axes.set_yticks(range(len(editors)), editors)
+        axes.set(xscale="log", xlabel="Seconds per edit", ylim=(len(methods), -1))
+        axes.set_yticks(range(len(methods)), methods)
         axes.set_title(f"{dataset} · {edits(table[table['dataset'] == dataset])}")
         seconds_axis(axes)
     if len(models) > 1:
@@ -106,21 +106,21 @@ def node_importance(table: pd.DataFrame) -> Figure:
 def sweep(table: pd.DataFrame, parameter: str) -> Figure:
     """Metrics against one hyper-parameter (Figures 5 and 6, negative paths, scores, seeds).
 
-    Columns: model, dataset, value, metric, mean, low, high (percent).
+    Columns: model, dataset, value (of ``parameter``), metric, mean, low, high (percent).
     """
     figure, drawn = panels(table, "model", "dataset", sharey=True)
-    values = list(dict.fromkeys(table["value"]))
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    values = sorted(values) if numbers else values
-    labels = [metric.label for metric in metrics_of("request", tabled=True)]
+    swept = list(dict.fromkeys(table["value"]))
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in swept)
+    swept = sorted(swept) if numbers else swept
+    metrics = [metric.label for metric in metrics_of("request", tabled=True)]
     for axes, part in drawn:
-        for index, metric in enumerate(labels):
-            points = part[part["metric"] == metric].set_index("value").reindex(values)
-            x = np.arange(len(values)) + 0.06 * (index - 1.5)
+        for index, label in enumerate(metrics):
+            points = part[part["metric"] == label].set_index("value").reindex(swept)
+            x = np.arange(len(swept)) + 0.06 * (index - 1.5)
             style = Style(COLOURS[index], MARKERS[index])
-            _line(axes, x, points, style, metric, linestyle="-" if numbers else "none")
+            _line(axes, x, points, style, label, linestyle="-" if numbers else "none")
         axes.set(xlabel=parameter, ylabel="Percent", ylim=(-4, 104))
-        axes.set_xticks(range(len(values)), [str(v) for v in values])
+        axes.set_xticks(range(len(swept)), [str(v) for v in swept])
     legend_below(figure, drawn[0][0], 4)
     return figure
 
@@ -167,12 +167,12 @@ def along_edits(table: pd.DataFrame, styles: Styles) -> Figure:
         figure, every = panels(table, "metric", "cell", sharey="row")
     drawn = [(axes, part[part["source"] == "here"]) for axes, part in every]
     for axes, part in every:
-        for (editor, source), points in part.groupby(["editor", "source"], sort=False):
+        for (method, source), points in part.groupby(["editor", "source"], sort=False):
             points = points.sort_values("edits_done")
             if source == "here":
-                _line(axes, points["edits_done"], points, styles[editor], editor)
+                _line(axes, points["edits_done"], points, styles[method], method)
             else:
-                _hollow(axes, points, styles[editor])
+                _hollow(axes, points, styles[method])
         axes.set(xscale="log", xlabel="Edits made and asked")
         left, right = axes.get_xlim()
         axes.axvspan(left, min(ENOUGH_EDITS, right), color="0.96", linewidth=0, zorder=0)
@@ -195,7 +195,7 @@ def _hollow(axes: Axes, points: pd.DataFrame, style: Style) -> None:
 
 
 def _name_ends(figure: Figure, drawn: Panels, styles: Styles) -> None:
-    """Write the name of every editor at the end of its line, without overlaps."""
+    """Write the name of every method at the end of its line, without overlaps."""
     line = {"arrowstyle": "-", "color": "0.7", "lw": 0.4, "shrinkA": 0, "shrinkB": 3}
     text = {"textcoords": "offset points", "fontsize": 7, "va": "center", "arrowprops": line}
     notes = []
@@ -203,7 +203,10 @@ def _name_ends(figure: Figure, drawn: Panels, styles: Styles) -> None:
         ends = part.sort_values("edits_done", kind="stable").groupby("editor", sort=False).last()
         places = zip(ends.index, ends["edits_done"], ends["mean"], strict=True)
         notes.append(
-            [axes.annotate(e, at, (12, 0), color=styles[e].colour, **text) for e, *at in places]
+            [
+                axes.annotate(method, at, (12, 0), color=styles[method].colour, **text)
+                for method, *at in places
+            ]
         )
     figure.draw_without_rendering()  # the layout makes room for names, and decides where lines end
     figure.set_layout_engine("none")
@@ -234,10 +237,10 @@ def paper_scatter(table: pd.DataFrame) -> Figure:
     figure, drawn = panels(table, "table", "dataset", sharey=True)
     for axes, part in drawn:
         axes.axline((0, 0), slope=1, color="0.6", linewidth=0.8, zorder=1)
-        for index, (metric, points) in enumerate(part.groupby("metric", sort=False)):
+        for index, (label, points) in enumerate(part.groupby("metric", sort=False)):
             bars = (points["mean"] - points["low"], points["high"] - points["mean"])
             style = {"fmt": MARKERS[index], "color": COLOURS[index], "lw": 0.7}
-            axes.errorbar(points["paper"], points["mean"], bars, label=metric, **style)
+            axes.errorbar(points["paper"], points["mean"], bars, label=label, **style)
         for row in part[part["metric"] == "Score"].to_dict("records"):
             place = (row["paper"], row["mean"])
             axes.annotate(row["editor"], place, (3, 3), textcoords="offset points", fontsize=7)
@@ -254,11 +257,11 @@ def weight_norms(table: pd.DataFrame) -> Figure:
     figure, drawn = panels(table, "model", "dataset", sharex=False, wide=1.5)
     positive = table["norm"][table["norm"] > 0]
     scale = LogNorm(positive.min(), positive.max())
-    editors = list(dict.fromkeys(table["editor"]))
+    methods = list(dict.fromkeys(table["editor"]))
     for axes, part in drawn:
         median = part.groupby(["editor", "layer"])["norm"].median().unstack("layer")
         layers = range(int(part["layer"].max()) + 1)
-        grid = median.reindex(index=editors, columns=layers)
+        grid = median.reindex(index=methods, columns=layers)
         sns.heatmap(
             grid[grid > 0],
             norm=scale,
@@ -274,13 +277,13 @@ def weight_norms(table: pd.DataFrame) -> Figure:
 
 
 def paired_matrix(table: pd.DataFrame) -> Figure:
-    """Every editor (row) minus every later one (column) on the same requests.
+    """Every method (row) minus every later one (column) on the same requests.
 
     Columns: model, dataset, a, b, difference, low, high (percentage points); one row per pair,
     a before b. Cells whose 95% interval contains zero have no colour.
     """
-    editors = list(dict.fromkeys([*table["a"], *table["b"]]))
-    rows, columns = editors[:-1], editors[1:]
+    methods = list(dict.fromkeys([*table["a"], *table["b"]]))
+    rows, columns = methods[:-1], methods[1:]
     down, across = (list(dict.fromkeys(table[name])) for name in ("model", "dataset"))
     size = (len(across) * (1.2 + 0.8 * len(columns)), len(down) * (0.8 + 0.4 * len(rows)))
     figure, grid = plt.subplots(len(down), len(across), figsize=size, squeeze=False)

@@ -23,6 +23,8 @@ from kmebench.reporting.tables import markdown_table
 
 HOLDS, FAILS, OPEN, SMALL = "holds", "does not hold", "undecided", "not testable at this scale"
 NOT_RUN, FEW_RIVALS = "not run", "not testable without all rivals"
+#: Of a claim about prompts that the data set here does not have.
+NOT_ASKED = "not asked"
 #: Of claims about time: runs share their machine, and a search chose the steps of each editor.
 UNTESTED = "not tested"
 #: Consecutive edits from which on a claim is judged at every milestone, and not at the end alone.
@@ -89,8 +91,11 @@ class Runs:
         return self._points(self.values(a), self.values(b), metric)
 
     def mean(self, folder: str, metric: str) -> Interval:
-        """Mean in percent, its 95% interval, and n."""
-        found = summarise(self.values(folder), **self._statistics).set_index("metric").loc[metric]
+        """Mean in percent, its 95% interval, and n; NaN of none without prompts for the metric."""
+        summary = summarise(self.values(folder), **self._statistics).set_index("metric")
+        if metric not in summary.index:
+            return np.nan, np.nan, np.nan, 0
+        found = summary.loc[metric]
         return 100 * found["value"], 100 * found["low"], 100 * found["high"], int(found["n"])
 
     def forgotten(self, folder: str) -> Interval:
@@ -142,10 +147,13 @@ def judge(
     """Decide one claim for one model and data set.
 
     ``sides``: file or run folder by role; ``names``: what readers see of them; ``absent``: rivals
-    that did not run. Fewer than :data:`ENOUGH_EDITS` edits decide nothing: their verdict says so.
-    Where the paper made more edits than were made here, a verdict names the edits made here.
+    that did not run. A claim about prompts that the data set does not have is not judged. Fewer
+    than :data:`ENOUGH_EDITS` edits decide nothing: their verdict says so. Where the paper made more
+    edits than were made here, a verdict names the edits made here.
     """
     verdict = _judged(claim, sides, names, runs)
+    if not verdict.n:
+        return Verdict(f"no prompts for {claim.test['metric']}", 0, NOT_ASKED)
     if "editors" in claim.test:
         verdict = _among(verdict, [names[r] for r in sides if r != claim.test["method"]], absent)
     if verdict.n < ENOUGH_EDITS:

@@ -60,7 +60,8 @@ def _points(row: pd.Series) -> str:
 
 def _best(cells: pd.DataFrame, models: int) -> list[str]:
     lines = []
-    for _, cell in cells.groupby(["model", "dataset", "mode"], sort=False):
+    scored = cells.dropna(subset="score")  # a data set without paraphrases has no Score
+    for _, cell in scored.groupby(["model", "dataset", "mode"], sort=False):
         if len(cell) < 2:
             continue
         best = cell.loc[cell["score"].idxmax()]

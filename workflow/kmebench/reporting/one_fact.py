@@ -54,22 +54,22 @@ class Fact:
 
 
 def look_at(
-    frames: Mapping[str, pd.DataFrame], editor: str, paths: str | Path | None
+    frames: Mapping[str, pd.DataFrame], method: str, paths: str | Path | None
 ) -> Fact | None:
-    """Take the first record that ``editor`` edited with success; None if there is none.
+    """Take the first record that ``method`` edited with success; None if there is none.
 
-    ``frames``: predictions of runs on the same records, by what readers see of the editor. Answers
+    ``frames``: predictions of runs on the same records, by what readers see of the method. Answers
     are texts (protocol wild): where they were not asked for, there is no fact.
     """
     final = {name: frame[frame["when"] == "final"] for name, frame in frames.items()}
-    own = final[editor]
+    own = final[method]
     asked = own[(own["kind"] == "edit") & own["wild_after"].notna()]
     right = [row for row in asked.to_dict("records") if _JUDGE.says_target(row)]
     if not right:
         return None
     fact = right[0]
     rows = {name: _rows(frame, fact["case_id"]) for name, frame in final.items()}
-    mine = rows[editor]
+    mine = rows[method]
     return Fact(
         case_id=fact["case_id"],
         target=fact["target"],

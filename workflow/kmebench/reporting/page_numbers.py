@@ -54,8 +54,8 @@ def main_cells(
     ``metrics`` has the columns of :func:`kmebench.evaluation.score.score_experiment`. Only runs of
     the configured hyper-parameters and ``seed`` count. Columns: model, dataset, mode, editor
     (labels), method, control, n; of every tabled request metric its value, ``_low``, ``_high``; and
-    ``tied``: whether its Score is behind the best one's and cannot be told from it. Empty without
-    any run.
+    ``tied``: whether its Score is behind the best one's and cannot be told from it. NaN where a
+    data set has no prompts for a metric. Empty without any run.
     """
     kept = metrics["protocol"].eq("token") & metrics["when"].eq("final")
     kept &= metrics["variant"].eq(DEFAULT) & metrics["seed"].eq(seed)
@@ -65,12 +65,11 @@ def main_cells(
         row = dict(zip(_CELL, names, strict=True))
         found = cell.set_index("metric")
         for metric in table_columns("request"):
-            if metric.name in found.index:
-                numbers = found.loc[metric.name, ["value", "low", "high"]] * metric.scale
-                ends = (f"{metric.name}{end}" for end in ("", "_low", "_high"))
-                row |= dict(zip(ends, numbers, strict=True))
-        score = found.loc["score"]
-        row |= {"n": int(score["n"]), "tied": tied(score)}
+            numbers = found.reindex([metric.name])[["value", "low", "high"]] * metric.scale
+            ends = (f"{metric.name}{end}" for end in ("", "_low", "_high"))
+            row |= dict(zip(ends, numbers.iloc[0], strict=True))
+        scored = "score" in found.index
+        row |= {"n": int(found["n"].max()), "tied": scored and tied(found.loc["score"])}
         rows.append(row | {"control": row["method"] in controls})
     return _in_words(pd.DataFrame(rows), labels) if rows else pd.DataFrame()
 
@@ -122,11 +121,11 @@ def _settings(row: Mapping[str, Any], seed: int) -> str:
 
 
 def _named(row: Mapping[str, Any], labels: Labels) -> dict[str, str]:
-    editors = {"original": "Original model", **labels["methods"]}
+    methods = {"original": "Original model", **labels["methods"]}
     return {
         "model": labels["models"][row["model"]],
         "dataset": labels["datasets"][row["dataset"]],
-        "editor": editors[row["method"]],
+        "editor": methods[row["method"]],
     }
 
 

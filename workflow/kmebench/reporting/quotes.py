@@ -97,7 +97,7 @@ def _path(place: str, run: str) -> str:
 
 
 def scores(folder: Path) -> str:
-    """Score of every editor, by data set and pipeline."""
+    """Score of every method, by data set and pipeline."""
     tables = [pd.read_csv(folder / f"tables/table{number}.csv") for number in (1, 2)]
     scored = pd.concat(tables).query("variant == @DEFAULT and editor != 'original'")
     config = yaml.safe_load(Path("config.yaml").read_text(encoding="utf-8"))
@@ -106,12 +106,12 @@ def scores(folder: Path) -> str:
     for place, cells in scored.groupby(["dataset", "mode"]):
         cells = cells.set_index("editor")
         best = cells["score"].drop(controls, errors="ignore").max()
-        shown[place] = {editor: _score(cell, best) for editor, cell in cells.iterrows()}
+        shown[place] = {method: _score(cell, best) for method, cell in cells.iterrows()}
     places = [(d, m) for d in scored["dataset"].unique() for m in scored["mode"].unique()]
     heads = [f"{_NAMES[dataset]}, {mode}" for dataset, mode in places]
     rows = [
-        [config["methods"][editor]["label"], *(shown[place][editor] for place in places)]
-        for editor in scored["editor"].unique()
+        [config["methods"][method]["label"], *(shown[place][method] for place in places)]
+        for method in scored["editor"].unique()
     ]
     return markdown_table([["Editor", *heads], *rows])
 

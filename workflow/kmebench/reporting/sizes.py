@@ -41,7 +41,7 @@ def sizes_table(
         tables: pairs of a table of ours and the paper's, or None.
         labels: section -> name -> what readers see.
         parameters: of every model of ours.
-        method: the editor that is set against the others.
+        method: the one that is set against the others.
         paper_names: section (datasets, methods) -> name -> the paper's word for it.
         controls: methods that edit nothing.
 
@@ -75,7 +75,7 @@ def sizes_table(
 def _pairs(
     table: pd.DataFrame, method: str | None, series: str
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the rows of an editor and of the best of the others, by model and data set."""
+    """Yield the rows of a method and of the best of the others, by model and data set."""
     scored = table.dropna(subset="score")
     for _, cell in scored.groupby(["model", "dataset"], sort=False):
         own, others = cell[cell["editor"] == method], cell[cell["editor"] != method]
@@ -112,17 +112,17 @@ def _metrics(row: Mapping[str, Any], about: Mapping[str, Any]) -> list[dict[str,
 
 
 def against_size(table: pd.DataFrame, styles: Mapping[str, Style]) -> Figure:
-    """Metrics against model size: an editor and the best of the others, the paper's hollow.
+    """Metrics against model size: a method and the best of the others, the paper's hollow.
 
-    Sizes stand in order, at equal distances. The name above a grey mark says which editor is the
+    Sizes stand in order, at equal distances. The name above a grey mark says which method is the
     best of the others.
     """
     sizes = sorted(table["billions"].unique())
     table = table.assign(place=table["billions"].map(sizes.index))
     names = {}
     for (source, series), points in table.groupby(["source", "series"]):
-        editors = points["editor"].unique()  # the best of the others may be one everywhere
-        names[source, series] = editors[0] if len(editors) == 1 else series
+        methods = points["editor"].unique()  # the best of the others may be one everywhere
+        names[source, series] = methods[0] if len(methods) == 1 else series
     figure, drawn = panels(table, "metric", "cell", sharex=True, sharey=True, high=0.9)
     for axes, part in drawn:
         for (source, series), points in part.groupby(["source", "series"], sort=False):

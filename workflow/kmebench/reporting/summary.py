@@ -85,7 +85,7 @@ def _fact(results: Path, told: Mapping[str, Any], paths: Sequence[str]) -> Fact 
     if not told:
         return None
     frames = {
-        editor: read_predictions(results / folder / "predictions.parquet")
-        for editor, folder in told["folders"].items()
+        method: read_predictions(results / folder / "predictions.parquet")
+        for method, folder in told["folders"].items()
     }
     return look_at(frames, told["editor"], paths[0] if paths else None)

@@ -40,21 +40,21 @@ class Layout:
         return split_mode(self.mode)[0] == "consecutive"
 
     @property
-    def editors(self) -> Labels:
+    def compared(self) -> Labels:
         """The unedited model, then the methods."""
         first = {"original": {"label": "Original model", "paper_name": ORIGINAL}}
         return first | dict(self.methods)
 
 
 def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout) -> pd.DataFrame:
-    """Lay metrics out, one row per model, editor, variant, seed and data set, in percent.
+    """Lay metrics out, one row per model, method, variant, seed and data set, in percent.
 
-    Columns: for every tabled metric of requests its value, ``_low``, ``_high``, ``_paper`` and
-    ``_difference`` (ours − paper), and ``_tied``: not the best, but of enough edits not
-    distinguishable from the best (paired bootstrap, Holm over the editors of the column);
-    ``write_efficacy`` (consecutive: right after each edit); n, seconds_per_edit, failed_edits,
-    protocol, mode, variant, seed; every tabled metric of the final model's state that any run
-    has, in its own unit; and, of consecutive runs of more than :data:`NEWEST` edits,
+    Columns: model, editor (the method), variant, seed, dataset; for every tabled metric of requests
+    its value, ``_low``, ``_high``, ``_paper`` and ``_difference`` (ours − paper), and ``_tied``:
+    not the best, but of enough edits not distinguishable from the best (paired bootstrap, Holm over
+    the methods of the column); ``write_efficacy`` (consecutive: right after each edit); n,
+    seconds_per_edit, failed_edits, protocol, mode; every tabled metric of the final model's state
+    that any run has, in its own unit; and, of consecutive runs of more than :data:`NEWEST` edits,
     ``half_after``: the edits, from :data:`ENOUGH_EDITS` on, after which Score was first below half
     of its best (NaN: never).
     Missing runs are rows of NaN. The paper's numbers stand beside the variant ``default`` only.
@@ -67,14 +67,14 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
         )
     rows = []
     for model in layout.models:
-        for editor in layout.editors:
-            of_editor = chosen[(chosen["model"] == model) & (chosen["method"] == editor)]
-            for (variant, seed), of_run in _runs(of_editor):
+        for method in layout.compared:
+            of_method = chosen[(chosen["model"] == model) & (chosen["method"] == method)]
+            for (variant, seed), of_run in _runs(of_method):
                 for dataset in layout.datasets:
                     cell = of_run[of_run["dataset"] == dataset]
                     known = paper if variant == DEFAULT else None
-                    published = _published(known, layout, model, editor, dataset)
-                    name = {"model": model, "editor": editor, "variant": variant, "seed": seed}
+                    published = _published(known, layout, model, method, dataset)
+                    name = {"model": model, "editor": method, "variant": variant, "seed": seed}
                     rows.append(name | {"dataset": dataset} | _cells(cell, published))
     table = pd.DataFrame(rows).assign(protocol=layout.protocol, mode=layout.mode)
     states = [metric.name for metric in table_columns("state")]
@@ -84,15 +84,15 @@ def wide_table(metrics: pd.DataFrame, paper: pd.DataFrame | None, layout: Layout
     return table.drop(columns=[*empty, *short])
 
 
-def _runs(of_editor: pd.DataFrame) -> list[tuple[tuple[str, int | None], pd.DataFrame]]:
+def _runs(of_method: pd.DataFrame) -> list[tuple[tuple[str, int | None], pd.DataFrame]]:
     """Split by (variant, seed) in the order of the grid; one empty default without any run."""
-    if of_editor.empty:
-        return [((DEFAULT, None), of_editor)]
-    return list(of_editor.groupby(["variant", "seed"], sort=False))
+    if of_method.empty:
+        return [((DEFAULT, None), of_method)]
+    return list(of_method.groupby(["variant", "seed"], sort=False))
 
 
 def _cells(cell: pd.DataFrame, published: Mapping[str, float]) -> dict[str, Any]:
-    """The numbers of one model, editor, seed and data set."""
+    """The numbers of one model, method, seed and data set."""
     final = cell[cell["when"] == "final"].set_index("metric")
     written = cell[cell["when"] == "write"].set_index("metric")
     row: dict[str, Any] = {}
@@ -130,12 +130,12 @@ def _half_after(cell: pd.DataFrame) -> float:
 
 
 def _published(
-    paper: pd.DataFrame | None, layout: Layout, model: str, editor: str, dataset: str
+    paper: pd.DataFrame | None, layout: Layout, model: str, method: str, dataset: str
 ) -> dict[str, float]:
     """The paper's numbers for this cell; empty where it has none."""
     names = [
         layout.models[model]["paper_name"],
-        layout.editors[editor]["paper_name"],
+        layout.compared[method]["paper_name"],
         layout.datasets[dataset]["paper_name"],
     ]
     if paper is None or None in names:
@@ -179,7 +179,7 @@ def _failures(table: pd.DataFrame, layout: Layout) -> str:
     """Say which edits could not be made; their prompts were asked all the same."""
     rows = table[table["failed_edits"] > 0]
     counts = [
-        f"{layout.models[row['model']]['label']}, {layout.editors[row['editor']]['label']}, "
+        f"{layout.models[row['model']]['label']}, {layout.compared[row['editor']]['label']}, "
         f"{layout.datasets[row['dataset']]['label']}: {int(row['failed_edits'])}"
         for _, row in rows.iterrows()
     ]
@@ -213,9 +213,9 @@ def _best(table: pd.DataFrame, metric: Metric, layout: Layout) -> pd.Series:
     return (table[metric.name] == best) & (groups.transform("count").reindex(table.index) > 1)
 
 
-def _editor_label(row: pd.Series, table: pd.DataFrame, layout: Layout) -> str:
-    """Name an editor, with its variant and its seed where the table shows several."""
-    label = str(layout.editors[row["editor"]]["label"])
+def _method_label(row: pd.Series, table: pd.DataFrame, layout: Layout) -> str:
+    """Name a method, with its variant and its seed where the table shows several."""
+    label = str(layout.compared[row["editor"]]["label"])
     same = table[table["editor"] == row["editor"]]
     if same["variant"].nunique() > 1:
         label += f", {row['variant']}"
@@ -242,7 +242,7 @@ def to_markdown(table: pd.DataFrame, layout: Layout) -> str:
             cells += [_number(row[metric.name], metric.digits) for metric in _states(table)]
             cells.append(_number(row["seconds_per_edit"], 2))
             model = str(layout.models[row["model"]]["label"])
-            lines.append([model, _editor_label(row, table, layout), *cells])
+            lines.append([model, _method_label(row, table, layout), *cells])
         blocks.append(f"{names['label']}\n\n{markdown_table(lines)}")
     return "\n\n".join(blocks) + "\n"
 
@@ -311,7 +311,7 @@ def escape_latex(text: str) -> str:
 
 
 def to_latex(table: pd.DataFrame, layout: Layout) -> str:
-    """Render in the paper's layout (booktabs): editors down, data sets and metrics across."""
+    """Render in the paper's layout (booktabs): methods down, data sets and metrics across."""
     marks = {metric: _best(table, metric, layout) for metric in table_columns("request")}
     states = _states(table)
     n_metrics, n_sets = len(marks) + len(states), len(layout.datasets)
@@ -332,15 +332,15 @@ def to_latex(table: pd.DataFrame, layout: Layout) -> str:
     for model, of_model in table.groupby("model", sort=False):
         lines.append(r"\midrule")
         label = escape_latex(str(layout.models[model]["label"]))
-        for _, of_editor in of_model.groupby(
+        for _, of_method in of_model.groupby(
             ["editor", "variant", "seed"], sort=False, dropna=False
         ):
             cells = []
-            for index, row in of_editor.iterrows():
+            for index, row in of_method.iterrows():
                 cells += [_latex_cell(row, m.name, bool(best[index])) for m, best in marks.items()]
                 cells += [_latex_number(row[m.name], m.digits) for m in states]
-            editor = escape_latex(_editor_label(of_editor.iloc[0], table, layout))
-            lines.append(rf"{label} & {editor} & {' & '.join(cells)} \\")
+            name = escape_latex(_method_label(of_method.iloc[0], table, layout))
+            lines.append(rf"{label} & {name} & {' & '.join(cells)} \\")
             label = ""
     lines += [r"\bottomrule", r"\end{tabular}", r"\end{table*}"]
     return "\n".join(lines) + "\n"

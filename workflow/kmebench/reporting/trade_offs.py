@@ -1,7 +1,8 @@
 """Figures with one mark per editor: what is gained against what is lost. Imports no torch.
 
 Tables are those of :func:`kmebench.reporting.figure_tables.trade_offs`. Numbers are percent with
-the ends of their 95% intervals, ``_low`` and ``_high``. ``styles`` are by editor.
+the ends of their 95% intervals, ``_low`` and ``_high``. Rows without a place in the figure are left
+out; if all are, the figure says so. ``styles`` are by editor.
 """
 
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ def overview(table: pd.DataFrame, styles: Styles) -> Figure:
     One row of panels per data set, pipeline beside pipeline. Dashed: the Efficacy of the
     unedited model.
     """
+    table = table.dropna(subset=["Efficacy", "Locality"])
     table = table.assign(diameter=_diameter(table["Generality"].fillna(0)))
     round_ones = {editor: style._replace(marker="o") for editor, style in styles.items()}
     figure, drawn = panels(table, "cell", "pipeline", sharey=True, high=1.1)
@@ -57,7 +59,8 @@ def overview(table: pd.DataFrame, styles: Styles) -> Figure:
 
 def cost_quality(table: pd.DataFrame, styles: Styles) -> Figure:
     """Seconds per edit against Score. Dashed: the Score of the unedited model."""
-    figure, drawn = panels(table.assign(diameter=6.0), "cell", "pipeline", sharey=True)
+    table = table.dropna(subset="Score").assign(diameter=6.0)
+    figure, drawn = panels(table, "cell", "pipeline", sharey=True)
     for axes, part in drawn:
         for row in part[part["control"]].to_dict("records"):
             axes.axhline(row["Score"], **_FLOOR)

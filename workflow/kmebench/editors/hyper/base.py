@@ -56,18 +56,22 @@ class HyperEditor(Editor):
             shapes, path = [site.shape for site in sites], self.assets["hypernetwork"]
             self._trained = self.network.load(path, shapes, self.hparams).to(model.device)
         with self.stopwatch("trace"):
-            seen = self.traced(model, sites, requests)
+            seen = self.traced(model, sites, requests, self.micro_batch)
         self.steps += 1
         with self.stopwatch("solve"):
             return total(sites, factors_of(self._trained, seen))
 
     def traced(
-        self, model: EditableModel, sites: Sequence[Site], requests: Sequence[EditRequest]
+        self,
+        model: EditableModel,
+        sites: Sequence[Site],
+        requests: Sequence[EditRequest],
+        micro_batch: int,
     ) -> list[list[Rows]]:
         """Return the rows of every request, site by site, on the model as it is."""
         encoded = model.encode([(r.filled_prompt, r.target_new) for r in requests])
         found: list[list[Rows]] = [[] for _ in requests]
-        for chunk in length_sorted_chunks([len(e.ids) for e in encoded], self.micro_batch):
+        for chunk in length_sorted_chunks([len(e.ids) for e in encoded], micro_batch):
             asked, texts = [requests[i] for i in chunk], [encoded[i] for i in chunk]
             for index, rows in zip(chunk, self._pass(model, sites, asked, texts), strict=True):
                 found[index] = rows

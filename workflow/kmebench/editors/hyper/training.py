@@ -82,8 +82,10 @@ class Training:
         usable: Sequence[EditRequest],
         partial: Path,
         identity: Mapping[str, Any],
+        micro_batch: int,
     ) -> None:
         self.editor, self.model, self.usable, self.partial = editor, model, usable, partial
+        self.micro_batch = micro_batch
         self.hparams, self.sites = editor.hparams, editor.sites(model)
         self.identity = json.dumps(identity, sort_keys=True)
         network = editor.network([site.shape for site in self.sites], self.hparams)
@@ -121,7 +123,8 @@ class Training:
         """Learn from some edits once; return their losses before that."""
         h = self.hparams
         drawn = examples(self.usable, h.edits * h.groups, h.seed, step)
-        seen = self.editor.traced(self.model, self.sites, [each.request for each in drawn])
+        requests = [each.request for each in drawn]
+        seen = self.editor.traced(self.model, self.sites, requests, self.micro_batch)
         self.network.learn_moments([Rows.joint(parts) for parts in zip(*seen, strict=True)])
         states = self._states([each.locality for each in drawn])
         self.adam.zero_grad()
@@ -162,8 +165,8 @@ class Training:
     ) -> tuple[Tensor, list[Rows]]:
         """Ask the edited model; return the losses, [2, n], and rows whose Gᵀ H is ∂L/∂W."""
         parts = []
-        for start in range(0, len(drawn), self.editor.micro_batch):
-            own = slice(start, start + self.editor.micro_batch)
+        for start in range(0, len(drawn), self.micro_batch):
+            own = slice(start, start + self.micro_batch)
             parts.append(self._asked(drawn[own], states[own], len(drawn)))
         losses, rows = zip(*parts, strict=True)
         return torch.cat(losses, dim=1), [Rows.joint(each) for each in zip(*rows, strict=True)]
@@ -191,7 +194,7 @@ class Training:
         """Return the final states of the unedited model where texts are to stay, [A, D] each."""
         encoded = [self.editor.kept(each) for each in self.model.encode(texts)]
         found: list[Tensor] = [torch.empty(0)] * len(texts)
-        for chunk in length_sorted_chunks([len(e.ids) for e in encoded], self.editor.micro_batch):
+        for chunk in length_sorted_chunks([len(e.ids) for e in encoded], self.micro_batch):
             batch = self.model.collate([encoded[i] for i in chunk])
             states = self.model.final_states(batch).split(batch.counts.tolist())
             for index, own in zip(chunk, states, strict=True):
@@ -276,14 +279,13 @@ def train(
     }
 
     def trained(micro_batch: int) -> Training:
-        editor.micro_batch = micro_batch
-        training = Training(editor, model, usable, partial, identity)
+        training = Training(editor, model, usable, partial, identity, micro_batch)
         for _ in track(training.run(stopped_by), "steps of training", h.steps):
             pass
         return training
 
     mend = "lower edits, or choose a smaller dtype"
-    training = halved_if_needed(trained, editor.micro_batch, f"training {editor.name}", mend)
+    training = halved_if_needed(trained, h.micro_batch, f"training {editor.name}", mend)
     training.network.save(path, h, len(usable))
     losses = [each._asdict() for each in training.losses]
     seconds = time.perf_counter() - started

@@ -7,10 +7,9 @@ and loss.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +34,11 @@ def cache_targets(
     parts: Parts,
     model: EditableModel,
     requests: Sequence[EditRequest],
-    settings: Mapping[str, Any],
+    settings: TargetSettings,
 ) -> None:
     """Optimise the targets of all requests and write them, going on behind ``parts``.
 
-    ``settings``: fields of :class:`TargetSettings`. Why a request has no target is noted: the stage
-    does not know whether runs are to skip it.
+    Why a request has no target is noted: the stage does not know whether runs are to skip it.
 
     Raises:
         NoMemoryError: half of ``micro_batch`` requests at once do not fit.
@@ -48,7 +46,7 @@ def cache_targets(
     start = time.perf_counter()
     contexts = sample_contexts(model, MEMIT_LENGTHS, seed=0)
     sampling = time.perf_counter() - start
-    whole = TargetSettings(**settings, keep_failed=True)
+    whole = replace(settings, keep_failed=True)
 
     def write(path: Path, items: slice) -> None:
         start = time.perf_counter()

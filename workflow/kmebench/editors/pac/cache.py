@@ -12,11 +12,10 @@ import json
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 from kmebench.data.records import EditRequest
 from kmebench.editors import needs
 from kmebench.editors.pac.impact import Impact, trace
-from kmebench.editors.pac.paths import Paths, Selection, select_paths
+from kmebench.editors.pac.paths import Paths, select_paths
 from kmebench.errors import KMEBenchError
 from kmebench.io.checked_files import set_aside, trusted
 from kmebench.io.files import atomic_path
@@ -195,12 +194,10 @@ class GradientCache:
         return tensor
 
 
-def write_paths(
-    path: str | Path, paths: Paths, cache: GradientCache, settings: Mapping[str, Any]
-) -> None:
+def write_paths(path: str | Path, paths: Paths, cache: GradientCache, need: needs.Paths) -> None:
     """Write selected paths with what an editor needs beside them: answers and tracing time.
 
-    ``settings["group"]`` consecutive requests share their paths.
+    ``need.group`` consecutive requests share their paths.
     """
     tensors = {
         "positive": paths.positive.int(),
@@ -209,7 +206,7 @@ def write_paths(
         "answers": cache.answers(),
         "seconds": cache.seconds(),
     }
-    facts = {"case_ids": cache.case_ids, "settings": dict(settings)}
+    facts = {"case_ids": cache.case_ids, "settings": asdict(need)}
     write_tensors(path, tensors, needs.Paths.form, facts)
 
 
@@ -263,13 +260,11 @@ class PathFile:
         )
 
 
-def select_groups(
-    cache: GradientCache, score: str, group: int, selection: Selection, paths: int, negatives: int
-) -> Paths:
+def select_groups(cache: GradientCache, need: needs.Paths) -> Paths:
     """Select the paths of every group of requests, one group's scores in memory at a time."""
     selected = [
-        select_paths(scores.unsqueeze(0), paths, negatives, selection)
-        for scores in cache.group_scores(score, group)
+        select_paths(scores.unsqueeze(0), need.paths, need.negatives, need.selection)
+        for scores in cache.group_scores(need.score, need.group)
     ]
     return Paths(
         torch.cat([s.positive for s in selected]),

@@ -21,6 +21,7 @@ from kmebench.editors.needs import (
     NeutralMetric,
     Paths,
     Pipeline,
+    Selection,
 )
 from kmebench.editors.sizes import Job
 from kmebench.errors import ConfigError
@@ -48,9 +49,9 @@ class PACHparams:
     scope: Annotated[
         Literal["edit", "batch"], about("Paths of each request, or of the whole batch.")
     ] = "edit"
-    selection: Annotated[
-        Literal["disjoint", "kbest"], about("Paths that share nothing, or the N best of all.")
-    ] = "disjoint"
+    selection: Annotated[Selection, about("Paths that share nothing, or the N best of all.")] = (
+        "disjoint"
+    )
     trace_on: Annotated[
         Literal["original", "current"], about("The model that is traced: unedited, or as it is.")
     ] = "original"

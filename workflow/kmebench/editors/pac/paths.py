@@ -7,15 +7,13 @@ path takes the best node everywhere.
 
 import heapq
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kmebench.editors.needs import Selection
 from kmebench.errors import ConfigError
 from kmebench.precision import exact
-
-Selection = Literal["disjoint", "kbest"]
 
 
 @dataclass(frozen=True)
