@@ -105,7 +105,7 @@ def test_a_target_that_the_tokenizer_does_not_know_is_refused_or_left_out(make_m
         EditRequest(name, "Japan", "{} is in", target, locality=(("Mars is in", "space"),))
         for name, target in (("known", "Asia"), ("unknown", "Asia 東京"))
     )
-    with pytest.raises(ModelError, match="'unknown' cannot .* does not know all of the target"):
+    with pytest.raises(ModelError, match=r"'unknown' cannot .* does not know all of the target"):
         askable(model, [known, unknown], 2, "error")
     assert askable(model, [known, unknown], 2, "skip") == [known]
 

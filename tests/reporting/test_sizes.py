@@ -116,7 +116,7 @@ def test_a_figure_of_sizes_is_told_the_sizes_and_refuses_a_model_without(tmp_pat
     overlay.write_text(OVERLAY, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"figures\.sizes .*give models\.one\.shape"):
         read_checked_config(Path("config.yaml"), [overlay])
-    shape = "shape: {layers: 2, width: 8, ffn_width: 16, parameters: 1000}"
+    shape = "shape: {layers: 20, width: 8, ffn_width: 16, parameters: 1000}"
     overlay.write_text(OVERLAY.replace("float32}", f"float32, {shape}}}"), encoding="utf-8")
     config = read_checked_config(Path("config.yaml"), [overlay])
     spec = Reported(config, tmp_path).figure(SimpleNamespace(figure="sizes"))
