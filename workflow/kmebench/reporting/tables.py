@@ -166,7 +166,7 @@ def caption(table: pd.DataFrame, layout: Layout) -> str:
     if table[[f"{m.name}_paper" for m in table_columns("request")]].notna().any(axis=None):
         text += "; in brackets the paper's number"
     if (table["score"].notna() & table["locality"].isna()).any():  # it has nothing to compare with
-        text += f"; {layout.editors['original']['label']}: Score without Locality"
+        text += f"; {layout.compared['original']['label']}: Score without Locality"
     if "half_after" in table:
         text += f"; {_HALF}: edits after which Score was below half of its best"
         text += f" from {ENOUGH_EDITS} on"
