@@ -36,12 +36,16 @@ def kmebench(site, folder, *arguments):
 
 def test_a_config_is_checked_anywhere(site, tmp_path):
     nothing = kmebench(site, tmp_path, "check-config")
-    assert nothing.stderr == "kmebench: There is no config config.yaml.\n"
+    where = "run this in the folder of KME-Bench"
+    assert nothing.stderr == f"kmebench: There is no config config.yaml; {where}.\n"
+    fact = ["--subject", "France", "--prompt", "The capital of {} is", "--target", "Rome"]
+    nameless = kmebench(site, tmp_path, "edit", "--model", "smollm2-135m", *fact)
+    assert f"no model of the config; to use one, {where}" in nameless.stderr
     shutil.copy2("config.yaml", tmp_path)
     listed = kmebench(site, tmp_path, "check-config")
     assert "distinct runs" in listed.stdout
     refused = kmebench(site, tmp_path, "plan")
-    assert "run this in the folder of KME-Bench" in refused.stderr
+    assert where in refused.stderr
 
 
 def test_what_the_library_reads_is_in_the_package(site):

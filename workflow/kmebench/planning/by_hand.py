@@ -132,7 +132,8 @@ def _kind(name: str, models: Iterable[str]) -> Kind:
         return Kind.HUB
     raise ConfigError(
         f"There is no model {name!r}: it is no folder, no .gguf file, no id of the hub "
-        f"(owner/name) and no model of the config; {nearest(name, models)}"
+        "(owner/name) and no model of the config; "
+        + (nearest(name, models) if models else "to use one, run this in the folder of KME-Bench.")
     )
 
 

@@ -55,6 +55,8 @@ def read_files(path: Path, overlays: Sequence[Path] = ()) -> dict[Path, dict[str
     Raises:
         ConfigError: a file is missing, or is not YAML; see :func:`read_overlay`.
     """
+    if not path.exists():
+        raise ConfigError(f"There is no config {path}; run this in the folder of KME-Bench.")
     tuned = sorted(path.parent.glob("config/tuned/*.yaml"))
     return {part: read_overlay(part) for part in (path, *tuned, *overlays)}
 
