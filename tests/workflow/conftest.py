@@ -39,13 +39,16 @@ FACTS = 16
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the finished run: no other process then waits for it while it trains its model."""
-    using = [item for item in items if "finished" in getattr(item, "fixturenames", ())]
+    """Begin with the finished run, then with the slow tests, those first that need no such run.
+
+    So no other process waits for it while it trains its model, and none is idle in the end.
+    """
+    using = {item for item in items if "finished" in getattr(item, "fixturenames", ())}
     for item in using:
         item.add_marker("integration")
-    for first in [item for item in using if not item.get_closest_marker("slow")][:1]:
-        items.remove(first)
-        items.insert(0, first)
+    slow = {item for item in items if item.get_closest_marker("slow")}
+    first = [item for item in items if item in using - slow][:1]
+    items.sort(key=lambda item: (item not in first, item not in slow, item in using & slow))
 
 
 class Checkout:
